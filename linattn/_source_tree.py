@@ -1,8 +1,8 @@
 """Where the parts of the package lie when it is imported from a checkout.
 
-Installed, everything lies inside one folder `linattn/` and there is nothing to do. In the repository `kernels/`, `rnn/`, `bench/`, ...
-stand beside `linattn/`, and the compiled module lies wherever an install put it; running Python at the repository root finds the bare
-`./linattn` first, installed or not.
+Installed, everything lies inside one folder `linattn/` and there is nothing to do. In the repository `kernels/`, `rnn/`,
+`bench/`, ... stand beside `linattn/`, and the compiled module lies wherever an install put it; running Python at the
+repository root finds the bare `./linattn` first, installed or not.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 
 
 def search_path(package_path: Iterable[str]) -> list[str]:
-    """Return the package's `__path__`, with the repository root and an installed native module's folder where they are needed.
+    """Return the package's `__path__`; in a checkout, with the repository root and the installed native module's folder.
 
-    The order makes a checkout's own Python sources win over an installed copy; only what the checkout lacks comes from there.
+    In this order a checkout's own Python sources win over an installed copy, which only adds what the checkout lacks.
     """
     found = list(package_path)
     root = Path(__file__).resolve().parent.parent
     if not (root / "pyproject.toml").is_file() or not (root / "kernels" / "bindings.cpp").is_file():
         return found
-    candidates = [root, *(Path(entry) / "linattn" for entry in sys.path if _holds_native_module(Path(entry) / "linattn"))]
-    found += [str(folder) for folder in candidates if str(folder) not in found]
+    installed = [folder for entry in sys.path if _holds_native_module(folder := Path(entry) / "linattn")]
+    found += [str(folder) for folder in (root, *installed) if str(folder) not in found]
     return found
 
 

@@ -1,0 +1,10 @@
+"""`python -m linattn` is the `linattn` command."""
+
+from __future__ import annotations
+
+import sys
+
+from linattn.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

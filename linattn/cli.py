@@ -1,0 +1,90 @@
+"""The `linattn` command.
+
+A command is a module with two functions: `add_arguments(parser)` declares its options, `run(args)` does the work and
+returns the exit status. The module is imported only when its command is called, so `linattn --help` needs no extra.
+
+Exit status: 0 done, 2 wrong use or an error of this library (one line on stderr), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import linattn
+from linattn.errors import LinattnError, unknown_name
+
+
+class Command(NamedTuple):
+    """Where a command lives and what it does, in one line."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "info": Command("linattn.info", "what is installed here, what this machine can do, which backends are ready"),
+    "explain": Command("linattn.explain_command", "which backend and form a call would take, why, and at what cost"),
+    "crossover": Command("linattn.bench.crossover", "measure from which length on the linear form is the faster one"),
+    "train lm": Command("linattn.language", "train a character language model on a text file"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. `argv` defaults to the process's own arguments."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except LinattnError as error:
+        print(f"linattn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linattn: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`linattn info | head`): keep the interpreter from complaining once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    if words and words[0] == "--version":
+        print(f"linattn {linattn.__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    name, rest = _split_command(words)
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(prog=f"linattn {name}", description=command.summary)
+    module.add_arguments(parser)
+    status: int = module.run(parser.parse_args(rest))
+    return status
+
+
+def _split_command(words: list[str]) -> tuple[str, list[str]]:
+    """Take the command's name, one word or two, off the front."""
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, words[length:]
+    first = words[0]
+    group = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    given = " ".join(words[:2]) if group and len(words) > 1 else first
+    raise unknown_name("command", given, group or COMMANDS)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "".join(f"  {name:<{width}}  {command.summary}\n" for name, command in COMMANDS.items())
+    return (
+        "usage: linattn COMMAND [options]\n"
+        "       linattn --version\n\n"
+        f"commands:\n{rows}\n"
+        "linattn COMMAND --help lists a command's options."
+    )
