@@ -1,0 +1,122 @@
+"""One call: packed sequences apart, the form chosen, the state carried through."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..allocation import empty_in_storage_order, empty_row_sums
+from ..packed import sequence_bounds
+from ..tiles import spans
+from . import direct, scan
+from .direct import Gradients
+from .few_keys import FewKeyRows
+from .problem import Problem
+from .state import KeySumGradients, KeySums
+
+State = list[Tensor]
+
+
+def forward(
+    problem: Problem, cu_seqlens: Tensor | None, initial_state: State, return_state: bool, form: str, chunk_size: int
+) -> tuple[Tensor, Tensor, State]:
+    """Return out, row sums and the state after all keys (empty unless asked for)."""
+    out = empty_in_storage_order(problem.q, problem.M)
+    row_sums = empty_row_sums(problem.q)
+    states = []
+    for part, rows, i in sequences(problem, cu_seqlens):
+        before = [x if i is None else x[i : i + 1] for x in initial_state]
+        states.append(_forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, return_state, form, chunk_size))
+    return out, row_sums, [torch.cat(xs) for xs in zip(*states)] if len(states) != 1 else states[0]
+
+
+def backward(
+    problem: Problem,
+    cu_seqlens: Tensor | None,
+    initial_state: State,
+    dstate: State,
+    dout: Tensor,
+    out: Tensor,
+    row_sums: Tensor,
+    form: str,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, State]:
+    """Return dq, dk, dv and the gradients to the initial state (without n; empty if there was none)."""
+    dq = empty_in_storage_order(problem.q, problem.D)
+    dk = empty_in_storage_order(problem.k, problem.D)
+    dv = empty_in_storage_order(problem.v, problem.M)
+    dinitial = []
+    for part, rows, i in sequences(problem, cu_seqlens):
+        before, dafter = ([x if i is None else x[i : i + 1] for x in xs] for xs in (initial_state, dstate))
+        gradients, dbefore = _backward_one(
+            part, before, dafter, dout[:, :, rows], out[:, :, rows], row_sums[:, :, rows], form, chunk_size
+        )
+        dinitial.append(dbefore)
+        dq[:, :, rows].copy_(gradients.dq.view(part.q.shape))
+        dk[:, :, rows].copy_(gradients.dk.view(part.k.shape))
+        dv[:, :, rows].copy_(gradients.dv.view(part.v.shape))
+    return dq, dk, dv, [torch.cat(xs) for xs in zip(*dinitial)] if len(dinitial) != 1 else dinitial[0]
+
+
+def sequences(problem: Problem, cu_seqlens: Tensor | None) -> list[tuple[Problem, slice, int | None]]:
+    """The problems of which a call consists, the rows of each, and its index among packed sequences."""
+    if cu_seqlens is None:
+        return [(problem, slice(None), None)]
+    parts = []
+    for i, (start, end) in enumerate(sequence_bounds(cu_seqlens, problem.Tk)):
+        rows = slice(start, end)
+        mask = None if problem.key_mask is None else problem.key_mask[:, rows]
+        q, k, v = (x[:, :, rows] for x in (problem.q, problem.k, problem.v))
+        parts.append((dataclasses.replace(problem, q=q, k=k, v=v, key_mask=mask), rows, i))
+    return parts
+
+
+def runs_direct(problem: Problem, form: str, initial_state: State) -> bool:
+    """Whether scores are computed for all pairs: on request, or because no row sees enough keys for the sums."""
+    too_few = problem.degree == 2 and not problem.is_causal and problem.Tk < scan.DIRECT_KEYS and not initial_state
+    return form == "direct" or too_few
+
+
+def chunk_length(problem: Problem, form: str, chunk_size: int) -> int:
+    return 1 if form == "recurrent" else chunk_size or scan.default_chunk(problem)
+
+
+def _forward_one(
+    problem: Problem, out: Tensor, row_sums: Tensor, before: State, return_state: bool, form: str, chunk_size: int
+) -> State:
+    sums = KeySums(problem, before)
+    if runs_direct(problem, form, before):
+        direct.forward(problem, out, row_sums, sums if before else None)
+        if return_state:
+            for j0, j1 in spans(0, problem.Tk, scan.default_chunk(problem)):
+                sums.add(j0, j1)
+    else:
+        scan.forward(problem, out, row_sums, sums, chunk_length(problem, form, chunk_size), keep=return_state)
+        few = FewKeyRows.find(problem, before[0] if before else None)
+        if few:
+            few.forward(out, row_sums)
+    return sums.canonical() if return_state else []
+
+
+def _backward_one(
+    problem: Problem,
+    before: State,
+    dafter: State,
+    dout: Tensor,
+    out: Tensor,
+    row_sums: Tensor,
+    form: str,
+    chunk_size: int,
+) -> tuple[Gradients, State]:
+    sums, dsums = KeySums(problem, before), KeySumGradients(problem, dafter)
+    if runs_direct(problem, form, before):
+        gradients = direct.backward(problem, dout, out, row_sums, sums, dsums)
+    else:
+        few = FewKeyRows.find(problem, before[0] if before else None)
+        others = few.others(dout) if few else dout
+        gradients = scan.backward(problem, others, out, row_sums, sums, dsums, chunk_length(problem, form, chunk_size))
+        if few:
+            few.backward(dout, out, row_sums, gradients)
+    return gradients, dsums.canonical() if before else []

@@ -1,0 +1,79 @@
+"""Rows that have seen fewer than 16 keys because of a key mask, computed from those keys' scores.
+
+(1 + s)^2 touches zero, so a row's sum over few keys may be far smaller than the terms it would be assembled from in the
+chunked form: its error grows like kappa = sum (1 + |s|-bound)^2 / l. From 16 keys on a vanishing sum is improbable. Without a
+mask such rows lie in the first chunk, where scores are computed anyway; padding on the left moves them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from . import direct
+from .direct import Gradients
+from .problem import Problem
+from .scan import DIRECT_KEYS
+from .state import KeySumGradients, KeySums
+
+
+class FewKeyRows:
+    """The rows concerned and the small direct problem of their keys: the first 15 real ones of each batch element."""
+
+    def __init__(self, problem: Problem, few: Tensor) -> None:
+        self.few = few[:, None]
+        self.Tq = int(few.any(0).nonzero().max()) + 1
+        order = (~problem.key_mask).to(torch.int8).argsort(dim=1, stable=True)
+        self.index = order[:, : DIRECT_KEYS - 1]
+        self.problem = dataclasses.replace(
+            problem,
+            q=problem.q[:, :, : self.Tq],
+            k=problem.k.gather(2, self._per_element(problem.k)),
+            v=problem.v.gather(2, self._per_element(problem.v)),
+            key_mask=problem.key_mask.gather(1, self.index),
+            key_positions=self.index,
+        )
+
+    def _per_element(self, rows: Tensor) -> Tensor:
+        return self.index[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+
+    @staticmethod
+    def find(problem: Problem, n_before: Tensor | None) -> FewKeyRows | None:
+        """None if every row has seen at least 16 keys, or has none that stand in a state."""
+        if problem.key_mask is None or problem.degree == 1:
+            return None
+        seen = problem.key_mask.cumsum(1)
+        if problem.is_causal:
+            last = torch.arange(problem.Tq, device=seen.device) + problem.q_offset
+            seen = seen[:, last.clamp(0, problem.Tk - 1)].masked_fill(last < 0, 0)
+        else:
+            seen = seen[:, -1:].expand(-1, problem.Tq)
+        few = seen < DIRECT_KEYS
+        if n_before is not None:
+            few = few & (n_before == 0)[:, None]
+        return FewKeyRows(problem, few) if few.any() else None
+
+    def forward(self, out: Tensor, row_sums: Tensor) -> None:
+        """Overwrite the rows concerned."""
+        out, row_sums, few = out[:, :, : self.Tq], row_sums[:, :, : self.Tq], self.few[:, :, : self.Tq]
+        mine, sums = torch.empty_like(out), torch.empty_like(row_sums)
+        direct.forward(self.problem, mine, sums)
+        out.copy_(torch.where(few[..., None], mine, out))
+        row_sums.copy_(torch.where(few, sums, row_sums))
+
+    def others(self, dout: Tensor) -> Tensor:
+        """The gradient without the rows concerned."""
+        return dout.masked_fill(self.few[..., None], 0)
+
+    def backward(self, dout: Tensor, out: Tensor, row_sums: Tensor, gradients: Gradients) -> None:
+        """Add the gradients of the rows concerned."""
+        dout = dout[:, :, : self.Tq].masked_fill(~self.few[:, :, : self.Tq, None], 0)
+        nothing = KeySums(self.problem), KeySumGradients(self.problem)
+        mine = direct.backward(self.problem, dout, out[:, :, : self.Tq], row_sums[:, :, : self.Tq], *nothing)
+        gradients.dq[:, :, : self.Tq] += mine.dq
+        B, Hkv = self.problem.k.shape[:2]
+        for whole, part in ((gradients.dk, mine.dk), (gradients.dv, mine.dv)):
+            whole, part = whole.unflatten(0, (B, Hkv)), part.unflatten(0, (B, Hkv))
+            whole.scatter_add_(2, self._per_element(part), part)

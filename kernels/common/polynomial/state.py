@@ -1,0 +1,133 @@
+"""Sums over keys that stand in for the keys themselves, and the gradients that flow through them."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from .features import features_for
+from .problem import Problem
+
+
+class KeySums:
+    """What every query needs to know of the keys seen so far.
+
+    S `[batch, F, M]` sums phi(k) v^T; the row sum needs no feature map: it comes from n `[B]`, the sum of k and the sum of k k^T.
+    """
+
+    def __init__(self, problem: Problem, canonical: list[Tensor] | tuple[Tensor, ...] = ()) -> None:
+        """Start from the canonical state `canonical` (its tensors with n first), or from no keys."""
+        self.problem = problem
+        self.features = features_for(problem.D, problem.degree)
+        self.weights = self.features.weights(problem.coefficients, problem.zeros(0))
+        B, H, D, M = problem.k.shape[0], problem.batch, problem.D, problem.M
+        self.any = bool(canonical)  # whether there is anything to read
+        self.n = canonical[0].clone() if canonical else problem.k.new_zeros(B, dtype=int)
+        self.k_sum = canonical[1].reshape(H, D).clone() if canonical else problem.zeros(H, D)
+        if problem.degree == 1:
+            if canonical:
+                self.S.copy_(canonical[2].reshape(H, D, M))
+            return
+        self.kk = canonical[2].reshape(H, D, D).clone() if canonical else problem.zeros(H, D, D)
+        if canonical:
+            self.S[:, 0] = canonical[3].reshape(H, M)
+            self.S[:, self.features.linear] = canonical[4].reshape(H, D, M)
+            self.features.unpack(canonical[5].reshape(H, -1, M), self.S)
+
+    @functools.cached_property
+    def S(self) -> Tensor:
+        """Made at first use: the direct form without states never needs it."""
+        return self.problem.zeros(self.problem.batch, self.features.size, self.problem.M)
+
+    def canonical(self) -> list[Tensor]:
+        """The sums in the canonical layout that every backend shares: n, k_sum, kk, v_sum, kv, kkv or n, f_sum, fv."""
+        B, Hkv = self.problem.k.shape[:2]
+        sums = [self.k_sum, self.S]
+        if self.problem.degree == 2:
+            sums = [self.k_sum, self.kk, self.S[:, 0], self.S[:, self.features.linear], self.features.pack(self.S)]
+        return [self.n.clone()] + [x.reshape(B, Hkv, *x.shape[1:]).clone() for x in sums]
+
+    def add(self, j0: int, j1: int) -> None:
+        """Fold keys j0..j1 in."""
+        k, v = self.problem.keys(j0, j1), self.problem.values(j0, j1)
+        self.S.baddbmm_(self.features(k), v)
+        self.k_sum += k.sum(1)
+        if self.problem.degree == 2:
+            self.kk.baddbmm_(k.mT, k)
+        self.n += self.problem.count(j0, j1)
+        self.any = True
+
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the keys seen so far contribute to queries x: sum of p v and sum of p."""
+        acc = self.features(x).mT @ (self.S * self.weights)
+        c0, c1, c2 = self.problem.coefficients
+        l = c1 * (x @ self.k_sum[..., None]).squeeze(-1)
+        if self.problem.degree == 2:
+            l += c2 * ((x @ self.kk) * x).sum(-1)
+            l += c0 * self.n.to(l.dtype).repeat_interleave(self.problem.k.shape[1])[:, None]
+        return acc, l
+
+    def query_gradient(self, x: Tensor, do: Tensor, delta: Tensor) -> Tensor:
+        """The gradient to x of sum(do * acc) - sum(delta * l), with acc, l = read(x)."""
+        c1, c2 = self.problem.coefficients[1:]
+        dx = self.features.pullback((self.S * self.weights) @ do.mT, x)
+        dl = c1 * self.k_sum[:, None]
+        if self.problem.degree == 2:
+            dl = dl + c2 * (x @ (self.kk + self.kk.mT))
+        return dx - delta[..., None] * dl
+
+
+class KeySumGradients:
+    """Gradients to the sums over keys, gathered from the rows that read them and handed on to the keys folded in before."""
+
+    def __init__(self, problem: Problem, canonical: list[Tensor] | tuple[Tensor, ...] = ()) -> None:
+        """Start from gradients to a returned canonical state (without n), or from none."""
+        self.problem = problem
+        self.features = features_for(problem.D, problem.degree)
+        self.weights = self.features.weights(problem.coefficients, problem.zeros(0))
+        H, D, M = problem.batch, problem.D, problem.M
+        self.any = bool(canonical)  # whether there is anything to hand on
+        self.k_sum = canonical[0].reshape(H, D).clone() if canonical else problem.zeros(H, D)
+        if problem.degree == 1:
+            if canonical:
+                self.S += canonical[1].reshape(H, D, M)
+            return
+        self.kk = canonical[1].reshape(H, D, D).clone() if canonical else problem.zeros(H, D, D)
+        if canonical:
+            self.S[:, 0] = canonical[2].reshape(H, M)
+            self.S[:, self.features.linear] = canonical[3].reshape(H, D, M)
+            self.features.pack_adjoint(canonical[4].reshape(H, -1, M), self.S)
+
+    @functools.cached_property
+    def S(self) -> Tensor:
+        """Made at first use: the direct form without states never needs it."""
+        return self.problem.zeros(self.problem.batch, self.features.size, self.problem.M)
+
+    def canonical(self) -> list[Tensor]:
+        """Gradients to an initial canonical state, without n."""
+        B, Hkv = self.problem.k.shape[:2]
+        sums = [self.k_sum, self.S]
+        if self.problem.degree == 2:
+            products = self.features.unpack_adjoint(self.S)
+            sums = [self.k_sum, self.kk, self.S[:, 0], self.S[:, self.features.linear], products]
+        return [x.reshape(B, Hkv, *x.shape[1:]).clone() for x in sums]
+
+    def add(self, x: Tensor, do: Tensor, delta: Tensor) -> None:
+        """Rows x read the sums: what `KeySums.query_gradient` is to x, this is to the sums."""
+        c1, c2 = self.problem.coefficients[1:]
+        self.S.addcmul_(self.features(x) @ do, self.weights)
+        dl = delta[..., None] * x
+        self.k_sum.sub_(c1 * dl.sum(1))
+        if self.problem.degree == 2:
+            self.kk.baddbmm_(dl.mT, x, alpha=-c2)
+        self.any = True
+
+    def key_gradient(self, j0: int, j1: int) -> tuple[Tensor, Tensor]:
+        """Gradients to keys and values j0..j1, which `KeySums.add` folded in."""
+        k, v = self.problem.keys(j0, j1), self.problem.values(j0, j1)
+        dv = self.features(k).mT @ self.S
+        dk = self.features.pullback(self.S @ v.mT, k) + self.k_sum[:, None]
+        if self.problem.degree == 2:
+            dk = dk + k @ (self.kk + self.kk.mT)
+        return self.problem.kept(dk, j0, j1), self.problem.kept(dv, j0, j1)

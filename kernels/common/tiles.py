@@ -1,0 +1,153 @@
+"""Tiles of queries, keys and scores: how they are cut, loaded and masked. Shared by every reference path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .allocation import accumulation_dtype
+
+TILE_ELEMENTS = 1 << 21  # scores held at once: 8 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, M]` of any strides.
+
+    Tiles are `[B*Hkv, rows, size]` in the accumulation dtype. The G = Hq/Hkv query heads that share a key head are folded
+    into the rows, so that grouped queries need no copy of the keys.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    is_causal: bool
+    q_offset: int
+    scale: float
+    key_positions: Tensor | None = None  # [B, Tk], when keys do not lie at 0, 1, ..., Tk - 1
+
+    @property
+    def batch(self) -> int:
+        return self.k.shape[0] * self.k.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def Tq(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def Tk(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def D(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def M(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.q.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.q.device)
+
+    def no_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of p v and the sum of p of rows x that have seen nothing yet."""
+        return self.zeros(*x.shape[:2], self.M), self.zeros(*x.shape[:2])
+
+    # Cutting.
+
+    def tile_length(self) -> int:
+        """The largest power of two in [64, 1024] whose square score tiles, over all heads, fit TILE_ELEMENTS."""
+        length = 1024
+        while length > 64 and self.batch * self.groups * length * length > TILE_ELEMENTS:
+            length //= 2
+        return length
+
+    def visible_keys(self, i1: int) -> int:
+        """How many leading keys the rows before i1 can see at most."""
+        if not self.is_causal or self.key_positions is not None:
+            return self.Tk
+        return min(max(i1 + self.q_offset, 0), self.Tk)
+
+    # Loading. `x` stands for the scaled query, so that s = x.k and the coefficients stay what the caller gave.
+
+    def fold(self, rows: Tensor) -> Tensor:
+        """`[B, Hq, r, ...]` -> `[B*Hkv, G*r, ...]` in the accumulation dtype."""
+        B, Hkv = self.k.shape[:2]
+        return rows.to(self.dtype).reshape(B * Hkv, self.groups * rows.shape[2], *rows.shape[3:])
+
+    def unfold(self, tile: Tensor) -> Tensor:
+        """`[B*Hkv, G*r, ...]` -> `[B, Hq, r, ...]`."""
+        B, Hq = self.q.shape[:2]
+        return tile.reshape(B, Hq, -1, *tile.shape[2:])
+
+    def queries(self, i0: int, i1: int) -> Tensor:
+        return self.fold(self.q[:, :, i0:i1]) * self.scale
+
+    def keys(self, j0: int, j1: int) -> Tensor:
+        return self._load(self.k, j0, j1)
+
+    def values(self, j0: int, j1: int) -> Tensor:
+        return self._load(self.v, j0, j1)
+
+    def _load(self, source: Tensor, j0: int, j1: int) -> Tensor:
+        rows = source[:, :, j0:j1].to(self.dtype).reshape(self.batch, j1 - j0, source.shape[3])
+        return self.kept(rows, j0, j1)
+
+    def kept(self, rows: Tensor, j0: int, j1: int) -> Tensor:
+        """Key rows `[B*Hkv, j1 - j0, size]` with masked ones zero. Filled, not multiplied: padding may hold NaN."""
+        if self.key_mask is None:
+            return rows
+        masked = ~self.key_mask[:, None, j0:j1, None]
+        return rows.unflatten(0, self.k.shape[:2]).masked_fill(masked, 0).flatten(0, 1)
+
+    def count(self, j0: int, j1: int) -> Tensor:
+        """How many keys of the tile count, `[B]`."""
+        if self.key_mask is None:
+            return torch.full((self.k.shape[0],), j1 - j0, dtype=torch.int64, device=self.k.device)
+        return self.key_mask[:, j0:j1].sum(-1)
+
+    # Scores.
+
+    def hidden(self, i0: int, i1: int, j0: int, j1: int) -> Tensor | None:
+        """Which scores of a tile do not count, broadcastable to `[B, Hkv, G, r, c]`, or None if all do."""
+        hidden = None
+        if self.is_causal and (self.key_positions is not None or j1 - 1 > i0 + self.q_offset):
+            rows = torch.arange(i0 + self.q_offset, i1 + self.q_offset, device=self.q.device)
+            if self.key_positions is None:
+                hidden = rows[:, None] < torch.arange(j0, j1, device=self.q.device)
+            else:
+                hidden = (rows[:, None] < self.key_positions[:, None, j0:j1])[:, None, None]
+        if self.key_mask is not None:
+            masked = ~self.key_mask[:, None, None, None, j0:j1]
+            hidden = masked if hidden is None else hidden | masked
+        return hidden
+
+    def hide(self, tile: Tensor, hidden: Tensor | None) -> Tensor:
+        """Zero the hidden entries of a tile `[B*Hkv, G*r, c]` in place."""
+        if hidden is not None:
+            B, Hkv = self.k.shape[:2]
+            tile.view(B, Hkv, self.groups, -1, tile.shape[-1]).masked_fill_(hidden, 0)
+        return tile
+
+
+def spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut [start, stop) into pieces of at most `length`."""
+    for i in range(start, stop, length):
+        yield i, min(i + length, stop)
+
+
+def reciprocal(l: Tensor) -> Tensor:
+    """1 / l, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation. NaN stays NaN."""
+    return torch.where(l <= 0, 0, 1 / l)
