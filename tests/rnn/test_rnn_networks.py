@@ -321,7 +321,11 @@ def test_bad_states(net: nn.Module, initial: object, error: type[Exception], mes
         (lambda: running_average_batch(0), ArgumentError, "seq_len"),
         (lambda: running_average_batch(3, -1), ArgumentError, "batch_size"),
         (lambda: running_average_batch(dtype=torch.int64), DtypeError, "int64"),
-        (lambda: running_average_loss(torch.zeros(2, 3), torch.zeros(2, 3, 1)), ShapeError, r"\[2, 3\] and \[2, 3, 1\]"),
+        (
+            lambda: running_average_loss(torch.zeros(2, 3), torch.zeros(2, 3, 1)),
+            ShapeError,
+            r"\[2, 3\] and \[2, 3, 1\]",
+        ),
         (lambda: running_average_loss(torch.zeros(0, 3), torch.zeros(0, 3)), ShapeError, "non-empty"),
         (lambda: running_average_loss(torch.zeros(2, 3), torch.zeros(2, 3).double()), DtypeError, "float64"),
         (lambda: scalar_rnn(0.5, []), ArgumentError, "at least one"),
