@@ -1,0 +1,389 @@
+"""`linattn train lm`: train a character language model on a text file, with any attention kernel.
+
+What a run leaves in its folder: `checkpoint.pt`, `history.jsonl` (one line a validation), `curve.png`, `sample.txt` and `results.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import linattn
+from linattn.characters import Characters, Trigram, consecutive_windows, random_windows
+from linattn.errors import ArgumentError, CheckpointError, DataError, MissingExtraError
+from linattn.models import CausalLM, CausalLMConfig
+from linattn.modules import LayerKind
+from linattn.tracking import TensorBoardTracker
+from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig, atomic_file, read_checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VALIDATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the outcome of a run. The names are those of the options."""
+
+    text: str = ""
+    kernel: str = "quadratic"
+    form: str | None = None
+    layer: LayerKind = "prenorm"
+    layers: int = 4
+    dim: int = 128
+    heads: int = 4
+    kv_heads: int | None = None
+    qk_norm: bool = True
+    context: int = 256
+    dropout: float = 0.0
+    batch: int = 16
+    steps: int | None = None
+    minutes: float | None = None
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    validate_every: int = 250
+    seed: int = 0
+    device: str = "auto"
+    sample: int = 500
+
+    def model_config(self, vocabulary: int) -> CausalLMConfig:
+        return CausalLMConfig(
+            vocabulary=vocabulary,
+            context=self.context,
+            layers=self.layers,
+            dim=self.dim,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            kernel=self.kernel,
+            form=self.form,
+            layer=self.layer,
+            qk_norm=self.qk_norm,
+            dropout=self.dropout,
+        )
+
+    def training_config(self) -> TrainingConfig:
+        return TrainingConfig(
+            steps=self.steps,
+            minutes=self.minutes,
+            learning_rate=self.lr,
+            weight_decay=self.weight_decay,
+            validate_every=self.validate_every,
+        )
+
+
+DEFAULT_MINUTES = 10.0
+QUICK = Settings(layers=1, dim=32, heads=2, context=32, batch=8, steps=30, validate_every=15, sample=80)
+# What may differ between the sessions of one run: where it stops and what is made of it, not what is trained.
+CHANGEABLE = {"text", "steps", "minutes", "validate_every", "device", "sample"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options. Absent ones stay absent, so that a resumed run can tell them from contradictions."""
+    default = Settings()
+
+    def add(name: str, kind: type, text: str, **more: Any) -> None:
+        shown = getattr(default, name.replace("-", "_"))
+        hint = "" if shown in (None, "") else f" (default {shown})"
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text + hint, **more)
+
+    add("text", str, "UTF-8 text file to learn; its last tenth is kept for validation", metavar="FILE")
+    add("kernel", str, "softmax, quadratic, taylor, or a feature map such as elu+1")
+    add("form", str, "direct, chunked or recurrent; softmax has one form only")
+    add("layer", str, "prenorm or course")
+    add("layers", int, "number of layers")
+    add("dim", int, "width of the model")
+    add("heads", int, "attention heads")
+    add("kv-heads", int, "key and value heads, fewer than heads for grouped-query attention")
+    parser.add_argument(
+        "--qk-norm",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="bring queries and keys to root mean square 1 (default on)",
+    )
+    add("context", int, "characters the model looks back on")
+    add("dropout", float, "share of activations dropped in training")
+    add("batch", int, "windows in a step")
+    add("steps", int, "stop after so many steps in all")
+    add(
+        "minutes",
+        float,
+        f"stop after so many minutes of training in all (default {DEFAULT_MINUTES:g} when no steps are given)",
+    )
+    add("lr", float, "peak learning rate")
+    add("weight-decay", float, "decay of weight matrices")
+    add("validate-every", int, "steps between validations, each with a checkpoint")
+    add("seed", int, "of weights, data order and sample")
+    add("device", str, "auto, cpu, cuda, ...")
+    add("sample", int, "characters to write into sample.txt at the end; 0 for none")
+    parser.add_argument("--out", type=Path, help="folder of the run (default runs/lm-KERNEL)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the folder; options are kept unless given"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
+    parser.add_argument("--no-figure", action="store_true", help="do not draw curve.png, which needs matplotlib")
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard in the folder")
+    parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds, to see that all works")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then write the results; 130 when interrupted."""
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    out = args.out or Path("runs") / f"lm-{given.get('kernel', Settings.kernel)}"
+    path = out / CHECKPOINT_NAME
+    checkpoint = None
+    if args.resume:
+        checkpoint = read_checkpoint(path)
+        settings = resumed_settings(checkpoint, given, path)
+    else:
+        if path.exists() and not args.overwrite:
+            raise ArgumentError(
+                f"{path} exists already; accepted: --resume to go on with it, --overwrite to begin anew, or another --out"
+            )
+        settings = replace(QUICK if args.quick else Settings(), **given)
+        if settings.steps is None and settings.minutes is None:
+            settings = replace(settings, minutes=DEFAULT_MINUTES)
+    if not settings.text:
+        raise DataError(
+            "no text was given; accepted: --text FILE, a plain text file in UTF-8 to learn from (nothing is downloaded)"
+        )
+    if not args.no_figure:
+        _require_matplotlib()
+
+    text = Characters.from_file(settings.text)
+    if checkpoint is not None and checkpoint["settings"]["sha256"] != text.sha256:
+        raise CheckpointError(
+            f"the checkpoint {path} was trained on another text than {settings.text}; accepted: the same text"
+        )
+    trigram = Trigram(text.train, len(text.alphabet)).loss(text.validation)
+    model, trainer = prepare(settings, text, out)
+    trainer.on_record = lambda record: _print_record(record, trigram)
+    if checkpoint is not None:
+        trainer.restore(checkpoint, path)
+    if args.tensorboard:
+        trainer.tracker = TensorBoardTracker(out / "tensorboard", resumed_at=trainer.step if args.resume else None)
+    _print_heading(settings, text, model, trigram)
+
+    if not trainer.run():
+        if trainer.tracker is not None:
+            trainer.tracker.close()
+        print(f"stopped at step {trainer.step}; go on with: linattn train lm --out {out} --resume", file=sys.stderr)
+        return 130
+    write_results(settings, text, model, trainer, trigram, out, figure=not args.no_figure)
+    return 0
+
+
+def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Path) -> Settings:
+    """Settings of the checkpoint with what may change replaced by what was given.
+
+    Raises:
+        CheckpointError: the checkpoint is not of a language model, or options contradict it.
+    """
+    kept = {name: value for name, value in checkpoint.get("settings", {}).items() if name != "sha256"}
+    try:
+        settings = Settings(**kept)
+    except TypeError as error:
+        raise CheckpointError(f"the checkpoint {path} is not one of `linattn train lm`: {error}") from error
+    wrong = {
+        name: value for name, value in given.items() if name not in CHANGEABLE and value != getattr(settings, name)
+    }
+    if wrong:
+        clashes = ", ".join(
+            f"{name}={value!r} (the checkpoint has {getattr(settings, name)!r})" for name, value in wrong.items()
+        )
+        raise CheckpointError(
+            f"the run in {path} cannot go on with {clashes}; accepted: other {', '.join(sorted(CHANGEABLE))} only"
+        )
+    if {"steps", "minutes"} & given.keys():  # a limit given replaces the old ones, whichever they were
+        settings = replace(settings, steps=None, minutes=None)
+    return replace(settings, **given)
+
+
+def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tuple[CausalLM, Trainer]:
+    """Model and trainer for these settings, seeded and on their device, at step 0."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"device={name!r} was given; accepted: auto, or a device that torch knows, such as cpu or cuda"
+        ) from error
+    torch.manual_seed(settings.seed)
+    model = CausalLM(settings.model_config(len(text.alphabet))).to(device)
+    validation = consecutive_windows(text.validation, settings.context).to(device)
+
+    def loss(step: int) -> Tensor:
+        # Seeds of neighbouring steps and of neighbouring runs are all different.
+        seed = settings.seed * 2**32 + step
+        return model.loss(random_windows(text.train, settings.batch, settings.context + 1, seed).to(device))
+
+    def validate() -> float:
+        total = sum(model.loss(windows).item() * len(windows) for windows in validation.split(VALIDATION_BATCH))
+        return total / len(validation)
+
+    kept = {**asdict(settings), "sha256": text.sha256}
+    return model, Trainer(model, loss, validate, settings.training_config(), folder=out, settings=kept)
+
+
+def write_results(
+    settings: Settings, text: Characters, model: CausalLM, trainer: Trainer, trigram: float, out: Path, *, figure: bool
+) -> None:
+    """Write sample, curve and results.json, tell the tracker, and print the outcome."""
+    last = trainer.history[-1]
+    best = min(trainer.history, key=lambda record: record.validation_loss)
+    results = {
+        "settings": asdict(settings),
+        "text": {
+            "sha256": text.sha256,
+            "train": len(text.train),
+            "validation": len(text.validation),
+            "alphabet": len(text.alphabet),
+        },
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": last.step,
+        "seconds": round(trainer.seconds, 1),
+        "unit": "nats per character",
+        "train_loss": last.train_loss,
+        "validation_loss": last.validation_loss,
+        "best_validation_loss": best.validation_loss,
+        "trigram_validation_loss": trigram,
+        "beats_trigram": last.validation_loss < trigram,
+        "environment": _environment(),
+    }
+    with atomic_file(out / "results.json") as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
+    if settings.sample:
+        sample = write_sample(settings, text, model)
+        with atomic_file(out / "sample.txt") as file:
+            file.write(sample.encode() + b"\n")
+    if figure or trainer.tracker is not None:
+        drawing = draw_curve(trainer.history, trigram, settings.kernel)
+        with atomic_file(out / "curve.png") as file:
+            drawing.savefig(file, format="png", dpi=150)
+        if trainer.tracker is not None:
+            trainer.tracker.figure(last.step, "loss", drawing)
+    if trainer.tracker is not None:
+        trainer.tracker.hyperparameters(
+            asdict(settings),
+            {"result/validation": last.validation_loss, "result/trigram": trigram, "result/seconds": trainer.seconds},
+        )
+        trainer.tracker.close()
+    verdict = "beats" if last.validation_loss < trigram else "does NOT beat"
+    print(
+        f"validation {_loss(last.validation_loss)} {verdict} the trigram's {_loss(trigram)}, "
+        f"after {last.step} steps in {trainer.seconds / 60:.1f} minutes; results in {out}"
+    )
+
+
+def write_sample(settings: Settings, text: Characters, model: CausalLM) -> str:
+    """`settings.sample` characters that the model adds to the first line of the validation text, after that line."""
+    opening = text.decode(text.validation[: settings.context]).partition("\n")[0] + "\n"
+    start = text.validation[: len(opening)][None]
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    tokens = model.generate(start.to(device), settings.sample, temperature=0.8, generator=generator)
+    return text.decode(tokens[0].cpu())
+
+
+def draw_curve(history: list[Record], trigram: float, kernel: str) -> Figure:
+    """Losses against steps and against minutes, with the trigram's as a line."""
+    from matplotlib.figure import Figure
+
+    trained = [record for record in history if record.train_loss is not None]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, label, position in (
+        (left, "optimiser steps", lambda record: record.step),
+        (right, "wall time of training (minutes)", lambda record: record.seconds / 60),
+    ):
+        axes.plot(
+            [position(r) for r in trained], [r.train_loss for r in trained], color="C0", alpha=0.5, label="training"
+        )
+        axes.plot(
+            [position(r) for r in history],
+            [r.validation_loss for r in history],
+            color="C1",
+            marker=".",
+            label="validation",
+        )
+        axes.axhline(trigram, color="black", linestyle="--", label=f"trigram, validation: {trigram:.3f}")
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    # The untrained model may start far above everything of interest.
+    lowest = min(
+        min(r.validation_loss for r in history), min((r.train_loss for r in trained if r.train_loss), default=math.inf)
+    )
+    left.set_ylim(lowest - 0.1, max(trigram, min(history[0].validation_loss, trigram + 1.0)) + 0.1)
+    left.set_ylabel("loss (nats per character)")
+    right.legend()
+    figure.suptitle(
+        f"Character language model, {kernel} attention: validation {history[-1].validation_loss:.3f} nats per character"
+    )
+    return figure
+
+
+def _print_heading(settings: Settings, text: Characters, model: CausalLM, trigram: float) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    device = model.embedding.weight.device
+    print(
+        f"{settings.text}: {len(text.train)} characters to train on, {len(text.validation)} to validate, alphabet of {len(text.alphabet)}\n"
+        f"{settings.kernel} attention, {parameters} parameters, on {device}; trigram of the same text: {_loss(trigram)}",
+        flush=True,
+    )
+
+
+def _print_record(record: Record, trigram: float) -> None:
+    train = "" if record.train_loss is None else f"training {record.train_loss:.4f}  "
+    print(
+        f"step {record.step:6d}  {record.seconds / 60:6.1f} min  {train}validation {record.validation_loss:.4f}  trigram {trigram:.4f}",
+        flush=True,
+    )
+
+
+def _loss(nats: float) -> str:
+    return f"{nats:.4f} nats ({nats / math.log(2):.4f} bits) per character"
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "train", "drawing the curve (leave it out with --no-figure)") from error
+
+
+def _environment() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "linattn": linattn.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this runs from; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,386 @@
+"""A training loop that can be interrupted: AdamW, warm-up and cosine decay, validation, history, checkpoints.
+
+A run limited by steps and resumed from a checkpoint continues bit for bit as if it had never stopped (on one machine, CPU): the checkpoint holds the
+model, the optimiser, the state of the random number generators and the history, and the data of step i depend on i alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from linattn.errors import ArgumentError, CheckpointError
+from linattn.tracking import Tracker
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_NAME = "checkpoint.pt"
+HISTORY_NAME = "history.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. At least one of `steps` and `minutes` is given; the run ends at whichever comes first.
+
+    Attributes:
+        steps: number of optimiser steps.
+        minutes: wall-clock minutes in the loop, validation included, added up over resumed sessions.
+        learning_rate: the peak.
+        warmup: share of the run over which the rate rises linearly from 0.
+        final_learning_rate: share of the peak that is left at the end of the cosine.
+        weight_decay: decoupled decay of matrices; vectors (gains, biases) are not decayed.
+        betas: of AdamW.
+        clip: largest norm of the whole gradient.
+        validate_every: steps between validations; a checkpoint is written at each.
+
+    Raises:
+        ArgumentError: neither or non-positive limits, shares outside [0, 1], rates, norms and intervals that are not positive.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    learning_rate: float = 1e-3
+    warmup: float = 0.02
+    final_learning_rate: float = 0.05
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    validate_every: int = 250
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise ArgumentError("neither steps nor minutes was given; at least one says when to stop")
+        for name in ("steps", "minutes", "learning_rate", "clip", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ArgumentError(f"{name}={value} was given; accepted: above 0")
+        for name in ("warmup", "final_learning_rate"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ArgumentError(f"{name}={value} was given; accepted: 0 to 1")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the run that is done, 0 to 1, after `step` steps and `seconds` of training."""
+        by_step = step / self.steps if self.steps is not None else 0.0
+        by_time = seconds / (60 * self.minutes) if self.minutes is not None else 0.0
+        return min(1.0, max(by_step, by_time))
+
+    def rate(self, progress: float) -> float:
+        """Learning rate when that share is done: linear up to `warmup`, then half a cosine down to `final_learning_rate` of the peak.
+
+        Source: Loshchilov and Hutter 2017, "SGDR: Stochastic gradient descent with warm restarts".
+
+        Example:
+            >>> config = TrainingConfig(steps=100, learning_rate=1.0, warmup=0.1, final_learning_rate=0.0)
+            >>> [round(config.rate(share), 3) for share in (0.05, 0.1, 0.55, 1.0)]
+            [0.5, 1.0, 0.5, 0.0]
+        """
+        if progress < self.warmup:
+            return self.learning_rate * progress / self.warmup
+        past = (progress - self.warmup) / (1 - self.warmup) if self.warmup < 1 else 0.0
+        cosine = 0.5 * (1 + math.cos(math.pi * past))
+        return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * cosine)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the history.
+
+    Attributes:
+        step: optimiser steps done.
+        train_loss: mean over the steps since the line before; None on the first line, before training.
+        validation_loss: of the model as it is now.
+        learning_rate: of the last step.
+        seconds: of training until now, all sessions together.
+    """
+
+    step: int
+    train_loss: float | None
+    validation_loss: float
+    learning_rate: float
+    seconds: float
+
+
+class Trainer:
+    """Trains `model` on `loss(step)` until the limit in `config`; call `run`.
+
+    Args:
+        model: what is trained, already on its device and seeded.
+        loss: loss of step i = 0, 1, ... as a scalar tensor. Its data should depend on i alone (and a seed), then resuming is exact.
+        validate: validation loss, a number; called in evaluation mode without gradients.
+        config: see `TrainingConfig`.
+        folder: where `checkpoint.pt` and `history.jsonl` are kept; nothing is written when not given.
+        settings: whatever rebuilds model and data, kept in the checkpoint: plain numbers, strings, lists and dictionaries.
+        tracker: see `linattn.tracking`.
+        on_record: called with each `Record`.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> x = torch.randn(64, 2); y = x.sum(1, keepdim=True)
+        >>> objective = lambda: (model(x) - y).square().mean()
+        >>> trainer = Trainer(model, lambda step: objective(), lambda: objective().item(), TrainingConfig(steps=200, learning_rate=0.1))
+        >>> trainer.run(), trainer.history[-1].validation_loss < 0.01
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[int], Tensor],
+        validate: Callable[[], float],
+        config: TrainingConfig,
+        *,
+        folder: Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+        tracker: Tracker | None = None,
+        on_record: Callable[[Record], None] | None = None,
+    ) -> None:
+        self.model, self.loss, self.validate, self.config = model, loss, validate, config
+        self.folder, self.settings = folder, dict(settings or {})
+        self.tracker, self.on_record = tracker, on_record
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[Record] = []
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = parameters[0].device
+        decayed = [p for p in parameters if p.ndim >= 2]
+        others = [p for p in parameters if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=config.betas,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._loss_count = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.config.progress(self.step, self.seconds) >= 1
+
+    def run(self) -> bool:
+        """Train to the end, or until Ctrl-C: the step under way is finished and saved first. A second Ctrl-C stops at once.
+
+        Returns:
+            True when the run is complete, False when it was interrupted.
+
+        Raises:
+            ArgumentError: the loss is no longer finite. The checkpoint is the last one before.
+            CheckpointError: the checkpoint cannot be written. The previous one is intact.
+        """
+        started = time.monotonic() - self.seconds
+        with _stop_requests() as stop_requested, _progress_bar() as show:
+            if not self.history:
+                self._validate()
+            self.model.train()
+            while not self.finished:
+                self._train_step()
+                self.seconds = time.monotonic() - started
+                show(self)
+                if self.step % self.config.validate_every == 0 or self.finished:
+                    self._validate()
+                    self.seconds = time.monotonic() - started
+                    self.save()
+                if stop_requested() and not self.finished:
+                    self.save()
+                    return False
+        return True
+
+    def _train_step(self) -> None:
+        rate = self.config.rate(self.config.progress(self.step + 1, self.seconds))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.loss(self.step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Summed on the device: reading every loss would make the host wait for it.
+        self._loss_sum += loss.detach()
+        self._loss_count += 1
+        self.step += 1
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        was_training = self.model.training
+        self.model.eval()
+        validation_loss = float(self.validate())
+        self.model.train(was_training)
+        train_loss = self._loss_sum.item() / self._loss_count if self._loss_count else None
+        self._loss_sum.zero_()
+        self._loss_count = 0
+        rate = self.optimizer.param_groups[0]["lr"] if self.step else 0.0
+        record = Record(self.step, train_loss, validation_loss, rate, self.seconds)
+        for name, value in (("training", train_loss), ("validation", validation_loss)):
+            if value is not None and not math.isfinite(value):
+                raise ArgumentError(
+                    f"the {name} loss is {value} at step {self.step} with learning rate {self.config.learning_rate}; "
+                    "accepted: settings under which it stays finite, such as a lower learning rate"
+                )
+        self.history.append(record)
+        if self.folder is not None:
+            with atomic_file(self.folder / HISTORY_NAME) as file:
+                file.writelines(json.dumps(asdict(line)).encode() + b"\n" for line in self.history)
+        if self.tracker is not None:
+            scalars = {"loss/validation": validation_loss, "learning_rate": rate, "seconds": self.seconds}
+            self.tracker.scalars(self.step, scalars if train_loss is None else {**scalars, "loss/train": train_loss})
+        if self.on_record is not None:
+            self.on_record(record)
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is a folder. It replaces the previous one only when it is complete.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self.folder is None:
+            return
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        write_checkpoint(
+            self.folder / CHECKPOINT_NAME,
+            {
+                "step": self.step,
+                "seconds": self.seconds,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+                "loss_sum": self._loss_sum,
+                "loss_count": self._loss_count,
+                "history": [asdict(record) for record in self.history],
+                "training": asdict(self.config),
+                "settings": self.settings,
+            },
+        )
+
+    def restore(self, checkpoint: Mapping[str, Any], source: Path) -> None:
+        """Take over the state in `checkpoint`, as `read_checkpoint` returns it; `source` names the file in errors.
+
+        The limits, rates and so on of this trainer's own `config` hold from here on.
+
+        Raises:
+            CheckpointError: it belongs to another model, or parts of it are missing.
+        """
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["rng"]["cpu"])
+            if self.device.type == "cuda" and checkpoint["rng"]["cuda"]:
+                torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+            self._loss_sum.copy_(checkpoint["loss_sum"])
+            self._loss_count = checkpoint["loss_count"]
+            self.history = [Record(**record) for record in checkpoint["history"]]
+            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint {source} does not fit this model and trainer: {error}") from error
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors, numbers, strings, lists and dictionaries to `path`; an existing file is replaced only by a complete new one.
+
+    Raises:
+        CheckpointError: naming the file and the cause, such as a full disk.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+    except (OSError, RuntimeError) as error:  # torch wraps some failed writes in a RuntimeError
+        kept = "the previous checkpoint is intact" if path.is_file() else "there is no earlier one"
+        raise CheckpointError(f"the checkpoint {path} cannot be written: {error}; {kept}") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `write_checkpoint` wrote, onto the CPU. Only plain data is loaded, never code.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no checkpoint {path}; accepted: a folder in which training was started before"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        cause = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read: {cause}; accepted: a complete file written by this trainer"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        given = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"the checkpoint {path} has format {given!r}; accepted: {CHECKPOINT_FORMAT}")
+    return content
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write into that appears under `path` complete or not at all.
+
+    It is written beside its destination, flushed to the disk, then moved over it. On an error `path` is untouched and nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a request that the loop can ask for; the second acts as usual."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield asked.is_set
+        return
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[Trainer], None]]:
+    """A bar on stderr showing the share of the run that is done; nothing when stderr is not a terminal or tqdm is not installed."""
+    try:
+        if not sys.stderr.isatty():
+            raise ImportError
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda trainer: None
+        return
+    with tqdm(
+        total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}", file=sys.stderr
+    ) as bar:
+
+        def show(trainer: Trainer) -> None:
+            bar.set_postfix_str(
+                f"step {trainer.step}, validation {trainer.history[-1].validation_loss:.4f}", refresh=False
+            )
+            bar.update(trainer.config.progress(trainer.step, trainer.seconds) - bar.n)
+
+        yield show
