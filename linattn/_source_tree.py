@@ -1,8 +1,8 @@
 """Where the parts of the package lie when it is imported from a checkout.
 
-Installed, everything lies inside one folder `linattn/` and there is nothing to do. In the repository `kernels/`, `rnn/`,
-`bench/`, ... stand beside `linattn/`, and the compiled module lies wherever an install put it; running Python at the
-repository root finds the bare `./linattn` first, installed or not.
+Installed, everything lies inside one folder `linattn/` and there is nothing to do. In the repository `kernels/`,
+`rnn/`, `bench/`, ... stand beside `linattn/`, and the compiled module lies wherever an install put it; running Python
+at the repository root finds the bare `./linattn` first, installed or not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def search_path(package_path: Iterable[str]) -> list[str]:
-    """Return the package's `__path__`; in a checkout, with the repository root and the installed native module's folder.
+    """Return the package's `__path__`; in a checkout, with the repository root and the native module's folder.
 
     In this order a checkout's own Python sources win over an installed copy, which only adds what the checkout lacks.
     """

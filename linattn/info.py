@@ -1,6 +1,6 @@
-"""`linattn info`: what is installed, what this machine can do, which backends are ready. For a bug report or a first look.
+"""`linattn info`: what is installed, what this machine can do and which backends are ready.
 
-Every probe is guarded: where one fails, the report says so in its place and goes on.
+Made for bug reports and for a first look. Every probe is guarded: where one fails, the report says so and goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,9 +88,13 @@ def _versions() -> Report:
     }
 
 
+def _load_native() -> Any:
+    return importlib.import_module("linattn._native")
+
+
 def _native() -> Report:
     try:
-        native = importlib.import_module("linattn._native")
+        native = _load_native()
     except ImportError as error:
         return {"present": False, "reason": _why_not_native(error)}
     build = native.build_info()
@@ -112,7 +117,7 @@ def _why_not_native(error: ImportError) -> str:
 def _machine() -> Report:
     facts: Report = {"torch_threads": torch.get_num_threads()}
     if _native()["present"]:
-        native = importlib.import_module("linattn._native")
+        native = _load_native()
         facts["hardware_threads"] = native.hardware_threads()
         facts["instruction_sets"] = native.instruction_sets()
     else:
@@ -141,7 +146,7 @@ def _cuda() -> Report:
 
 def _backends() -> Report:
     dispatch = importlib.import_module("linattn.dispatch")
-    return {operation: _guarded(lambda operation=operation: dispatch.backends(operation)) for operation in OPERATIONS}
+    return {operation: _guarded(partial(dispatch.backends, operation)) for operation in OPERATIONS}
 
 
 def _extras() -> Report:

@@ -1,0 +1,82 @@
+# make demo     from nothing to the measured crossover: set-up, then bench/crossover.py --quick
+# make test     set-up, then every test that this machine can run
+# make bench    time the kernels (pytest --benchmark)
+# make gpu      device tests and the crossover on a CUDA device
+# make lint     ruff, formatting, import contract        make types    mypy
+# make docs     API pages into build/docs                make clean    remove what was generated
+#
+# PYTHON names the interpreter (python3), VENV the environment (.venv). NOVENV=1 installs nothing and runs PYTHON as it
+# is, for machines without a network that already have torch and pytest. ARGS goes to pytest or to the crossover.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Used when no torch is there yet; one that is there is never replaced.
+TORCH ?= torch==2.13.0
+
+ifdef NOVENV
+PY := $(PYTHON)
+READY :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(abspath $(VENV))/bin/python
+READY := $(abspath $(VENV))/.ready
+endif
+
+NATIVE := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.hpp kernels/*/*.cpp kernels/*/*.hpp)
+ROOMS := kernels autoencoders rnn bench
+
+.PHONY: demo test bench gpu lint contract types docs clean setup tree
+.DEFAULT_GOAL := test
+
+demo: $(READY)
+	$(PY) bench/crossover.py --quick $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(PY) -m pytest --benchmark $(ARGS)
+
+gpu: $(READY)
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make gpu: torch {torch.__version__} sees no CUDA device")'
+	$(PY) -m pytest -m gpu
+	$(PY) bench/crossover.py --device cuda $(ARGS)
+
+lint: contract
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# -S leaves out .pth files and with them the import hook of an editable install, which would hide the tree.
+contract: $(READY) tree
+	cd .types && PYTHONPATH="$$($(PY) -c 'import sys; print(":".join(sys.path))')" $(PY) -S -c \
+	  'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports("../pyproject.toml", cache_dir="../.import_linter_cache", no_logo=True))'
+
+types: $(READY) tree
+	cd .types && $(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
+
+docs: $(READY)
+	$(PY) -c 'import pdoc' 2>/dev/null || $(PY) -m pip install 'pdoc>=15'
+	$(PY) -m pdoc --docformat google --math -o build/docs linattn '!linattn.linattn' '!linattn.conftest'
+
+clean:
+	rm -rf build dist runs .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+setup: $(READY)
+
+# The package as it is laid out once installed, out of links: what static tools need to see.
+tree:
+	@rm -rf .types && mkdir -p .types/linattn
+	@ln -s $(addprefix ../../,$(filter-out %__pycache__,$(wildcard linattn/*)) $(ROOMS)) .types/linattn/
+
+ifndef NOVENV
+$(PY):
+	@$(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv --system-site-packages --without-pip --clear $(VENV)
+	@$(PY) -m pip --version || { rm -rf $(VENV); \
+	  echo "make: $(PYTHON) can make no environment with pip; install its venv and pip (Debian: apt install python3-venv)"; exit 1; }
+
+$(READY): pyproject.toml $(NATIVE) | $(PY)
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -e '.[dev]'
+	@touch $@
+endif

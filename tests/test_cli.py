@@ -1,0 +1,116 @@
+"""The `linattn` command: names, exit statuses, what goes to which stream."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import types
+
+import pytest
+
+import linattn
+from linattn import cli
+from linattn.errors import DataError
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A command of two words, `try it`, that records its arguments and does what `--then` says."""
+    module = types.ModuleType("linattn_test_command")
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--then", default="done")
+
+    def run(args: argparse.Namespace) -> int:
+        if args.then == "fail":
+            raise DataError("text.txt: no such file")
+        if args.then == "interrupt":
+            raise KeyboardInterrupt
+        print("ran")
+        return 0
+
+    module.add_arguments, module.run = add_arguments, run
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, "try it", cli.Command(module.__name__, "for this test"))
+    return module
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"linattn {linattn.__version__}\n"
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
+
+
+def test_no_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: linattn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [
+        (["inof"], "'info'"),
+        (["crosover", "--quick"], "'crossover'"),
+        (["train", "ml"], "'train lm'"),
+        (["train"], "'train lm'"),
+    ],
+)
+def test_unknown_command_suggests_the_nearest(
+    words: list[str], suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert f"Did you mean {suggestion}?" in captured.err
+
+
+def test_command_of_two_words_runs(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["try", "it"]) == 0
+    assert capsys.readouterr().out == "ran\n"
+
+
+def test_error_of_the_library_is_one_line_and_status_2(
+    command: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["try", "it", "--then", "fail"]) == 2
+    assert capsys.readouterr().err == "linattn: text.txt: no such file\n"
+
+
+def test_interrupt_is_status_130(command: types.ModuleType) -> None:
+    assert cli.main(["try", "it", "--then", "interrupt"]) == 130
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_declares_its_options(name: str) -> None:
+    module = importlib.import_module(cli.COMMANDS[name].module)
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    assert callable(module.run)
+    assert parser.format_help()
+
+
+@pytest.mark.parametrize("causal", [[], ["--causal"]])
+def test_explain_prints_a_choice(causal: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "--kernel", "quadratic", "--shape", "1", "8", "65536", "64", *causal]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--shape", "1", "2", "3"],
+        ["--shape", "1", "2", "0", "4"],
+        ["--shape", "1", "2", "3", "4", "--device", "toaster"],
+        ["--shape", "1", "2", "3", "4", "--kernel", "quadartic"],
+    ],
+)
+def test_explain_refuses_what_it_cannot_read(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", *words]) == 2
+    assert capsys.readouterr().err.startswith("linattn: ")
