@@ -75,14 +75,14 @@ def feature_count(D: int) -> int:
 def padded_feature_count(D: int) -> int:
     """Features that the reference path computes: 1 + D + sum over blocks a = 0, 1, ... of 8 * 8 (a + 1) products.
 
-    A block of 8 rows holds every column up to its own end, so pairs above the diagonal are computed and never read.
+    A block of 8 rows, or of what is left of D, holds every column up to its own end: pairs inside it appear twice.
 
     Example:
         >>> padded_feature_count(64)
         2369
     """
-    blocks = -(-D // ROW_BLOCK)
-    return 1 + D + ROW_BLOCK * ROW_BLOCK * blocks * (blocks + 1) // 2
+    blocks, left = divmod(D, ROW_BLOCK)
+    return 1 + D + ROW_BLOCK * ROW_BLOCK * blocks * (blocks + 1) // 2 + left * D
 
 
 def state_size(kernel: Kernel, D: int, M: int, *, features: int | None = None) -> int:
@@ -129,7 +129,7 @@ def flops(
         N: queries. May be a `torch.SymInt`.
         D, M: head sizes of queries and values.
         keys: number of keys, N when not given. Causal: the queries are the last N of them, so `keys >= N`.
-        chunk: chunk length of the causal chunked form.
+        chunk: chunk length of the causal chunked form; 0 leaves the inside of chunks out.
         features: features of the feature map, D when not given.
         backward: count the backward pass instead of the forward one.
 
@@ -164,14 +164,14 @@ def flops_implemented(
     keys: int | None = None,
     is_causal: bool = False,
     chunk: int = 512,
-    tile: int = 256,
+    tile: int = 512,
     features: int | None = None,
     backward: bool = False,
 ) -> int:
     """Flops of one pass as the reference path does it; arguments, errors and the rest as for `flops`.
 
-    What differs: causal tiles on the diagonal (`tile` long) are computed whole; the quadratic kernel's features are
-    padded (`padded_feature_count`) and cost one multiply each to make; its normaliser uses the whole D x D matrix.
+    What differs: on the causal diagonal tiles (`tile` long) and chunks are computed whole; the quadratic kernel's
+    features are padded (`padded_feature_count`) and cost one multiply each to make; its normaliser uses a D x D matrix.
     """
     _check(kernel, form, D, M, is_causal)
     K = N if keys is None else keys
@@ -180,7 +180,7 @@ def flops_implemented(
         twice_pairs = (2 * (K - N) + N + tile) * N if is_causal else 2 * N * K
         return B * H * (twice_pairs * (score * D + value * M) // 2)
     linear = _linear_implemented(kernel, D, M, features) * (5 if backward else 2) // 2
-    inside = N * (chunk + min(tile, chunk)) * (score * D + value * M) // 2 if form == "chunked" and is_causal else 0
+    inside = N * chunk * (score * D + value * M) if form == "chunked" and is_causal else 0
     return B * H * ((N + K) * linear + inside)
 
 
@@ -196,7 +196,7 @@ def attention_cost(
     keys: int | None = None,
     is_causal: bool = False,
     chunk: int = 512,
-    tile: int = 256,
+    tile: int = 512,
     itemsize: int = 4,
     features: int | None = None,
     training: bool = False,
@@ -220,7 +220,7 @@ def attention_cost(
         A `Cost`, summed over batch and heads.
 
     Raises:
-        ArgumentError: as for `flops`.
+        ArgumentError: as for `flops`; also a chunk or tile below 1.
 
     Example:
         >>> attention_cost("quadratic", "chunked", B=1, H=8, N=65536, D=64, is_causal=True, chunk=1024).flops
@@ -228,6 +228,8 @@ def attention_cost(
     """
     M = D if M is None else M
     K = N if keys is None else keys
+    if chunk < 1 or tile < 1:
+        raise ArgumentError(f"attention_cost got chunk={chunk}, tile={tile}; accepted: integers of at least 1")
     sizes: dict[str, Any] = {"B": B, "H": H, "N": N, "D": D, "M": M, "keys": keys}
     options: dict[str, Any] = {"is_causal": is_causal, "chunk": chunk, "features": features}
     passes = (False, True) if training else (False,)
@@ -259,7 +261,8 @@ def crossover(
         textbook      D^2 M / max(D, M)      O(N^2 max(D, M)) against O(N D^2 M), duplicates kept: N > D^2
         dedup         2 C M / (D + M)        C for M = D, about D^2 / 2
                       4 C M / (D + M) + c    causal: 2 C + c for M = D, about D^2 + 3 D + c
-        implemented   the same balance for the reference path's padded features, their making, and its normaliser
+        implemented   the same balance for the reference path's padded features, their making, and its normaliser,
+                      tiles as long as chunks
 
     Args:
         D, M: head sizes of queries and values; M = D when not given.
@@ -284,7 +287,7 @@ def crossover(
         linear = 2 * _linear_implemented("quadratic", D, M, None)
     else:
         raise unknown_name("count", count, ("textbook", "dedup", "implemented"))
-    # A whole tile on the diagonal costs the direct form and the inside of a chunk the same, so it cancels.
+    # What computing tiles on the diagonal whole adds, c (D + M), is added on both sides.
     return linear / (D + M) + chunk if is_causal else linear / (2 * (D + M))
 
 

@@ -37,7 +37,7 @@ def test_feature_count(D: int, features: int) -> None:
 
 @pytest.mark.parametrize("D", [1, 7, 8, 9, 16, 64, 100])
 def test_padded_feature_count_is_the_sum_over_block_rows(D: int) -> None:
-    products = sum(8 * 8 * (a + 1) for a in range(math.ceil(D / 8)))
+    products = sum((min(a + 8, D) - a) * min(a + 8, D) for a in range(0, D, 8))
     assert padded_feature_count(D) == 1 + D + products
     assert padded_feature_count(D) >= feature_count(D)
 
@@ -149,6 +149,35 @@ def test_cost_sums_forward_and_backward_and_cannot_be_changed() -> None:
         trained.flops = 0
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("form", ["direct", "chunked"])
+@pytest.mark.parametrize("D", [16, 20])
+def test_implemented_flops_are_those_of_the_reference_path(D: int, form: str, is_causal: bool, backward: bool) -> None:
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode, bmm_flop
+
+    reference = pytest.importorskip("linattn.kernels.quadratic.reference")
+    N, M, chunk = 2048, 24, 64
+    q, k, v = (torch.randn(1, 2, N, size) for size in (D, D, M))
+    call = (q, k, v, None, None, [], is_causal, 0, 1.0, 1.0, 2.0, 1.0, True)
+
+    def baddbmm_flop(out, a, b, **_):
+        return bmm_flop(a, b)
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop}) as counter:
+        out, row_sums, _, saved = reference.forward(*call, False, form, chunk)
+        counted = counter.get_total_flops()
+        if backward:
+            reference.backward(torch.ones_like(out), [], *call[:3], out, row_sums, saved, *call[3:], form, chunk)
+            counted = counter.get_total_flops() - counted
+    sizes = dict(B=1, H=2, N=N, D=D, M=M, is_causal=is_causal, chunk=chunk, backward=backward)
+    # Two heads' scores fill the tiles at their longest.
+    expected = flops_implemented("quadratic", form, tile=1024, **sizes)
+    # Products of matrices only are counted, not the making of features; the first chunk and the last fold are left out.
+    assert counted == pytest.approx(expected, rel=0.06)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -158,6 +187,7 @@ def test_cost_sums_forward_and_backward_and_cannot_be_changed() -> None:
         (lambda: flops("quadratic", "recurrent", B=1, H=1, N=1, D=1, M=1), "is_causal=True"),
         (lambda: flops_implemented("quadratic", "direct", B=1, H=1, N=1, D=0, M=1), "D=0"),
         (lambda: crossover(64, count="dedupe"), "'dedup'"),
+        (lambda: attention_cost("quadratic", "chunked", B=1, H=1, N=1, D=1, chunk=0), "chunk=0"),
         (lambda: crossover(64, -1), "M=-1"),
         (lambda: state_size("softmax", 4, 4), "got form 'recurrent'"),
     ],
