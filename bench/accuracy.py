@@ -1,0 +1,76 @@
+"""The error of the very outputs that were timed, against float64 on the same inputs.
+
+Long sequences are judged on a sample of rows: row i of an output, and of dq, depends on row i of q alone, so the truth
+of 64 rows costs 64 N (D + M) and not N^2 (D + M). dk and dv need every row; they are judged where all rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linattn.bench.cases import Method, Problem
+from linattn.testing import TRUE_FEATURE_MAPS, relative_error, truth_attention
+
+ALL_ROWS_UP_TO = 1024
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Outputs, and in training gradients, of the rows that are judged, in float64."""
+
+    rows: Tensor
+    tensors: tuple[Tensor, ...]
+
+    def error(self, results: Sequence[Tensor]) -> float:
+        """Relative error of the output, by norm over the judged rows."""
+        return relative_error(results[0][:, :, self.rows], self.tensors[0])
+
+    def gradient_error(self, results: Sequence[Tensor]) -> float | None:
+        """Largest relative error among the gradients that could be judged: dq, and dk, dv where all rows are."""
+        if len(self.tensors) == 1:
+            return None
+        pairs = list(zip(results[1:], self.tensors[1:], strict=False))
+        errors = [relative_error(pairs[0][0][:, :, self.rows], pairs[0][1])]
+        return max(errors + [relative_error(actual, truth) for actual, truth in pairs[1:]])
+
+
+def judged_rows(N: int) -> Tensor:
+    """All rows of a short sequence, else 64 spread evenly, the first and the last among them."""
+    return torch.arange(N) if N <= ALL_ROWS_UP_TO else torch.linspace(0, N - 1, SAMPLED_ROWS).round().long()
+
+
+def truth_of(method: Method, problem: Problem, tensors: Sequence[Tensor], upstream: Tensor | None = None) -> Truth:
+    """The truth of a method's operation on these inputs; methods with the same `op` share it."""
+    rows = judged_rows(problem.N).to(tensors[0].device)
+    training = problem.direction == "training"
+    q, k, v = (t.detach().double() for t in (tensors[0][:, :, rows], tensors[1], tensors[2]))
+    for t in (q, k, v):
+        t.requires_grad_(training)
+    seen = torch.arange(problem.N, device=rows.device) <= rows[:, None] if problem.is_causal else None
+
+    def similarity(q: Tensor, k: Tensor) -> Tensor:
+        weights = _similarity(method.op, q, k)
+        return weights if seen is None else torch.where(seen, weights, 0.0)
+
+    out = truth_attention(q, k, v, similarity)
+    if not training or upstream is None:
+        return Truth(rows, (out.detach(),))
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), upstream[:, :, rows].double())
+    complete = problem.N <= ALL_ROWS_UP_TO
+    return Truth(rows, (out.detach(), dq, dk, dv) if complete else (out.detach(), dq))
+
+
+def _similarity(op: str, q: Tensor, k: Tensor) -> Tensor:
+    """sim(q, k) of every pair, with the defaults of the public functions."""
+    if op == "softmax":
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return torch.exp(scores - scores.detach().amax(dim=-1, keepdim=True))
+    if op == "quadratic":
+        return (1 + q @ k.mT).square()
+    phi = TRUE_FEATURE_MAPS[op]
+    return phi(q) @ phi(k).mT

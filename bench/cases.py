@@ -1,0 +1,146 @@
+"""What is measured: a problem (the inputs), a method (who computes it), and the call the two make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import linattn
+from linattn.bench.peers import PEERS
+from linattn.errors import ArgumentError, unknown_name
+from linattn.testing import make_inputs
+
+Direction = Literal["forward", "training"]
+Call = Callable[[], tuple[Tensor, ...]]
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+FEATURE_MAP_OPS = ("elu+1", "relu", "relu2", "exp")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inputs of one comparison; everything that all methods share.
+
+    `direction` is "forward", or "training" for forward and backward together.
+    """
+
+    N: int
+    D: int
+    M: int
+    B: int = 1
+    H: int = 4
+    dtype: str = "fp32"
+    is_causal: bool = False
+    direction: Direction = "forward"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
+        if min(self.N, self.D, self.M, self.B, self.H) < 1:
+            raise ArgumentError(f"sizes got {self}; accepted: integers of at least 1")
+
+    def __str__(self) -> str:
+        causal = "causal" if self.is_causal else "non-causal"
+        return f"D{self.D}-N{self.N}-{causal}-{self.dtype}-{self.direction}-B{self.B}H{self.H}"
+
+    def inputs(self, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q, k, v on which every kernel is well conditioned, drawn the same on every device."""
+        return make_inputs(
+            batch=self.B,
+            heads=self.H,
+            keys=self.N,
+            head_size=self.D,
+            value_size=self.M,
+            dtype=DTYPES[self.dtype],
+            device=device,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """Who computes it: an operation, the form it takes, and a backend of linattn or the name of a peer.
+
+    `op` is "softmax", "quadratic" or the name of a feature map.
+    """
+
+    name: str
+    op: str
+    form: str
+    backend: str = "auto"
+
+    @property
+    def kernel(self) -> Literal["softmax", "quadratic", "feature_map"]:
+        """The family that `linattn.cost` counts it under."""
+        return "softmax" if self.op == "softmax" else "quadratic" if self.op == "quadratic" else "feature_map"
+
+
+SDPA = Method("SDPA", "softmax", "direct", "sdpa")
+QUADRATIC_DIRECT = Method("quadratic direct", "quadratic", "direct")
+QUADRATIC_CHUNKED = Method("quadratic chunked", "quadratic", "chunked")
+SOFTMAX = Method("softmax", "softmax", "direct")
+ELU_CHUNKED = Method("elu+1 chunked", "elu+1", "chunked")
+
+
+def attention_of(method: Method) -> Callable[..., Tensor]:
+    """The function `(q, k, v, is_causal) -> out` that a method stands for."""
+    if method.backend in PEERS:
+        peer = PEERS[method.backend]
+        if peer.op != method.op:
+            raise ArgumentError(f"peer {method.backend!r} computes {peer.op!r}, got op {method.op!r}")
+        return peer.load()
+    if method.op == "softmax":
+        return lambda q, k, v, is_causal: linattn.softmax_attention(
+            q, k, v, is_causal=is_causal, backend=method.backend
+        )
+    if method.op == "quadratic":
+        return lambda q, k, v, is_causal: linattn.quadratic_attention(
+            q, k, v, is_causal=is_causal, form=method.form, backend=method.backend
+        )
+    if method.op in FEATURE_MAP_OPS:
+        return lambda q, k, v, is_causal: linattn.linear_attention(
+            q, k, v, feature_map=method.op, is_causal=is_causal, form=method.form, backend=method.backend
+        )
+    raise unknown_name("op", method.op, ("softmax", "quadratic", *FEATURE_MAP_OPS))
+
+
+def prepare(method: Method, problem: Problem, tensors: Sequence[Tensor], upstream: Tensor | None = None) -> Call:
+    """The call to be timed: returns (out,) or, for training, (out, dq, dk, dv).
+
+    Gradients are returned, not accumulated, so nothing has to be cleared between repeats.
+    """
+    attention = attention_of(method)
+    if problem.direction == "forward":
+        q, k, v = tensors
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (attention(q, k, v, problem.is_causal),)
+
+        return forward
+
+    leaves = tuple(t.detach().requires_grad_() for t in tensors)
+
+    def training() -> tuple[Tensor, ...]:
+        out = attention(*leaves, problem.is_causal)
+        return (out.detach(), *torch.autograd.grad(out, leaves, upstream))
+
+    return training
+
+
+def backend_used(method: Method, problem: Problem, tensors: Sequence[Tensor]) -> str:
+    """The backend that runs: what "auto" resolves to on these inputs, else the one that was named."""
+    if method.backend != "auto":
+        return method.backend
+    q, k, v = tensors
+    options = {} if method.op == "softmax" else {"form": method.form}
+    return str(linattn.explain(q, k, v, kernel=method.op, is_causal=problem.is_causal, **options).backend)

@@ -1,0 +1,78 @@
+"""One problem, every method: time side by side, then the error of what was timed, then memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from linattn.bench.accuracy import Truth, truth_of
+from linattn.bench.cases import DTYPES, SDPA, Method, Problem, backend_used, prepare
+from linattn.bench.memory import MemoryProbe
+from linattn.bench.results import Row
+from linattn.bench.timing import side_by_side, summarise
+from linattn.cost import Form, flops
+
+
+def measure(
+    problem: Problem,
+    methods: Sequence[Method],
+    *,
+    device: torch.device,
+    budget_s: float,
+    memory: MemoryProbe | None = None,
+) -> list[Row]:
+    """Measure every method on the same inputs, in about `budget_s` seconds of timing plus one call each for memory.
+
+    Returns:
+        one row a method, in the order given.
+    """
+    tensors = problem.inputs(device)
+    upstream = None
+    if problem.direction == "training":
+        generator = torch.Generator().manual_seed(1)
+        drawn = torch.randn(problem.B, problem.H, problem.N, problem.M, generator=generator)
+        upstream = drawn.to(device=device, dtype=DTYPES[problem.dtype])
+    calls = {method.name: prepare(method, problem, tensors, upstream) for method in methods}
+    samples, outputs = side_by_side(calls, device=device, budget_s=budget_s)
+
+    sdpa_ms = summarise(samples[SDPA.name]).median if SDPA.name in samples else None
+    truths: dict[str, Truth] = {}
+    rows = []
+    for method in methods:
+        if method.op not in truths:
+            truths[method.op] = truth_of(method, problem, tensors, upstream)
+        truth, summary = truths[method.op], summarise(samples[method.name])
+        rows.append(
+            Row(
+                method,
+                problem,
+                backend_used=backend_used(method, problem, tensors),
+                samples_ms=samples[method.name],
+                median_ms=summary.median,
+                p20_ms=summary.p20,
+                p80_ms=summary.p80,
+                sdpa_ratio=None if sdpa_ms is None else sdpa_ms / summary.median,
+                gflops=useful_gflops(method, problem),
+                error=truth.error(outputs[method.name]),
+                gradient_error=truth.gradient_error(outputs[method.name]),
+                judged_rows=len(truth.rows),
+                peak_mib=None if memory is None else memory.peak_mib(method, problem),
+            )
+        )
+    return rows
+
+
+def useful_gflops(method: Method, problem: Problem) -> float:
+    """Work that cannot be avoided, in 1e9 flops by the formulas of `linattn.cost`.
+
+    The direct form's own flops; for the others the state's, without the inside of chunks, and never more than the direct
+    form would take.
+    """
+    forms: tuple[Form, ...] = ("direct",) if method.form == "direct" else ("direct", "chunked")
+    sizes = {"B": problem.B, "H": problem.H, "N": problem.N, "D": problem.D, "M": problem.M, "chunk": 0}
+    passes = (False, True) if problem.direction == "training" else (False,)
+    return min(
+        sum(flops(method.kernel, form, is_causal=problem.is_causal, backward=p, **sizes) for p in passes) / 1e9
+        for form in forms
+    )

@@ -1,0 +1,174 @@
+"""Rows on disk: one JSON file with the environment and every sample, and the same rows as CSV for spreadsheets.
+
+A file is written after every problem, whole and by renaming, so an interrupted run leaves a valid file behind; the next
+run continues it when machine, versions and commit are the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from linattn.bench.cases import Method, Problem
+from linattn.bench.environment import Environment
+from linattn.errors import DataError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one problem.
+
+    Times are milliseconds of one call. `sdpa_ratio` is the time of SDPA divided by this one's: above 1 is faster than
+    SDPA. `gflops` counts the useful work of `linattn.cost` in 1e9 flops, `peak_mib` what the call takes beyond its
+    inputs. A method that was not run has no samples and says why in `skipped`.
+    """
+
+    method: Method
+    problem: Problem
+    backend_used: str = ""
+    samples_ms: list[float] = field(default_factory=list)
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    sdpa_ratio: float | None = None
+    gflops: float | None = None
+    error: float | None = None
+    gradient_error: float | None = None
+    judged_rows: int = 0
+    peak_mib: float | None = None
+    skipped: str | None = None
+
+    @property
+    def gflops_per_s(self) -> float | None:
+        """Useful work done in a second."""
+        if self.gflops is None or not self.median_ms:
+            return None
+        return self.gflops / self.median_ms * 1e3
+
+
+@dataclass
+class Results:
+    """What a result file holds."""
+
+    kind: str
+    environment: Environment
+    settings: dict[str, object]
+    rows: list[Row] = field(default_factory=list)
+
+    def rows_of(self, problem: Problem) -> list[Row]:
+        """The rows of one problem, in the order they were measured."""
+        return [row for row in self.rows if row.problem == problem]
+
+    def save(self, path: Path) -> None:
+        """Write `path` and, beside it, the same name with .csv.
+
+        Raises:
+            DataError: the folder cannot be made or written; an earlier file is left as it was.
+        """
+        data = {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "environment": asdict(self.environment),
+            "settings": self.settings,
+            "rows": [asdict(row) for row in self.rows],
+        }
+        _replace(path, json.dumps(data, indent=1) + "\n")
+        _replace(path.with_suffix(".csv"), _as_csv(self.rows))
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read a result file.
+
+        Raises:
+            DataError: there is none, it cannot be read, or it is of another schema.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:
+            raise DataError(f"cannot read result file {path}: {problem}") from problem
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise DataError(f"result file {path} has schema {schema!r}; accepted: {SCHEMA}")
+        try:
+            rows = [
+                Row(**{**row, "method": Method(**row["method"]), "problem": Problem(**row["problem"])})
+                for row in data["rows"]
+            ]
+            return cls(data["kind"], Environment(**data["environment"]), data["settings"], rows)
+        except (KeyError, TypeError) as problem:
+            raise DataError(f"result file {path} is damaged: {problem}") from problem
+
+
+def resume(path: Path, kind: str, environment: Environment, settings: dict[str, object]) -> tuple[Results, str | None]:
+    """The results to go on with: those in `path` when they can stand beside new rows, else empty ones.
+
+    A file from another machine, version or commit is kept as `NAME.previous.json`, never mixed and never lost.
+
+    Returns:
+        the results, and a sentence on why an existing file was put aside, if one was.
+    """
+    fresh = Results(kind, environment, settings)
+    if not path.exists():
+        return fresh, None
+    try:
+        found = Results.load(path)
+    except DataError as problem:
+        reason = str(problem)
+    else:
+        if found.kind == kind and found.environment.comparable() == environment.comparable():
+            found.settings = settings
+            return found, None
+        reason = f"{path} was measured on another machine, version or commit ({found.environment.date})"
+    aside = path.with_suffix(".previous.json")
+    try:
+        os.replace(path, aside)
+    except OSError as problem:
+        raise DataError(f"cannot put {path} aside: {problem}") from problem
+    return fresh, f"{reason}; kept as {aside.name}, measuring afresh"
+
+
+def _as_csv(rows: Iterable[Row]) -> str:
+    problem_fields = [f.name for f in fields(Problem)]
+    method_fields = [f.name for f in fields(Method)]
+    row_fields = [f.name for f in fields(Row) if f.name not in ("method", "problem", "samples_ms")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", *method_fields[1:], *problem_fields, "rounds", *row_fields, "gflops_per_s"])
+    for row in rows:
+        writer.writerow(
+            [
+                *(getattr(row.method, name) for name in method_fields),
+                *(getattr(row.problem, name) for name in problem_fields),
+                len(row.samples_ms),
+                *(_rounded(getattr(row, name)) for name in row_fields),
+                _rounded(row.gflops_per_s),
+            ]
+        )
+    return text.getvalue()
+
+
+def _rounded(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as problem:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise DataError(f"cannot write {path}: {problem}") from problem
