@@ -58,5 +58,6 @@ def test_search_path_of_a_checkout_ends_with_the_folder_of_an_installed_native_m
     without_native = tmp_path / "other" / "linattn"
     without_native.mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [str(without_native.parent), str(tmp_path)])
+    monkeypatch.setattr(_source_tree, "__file__", str(ROOT / "linattn" / "_source_tree.py"))
     package = str(ROOT / "linattn")
     assert _source_tree.search_path([package]) == [package, str(ROOT), str(installed)]
