@@ -1,0 +1,74 @@
+"""The operations under test beside their truth, and memory that is poisoned before an operation writes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import linattn
+from linattn import testing
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One form of one public function, and the float64 formula it must equal."""
+
+    run: Callable[..., Any]
+    truth: Callable[..., Any]
+    causal_only: bool = False
+    has_state: bool = False
+
+
+def _operations() -> dict[str, Operation]:
+    table = {"softmax": Operation(linattn.softmax_attention, testing.truth_softmax)}
+    for form in ("direct", "chunked", "recurrent"):
+        once = form == "recurrent"
+        table[f"quadratic-{form}"] = Operation(
+            partial(linattn.quadratic_attention, form=form), testing.truth_quadratic, once, has_state=True
+        )
+        table[f"linear-{form}"] = Operation(
+            partial(linattn.linear_attention, form=form), testing.truth_linear, once, has_state=True
+        )
+    return table
+
+
+OPERATIONS = _operations()
+
+
+@pytest.fixture(params=sorted(OPERATIONS))
+def operation(request: pytest.FixtureRequest) -> Operation:
+    return OPERATIONS[request.param]
+
+
+@pytest.fixture(params=sorted(name for name, operation in OPERATIONS.items() if operation.has_state))
+def stateful(request: pytest.FixtureRequest) -> Operation:
+    return OPERATIONS[request.param]
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocate_and_poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype in (torch.int32, torch.int64):
+                tensor.fill_(torch.iinfo(tensor.dtype).min)
+        return tensor
+
+    return allocate_and_poison
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninitialised memory holds NaN, so that an operation that forgets to write a place cannot pass by luck."""
+    if request.node.get_closest_marker("unpoisoned") is None:
+        for name in ("empty", "empty_like", "empty_strided"):
+            monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+    yield
