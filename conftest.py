@@ -1,4 +1,4 @@
-"""Lets `pytest` find the package at the root of a checkout that was never installed. An installed linattn comes first."""
+"""Lets `pytest` find the package in a checkout that was never installed. An installed linattn comes first."""
 
 from __future__ import annotations
 
