@@ -6,3 +6,33 @@ from linattn._source_tree import search_path
 
 __version__ = "0.1.0"
 __path__ = search_path(__path__)
+
+from linattn import cost, errors  # noqa: E402
+from linattn.dispatch import use_backend  # noqa: E402
+from linattn.functional import (  # noqa: E402
+    argmax_attention,
+    attention,
+    explain,
+    kernel_attention,
+    linear_attention,
+    quadratic_attention,
+    quadratic_condition,
+    softmax_attention,
+)
+from linattn.state import FeatureMapState, QuadraticState  # noqa: E402
+
+__all__ = [
+    "FeatureMapState",
+    "QuadraticState",
+    "argmax_attention",
+    "attention",
+    "cost",
+    "errors",
+    "explain",
+    "kernel_attention",
+    "linear_attention",
+    "quadratic_attention",
+    "quadratic_condition",
+    "softmax_attention",
+    "use_backend",
+]

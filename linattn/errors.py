@@ -45,7 +45,9 @@ class MissingExtraError(LinattnError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}', which is not installed: pip install 'linattn[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed: pip install 'linattn[{extra}]'"
+        )
 
 
 class DataError(LinattnError, ValueError):

@@ -43,9 +43,7 @@ class StatefulAttention(torch.autograd.Function):
     @staticmethod
     def forward(op, options, return_state, how, q, k, v, key_mask, cu_seqlens, *initial_state):
         forward = getattr(torch.ops.linattn, op + "_fwd")
-        out, l, state, saved = forward(
-            q, k, v, key_mask, cu_seqlens, list(initial_state), *options, return_state, *how
-        )
+        out, l, state, saved = forward(q, k, v, key_mask, cu_seqlens, list(initial_state), *options, return_state, *how)
         return (out, l, *state, *saved)
 
     @staticmethod
@@ -67,17 +65,20 @@ class StatefulAttention(torch.autograd.Function):
         dq, dk, dv, dinitial = backward(
             dout, dstate, q, k, v, out, l, saved, key_mask, cu_seqlens, initial_state, *ctx.options, *ctx.how
         )
-        gradients = [dq, dk, dv, *dinitial]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = FirstDerivativeOnly.apply(ctx.op, len(gradients), *gradients, dout, *dstate, q, k, v)
-        dq, dk, dv, *dinitial = gradients
+        gradients = (dq, dk, dv, *dinitial)
+        dq, dk, dv, *dinitial = first_derivative_only(ctx.op, gradients, (dout, *dstate, q, k, v))
         dn = [None] if dinitial else []
         return None, None, None, None, dq, dk, dv, None, None, *dn, *dinitial
 
 
-class FirstDerivativeOnly(torch.autograd.Function):
-    """Passes gradients on and names the op if somebody differentiates them again."""
+def first_derivative_only(op: str, gradients: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Make a second backward pass through `gradients` raise, instead of silently returning nothing."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return FirstDerivativeOnly.apply(op, len(gradients), *gradients, *of)
+    return gradients
 
+
+class FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
     def forward(op, count, *tensors):
         return tuple(x.view_as(x) for x in tensors[:count])

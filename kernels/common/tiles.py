@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .allocation import accumulation_dtype
+from .allocation import accumulation_dtype, empty_in_storage_order
+from .packed import sequence_bounds
 
 TILE_ELEMENTS = 1 << 21  # scores held at once: 8 MiB in fp32
+
+AnyTiles = TypeVar("AnyTiles", bound="Tiles")
 
 
 @dataclass(frozen=True)
@@ -134,12 +139,63 @@ class Tiles:
             hidden = masked if hidden is None else hidden | masked
         return hidden
 
-    def hide(self, tile: Tensor, hidden: Tensor | None) -> Tensor:
-        """Zero the hidden entries of a tile `[B*Hkv, G*r, c]` in place."""
+    def hide(self, tile: Tensor, hidden: Tensor | None, value: float = 0) -> Tensor:
+        """Overwrite the hidden entries of a tile `[B*Hkv, G*r, c]` in place."""
         if hidden is not None:
             B, Hkv = self.k.shape[:2]
-            tile.view(B, Hkv, self.groups, -1, tile.shape[-1]).masked_fill_(hidden, 0)
+            tile.view(B, Hkv, self.groups, -1, tile.shape[-1]).masked_fill_(hidden, value)
         return tile
+
+
+class Gradients(NamedTuple):
+    """What a backward pass fills, in the accumulation dtype: dq `[B*Hkv, G, Tq, D]`, dk `[B*Hkv, Tk, D]`, dv `[B*Hkv, Tk, M]`."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+    @staticmethod
+    def zeros(tiles: Tiles) -> Gradients:
+        dq = tiles.zeros(tiles.batch, tiles.groups, tiles.Tq, tiles.D)
+        return Gradients(dq, tiles.zeros(tiles.batch, tiles.Tk, tiles.D), tiles.zeros(tiles.batch, tiles.Tk, tiles.M))
+
+    def add_query(self, i0: int, i1: int, dx: Tensor, scale: float) -> None:
+        """Add the gradient to scaled query rows `[B*Hkv, G*r, D]`."""
+        self.dq[:, :, i0:i1] += (dx * scale).unflatten(1, (self.dq.shape[1], -1))
+
+    def add_key(self, j0: int, j1: int, dk: Tensor, dv: Tensor) -> None:
+        self.dk[:, j0:j1] += dk
+        self.dv[:, j0:j1] += dv
+
+
+class Outputs(NamedTuple):
+    """The gradients in the layout and dtype of the inputs."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+    @staticmethod
+    def empty(tiles: Tiles) -> Outputs:
+        return Outputs(*(empty_in_storage_order(x, x.shape[3]) for x in (tiles.q, tiles.k, tiles.v)))
+
+    def store(self, rows: slice, gradients: Gradients) -> None:
+        for whole, part in zip(self, gradients):
+            target = whole[:, :, rows]
+            target.copy_(part.view(target.shape))
+
+
+def sequences(tiles: AnyTiles, cu_seqlens: Tensor | None) -> list[tuple[AnyTiles, slice, int | None]]:
+    """The problems of which a call consists, the rows of each, and its index among packed sequences."""
+    if cu_seqlens is None:
+        return [(tiles, slice(None), None)]
+    parts = []
+    for i, (start, end) in enumerate(sequence_bounds(cu_seqlens, tiles.Tk)):
+        rows = slice(start, end)
+        mask = None if tiles.key_mask is None else tiles.key_mask[:, rows]
+        q, k, v = (x[:, :, rows] for x in (tiles.q, tiles.k, tiles.v))
+        parts.append((dataclasses.replace(tiles, q=q, k=k, v=v, key_mask=mask), rows, i))
+    return parts
 
 
 def spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..common.autograd import attend
@@ -30,3 +31,19 @@ def quadratic(
     return attend(
         "quadratic", q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, form, chunk_size, backend
     )
+
+
+def row_sums(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    is_causal: bool,
+    q_offset: int,
+    scale: float,
+    coefficients: tuple[float, float, float],
+) -> Tensor:
+    """The normaliser alone, `[B, H, T]`, from scores."""
+    options = (is_causal, q_offset, scale, *coefficients, False)
+    inputs = (q, k, k[..., :1], key_mask, cu_seqlens, [])
+    return torch.ops.linattn.quadratic_fwd(*inputs, *options, False, "direct", 0, "reference")[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..common.allocation import empty_in_storage_order
 from ..common.polynomial import attention
 from ..common.polynomial.problem import Problem
 
@@ -46,7 +47,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """The contract of `torch.ops.linattn.quadratic_fwd` (ops.py); nothing is saved beyond out and the row sums."""
     problem = _problem(q, k, v, key_mask, is_causal, q_offset, scale, c0, c1, c2, normalize)
-    return *attention.forward(problem, cu_seqlens, initial_state, return_state, form, chunk_size), []
+    out = empty_in_storage_order(q, v.shape[3])
+    row_sums, state = attention.forward(problem, out, cu_seqlens, initial_state, return_state, form, chunk_size)
+    return out, row_sums, state, []
 
 
 def backward(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from ..allocation import empty_in_storage_order, empty_row_sums
-from ..packed import sequence_bounds
-from ..tiles import spans
+from ..allocation import empty_row_sums
+from ..tiles import Gradients, Outputs, sequences, spans
 from . import direct, scan
-from .direct import Gradients
 from .few_keys import FewKeyRows
 from .problem import Problem
 from .state import KeySumGradients, KeySums
@@ -20,16 +16,21 @@ State = list[Tensor]
 
 
 def forward(
-    problem: Problem, cu_seqlens: Tensor | None, initial_state: State, return_state: bool, form: str, chunk_size: int
-) -> tuple[Tensor, Tensor, State]:
-    """Return out, row sums and the state after all keys (empty unless asked for)."""
-    out = empty_in_storage_order(problem.q, problem.M)
+    problem: Problem,
+    out: Tensor,
+    cu_seqlens: Tensor | None,
+    initial_state: State,
+    return_state: bool,
+    form: str,
+    chunk_size: int,
+) -> tuple[Tensor, State]:
+    """Fill out; return row sums and the state after all keys (empty unless asked for)."""
     row_sums = empty_row_sums(problem.q)
     states = []
     for part, rows, i in sequences(problem, cu_seqlens):
         before = [x if i is None else x[i : i + 1] for x in initial_state]
         states.append(_forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, return_state, form, chunk_size))
-    return out, row_sums, [torch.cat(xs) for xs in zip(*states)] if len(states) != 1 else states[0]
+    return row_sums, [torch.cat(xs) for xs in zip(*states)] if len(states) != 1 else states[0]
 
 
 def backward(
@@ -44,9 +45,7 @@ def backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     """Return dq, dk, dv and the gradients to the initial state (without n; empty if there was none)."""
-    dq = empty_in_storage_order(problem.q, problem.D)
-    dk = empty_in_storage_order(problem.k, problem.D)
-    dv = empty_in_storage_order(problem.v, problem.M)
+    outputs = Outputs.empty(problem)
     dinitial = []
     for part, rows, i in sequences(problem, cu_seqlens):
         before, dafter = ([x if i is None else x[i : i + 1] for x in xs] for xs in (initial_state, dstate))
@@ -54,23 +53,8 @@ def backward(
             part, before, dafter, dout[:, :, rows], out[:, :, rows], row_sums[:, :, rows], form, chunk_size
         )
         dinitial.append(dbefore)
-        dq[:, :, rows].copy_(gradients.dq.view(part.q.shape))
-        dk[:, :, rows].copy_(gradients.dk.view(part.k.shape))
-        dv[:, :, rows].copy_(gradients.dv.view(part.v.shape))
-    return dq, dk, dv, [torch.cat(xs) for xs in zip(*dinitial)] if len(dinitial) != 1 else dinitial[0]
-
-
-def sequences(problem: Problem, cu_seqlens: Tensor | None) -> list[tuple[Problem, slice, int | None]]:
-    """The problems of which a call consists, the rows of each, and its index among packed sequences."""
-    if cu_seqlens is None:
-        return [(problem, slice(None), None)]
-    parts = []
-    for i, (start, end) in enumerate(sequence_bounds(cu_seqlens, problem.Tk)):
-        rows = slice(start, end)
-        mask = None if problem.key_mask is None else problem.key_mask[:, rows]
-        q, k, v = (x[:, :, rows] for x in (problem.q, problem.k, problem.v))
-        parts.append((dataclasses.replace(problem, q=q, k=k, v=v, key_mask=mask), rows, i))
-    return parts
+        outputs.store(rows, gradients)
+    return *outputs, [torch.cat(xs) for xs in zip(*dinitial)] if len(dinitial) != 1 else dinitial[0]
 
 
 def runs_direct(problem: Problem, form: str, initial_state: State) -> bool:

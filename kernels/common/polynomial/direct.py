@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..tiles import spans
+from ..tiles import Gradients, spans
 from .problem import Problem
 from .state import KeySumGradients, KeySums
+
 
 def forward(problem: Problem, out: Tensor, row_sums: Tensor, before: KeySums | None = None) -> None:
     """Fill out and row_sums. `before` holds keys that precede all of this call's and that every row sees."""
@@ -36,27 +37,6 @@ def load_rows(problem: Problem, dout: Tensor, out: Tensor, row_sums: Tensor, i0:
     return Rows(i0, i1, problem.queries(i0, i1), *problem.row_gradients(dout, out, row_sums, i0, i1))
 
 
-class Gradients(NamedTuple):
-    """What a backward pass fills, in the accumulation dtype: dq `[batch, G, Tq, D]`, dk `[batch, Tk, D]`, dv `[batch, Tk, M]`."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-
-    @staticmethod
-    def zeros(problem: Problem) -> Gradients:
-        batch, Tk = problem.batch, problem.Tk
-        dq = problem.zeros(batch, problem.groups, problem.Tq, problem.D)
-        return Gradients(dq, problem.zeros(batch, Tk, problem.D), problem.zeros(batch, Tk, problem.M))
-
-    def add_query(self, rows: Rows, dx: Tensor, scale: float) -> None:
-        self.dq[:, :, rows.i0 : rows.i1] += dx.mul_(scale).unflatten(1, (self.dq.shape[1], -1))
-
-    def add_key(self, j0: int, j1: int, dk: Tensor, dv: Tensor) -> None:
-        self.dk[:, j0:j1] += dk
-        self.dv[:, j0:j1] += dv
-
-
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, row_sums: Tensor, sums: KeySums, dsums: KeySumGradients
 ) -> Gradients:
@@ -75,7 +55,7 @@ def backward(
             dsums.add(rows.x, rows.do, rows.delta)
         for j0, j1 in spans(0, problem.visible_keys(i1), length):
             add_tile_gradients(problem, rows, j0, j1, dx, gradients)
-        gradients.add_query(rows, dx, problem.scale)
+        gradients.add_query(i0, i1, dx, problem.scale)
     return gradients
 
 

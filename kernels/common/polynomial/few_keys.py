@@ -12,8 +12,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..tiles import Gradients
 from . import direct
-from .direct import Gradients
 from .problem import Problem
 from .scan import DIRECT_KEYS
 from .state import KeySumGradients, KeySums

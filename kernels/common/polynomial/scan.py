@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..tiles import spans
-from .direct import Gradients, Rows, add_tile, add_tile_gradients, load_rows
+from ..tiles import Gradients, spans
+from .direct import Rows, add_tile, add_tile_gradients, load_rows
 from .features import features_for
 from .problem import Problem
 from .state import KeySumGradients, KeySums
 
-CHUNK_ELEMENTS = 1 << 22  # features held at once: 16 MiB in fp32
+CHUNK_ELEMENTS = 1 << 23  # features held at once: 32 MiB in fp32
 DIRECT_KEYS = 16  # rows that have seen fewer keys are ill-conditioned through the sums: their scores are computed
 
 
@@ -94,7 +94,7 @@ def backward(
     for index, (i0, i1, j0, j1) in enumerate(steps[: last_read + 1]):  # downhill: rows read the sums again
         if i1 > i0 and sums.any:
             rows = load_rows(problem, dout, out, row_sums, i0, i1)
-            gradients.add_query(rows, sums.query_gradient(rows.x, rows.do, rows.delta), problem.scale)
+            gradients.add_query(i0, i1, sums.query_gradient(rows.x, rows.do, rows.delta), problem.scale)
         if j1 > j0 and index < last_read:
             sums.add(j0, j1)
     for i0, i1, j0, j1 in reversed(steps):  # uphill: keys learn what later rows made of them
@@ -111,4 +111,4 @@ def backward(
 def add_chunk_gradients(problem: Problem, rows: Rows, j0: int, j1: int, gradients: Gradients) -> None:
     dx = torch.zeros_like(rows.x)
     add_tile_gradients(problem, rows, j0, j1, dx, gradients)
-    gradients.add_query(rows, dx, problem.scale)
+    gradients.add_query(rows.i0, rows.i1, dx, problem.scale)

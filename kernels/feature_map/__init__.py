@@ -1,0 +1,1 @@
+"""Feature-map linear attention: sim = scale * phi(q).phi(k)."""

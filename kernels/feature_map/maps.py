@@ -1,0 +1,21 @@
+"""The feature maps that kernels apply themselves: elementwise, so that q and k travel unmapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Map = Callable[[Tensor], Tensor]
+
+# name: phi and its derivative, both as functions of x. "identity" stands for features that were computed before the call.
+MAPS: dict[str, tuple[Map, Map]] = {
+    "identity": (lambda x: x, torch.ones_like),
+    "elu+1": (lambda x: F.elu(x) + 1, lambda x: x.clamp(max=0).exp()),
+    "relu": (F.relu, lambda x: (x > 0).to(x.dtype)),
+    "relu2": (lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
+    "exp": (torch.exp, torch.exp),
+}
+NON_NEGATIVE = frozenset(MAPS) - {"identity"}

@@ -1,0 +1,1 @@
+"""Attention for any similarity, and its limit that looks up one key."""

@@ -1,0 +1,1 @@
+"""Softmax attention: sim = exp(scale * q.k)."""

@@ -1,0 +1,27 @@
+"""Schemas, fakes and backends of the softmax ops."""
+
+from __future__ import annotations
+
+from ..common.allocation import empty_in_storage_order, empty_row_sums
+from ..common.registration import define
+
+BACKENDS = {"reference": "linattn.kernels.softmax.reference"}
+
+# lse: log-sum-exp of the scores of each row [B, H, T], -inf for a row that sees no key.
+_OPTIONS = "Tensor? key_mask, Tensor? cu_seqlens, bool is_causal, SymInt q_offset, float scale, str backend"
+FORWARD = f"softmax_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)"
+BACKWARD = f"""softmax_bwd(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}
+) -> (Tensor dq, Tensor dk, Tensor dv)"""
+
+
+def _forward_fake(q, k, v, *options):
+    return empty_in_storage_order(q, v.shape[3]), empty_row_sums(q)
+
+
+def _backward_fake(dout, q, k, v, *rest):
+    return tuple(empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
+
+
+define(FORWARD, _forward_fake, BACKENDS, "forward")
+define(BACKWARD, _backward_fake, BACKENDS, "backward")

@@ -1,0 +1,142 @@
+"""Which backend and which form a call runs on, and why."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from linattn import cost
+from linattn.checks import Inputs
+from linattn.errors import BackendError, unknown_name
+from linattn.kernels.feature_map.ops import BACKENDS as FEATURE_MAP
+from linattn.kernels.quadratic.ops import BACKENDS as QUADRATIC
+from linattn.kernels.softmax.ops import BACKENDS as SOFTMAX
+
+# In the order in which "auto" tries them.
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "softmax": ("torch", *SOFTMAX),
+    "quadratic": tuple(QUADRATIC),
+    "feature_map": tuple(FEATURE_MAP),
+}
+CHUNKED_MARGIN = 1.3
+"""How much longer than by flops alone a sequence must be for the chunked reference to win (bench/results, CPU)."""
+
+
+class _Chosen(threading.local):
+    """A thread-local and not a ContextVar: that would break fullgraph compilation."""
+
+    backend = "auto"
+
+
+_chosen = _Chosen()
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every attention call of this thread on one backend, unless a call names its own.
+
+    A call that this backend cannot run raises `BackendError`; it never falls back.
+
+    Example:
+        >>> import torch, linattn
+        >>> q = k = v = torch.randn(1, 2, 8, 4)
+        >>> with linattn.use_backend("reference"):
+        ...     out = linattn.softmax_attention(q, k, v)
+    """
+    known = {"auto"}.union(*BACKENDS.values())
+    if backend not in known:
+        raise unknown_name("backend", backend, known)
+    before, _chosen.backend = _chosen.backend, backend
+    try:
+        yield
+    finally:
+        _chosen.backend = before
+
+
+def backends(op: str) -> dict[str, str]:
+    """The backends of an op ("softmax", "quadratic", "feature_map") and whether each can run on this machine."""
+    if op not in BACKENDS:
+        raise unknown_name("operation", op, BACKENDS)
+    return dict.fromkeys(BACKENDS[op], "available")
+
+
+def refusals(op: str, inputs: Inputs) -> dict[str, str]:
+    """Why a backend of `op` cannot run these inputs, for those that cannot."""
+    if op != "softmax":
+        return {}
+    reasons = []
+    if inputs.key_mask is not None:
+        reasons.append("key_mask: a row without keys must give 0, not NaN")
+    if inputs.cu_seqlens is not None:
+        reasons.append("cu_seqlens")
+    if inputs.q_offset != 0:
+        reasons.append("q_offset != 0")
+    if inputs.q.shape[3] != inputs.v.shape[3]:
+        reasons.append("D != M, which takes memory N x N there")
+    return {"torch": ", ".join(reasons)} if reasons else {}
+
+
+def choose_backend(op: str, backend: str, inputs: Inputs) -> str:
+    """The backend named by the call, by `use_backend`, or the first that can run these inputs. The reference always can."""
+    named = _chosen.backend if backend == "auto" else backend
+    refused = refusals(op, inputs)
+    if named == "auto":
+        return next(name for name in BACKENDS[op] if name not in refused)
+    if named not in BACKENDS[op]:
+        raise BackendError(
+            f"{op} attention has no backend {named!r}; accepted: 'auto', {', '.join(map(repr, BACKENDS[op]))}"
+        )
+    if named in refused:
+        raise BackendError(f"backend {named!r} cannot run this {op} attention: {refused[named]}; backend='auto' can")
+    return named
+
+
+def choose_form(op: str, form: str, inputs: Inputs, with_state: bool) -> str:
+    """Direct below the length where the linear form begins to pay, chunked from there on."""
+    if form != "auto":
+        return form
+    T, Tk, sequences = inputs.q.shape[2], inputs.k.shape[2], inputs.sequences // inputs.q.shape[0]
+    # T x Tk scores cost as much as a square of the harmonic mean's length; packed sequences count with their mean length.
+    return "chunked" if 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, inputs, with_state) else "direct"
+
+
+def chunked_from(op: str, inputs: Inputs, with_state: bool) -> float:
+    """The length from which the chunked form is the faster one. A call with a state computes the sums anyway."""
+    D, M = inputs.q.shape[3], inputs.v.shape[3]
+    if op == "feature_map":
+        flops = 2 * D * M / (D + M) * (2 if inputs.is_causal else 1)
+    else:
+        flops = cost.crossover(D, M, is_causal=inputs.is_causal)
+    return CHUNKED_MARGIN * flops * (0.5 if with_state else 1)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would do, and why. `str()` is meant to be read.
+
+    Attributes:
+        kernel: the public name. op: the operation behind it.
+        backend, form: what was chosen. reason: why this form.
+        refused: backends that cannot run these inputs, and why.
+        cost: predicted flops, bytes and memory of the chosen form.
+    """
+
+    kernel: str
+    op: str
+    backend: str
+    form: str
+    reason: str
+    refused: dict[str, str]
+    cost: cost.Cost
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kernel}: {self.form} form on backend '{self.backend}'",
+            f"  why      {self.reason}",
+            f"  cost     {self.cost.flops / 1e9:.3g} GFLOP ({self.cost.flops_implemented / 1e9:.3g} as implemented), "
+            f"{self.cost.bytes_moved / 2**20:.3g} MiB moved, {self.cost.memory_bytes / 2**20:.3g} MiB held",
+        ]
+        lines += [f"  refused  {name}: {why}" for name, why in self.refused.items()]
+        return "\n".join(lines)

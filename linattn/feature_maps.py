@@ -1,0 +1,54 @@
+"""Feature maps by name, as functions or as modules: what `linear_attention` does to q and k before the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from linattn.errors import ArgumentError, DtypeError, ShapeError, unknown_name
+from linattn.kernels.feature_map.maps import MAPS, NON_NEGATIVE
+
+FeatureMap = str | Callable[[Tensor], Tensor]
+NAMES = tuple(MAPS)
+
+
+def mapped(q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool) -> tuple[Tensor, Tensor, str]:
+    """Return q and k and the name of the map that the kernel still has to apply ("identity" once a callable was).
+
+    A callable gets `[B, H, T, D]` and returns `[B, H, T, C]`. If it has an attribute `positive` that is False it is refused
+    with normalize=True; without that attribute it is trusted.
+    """
+    if isinstance(feature_map, str):
+        if feature_map not in MAPS:
+            raise unknown_name("feature map", feature_map, MAPS)
+        if normalize and feature_map not in NON_NEGATIVE:
+            raise ArgumentError(
+                f"feature_map={feature_map!r} makes similarities that may be negative and needs normalize=False; accepted with "
+                f"normalize=True: {', '.join(sorted(NON_NEGATIVE))}, or a callable (for features that are already mapped: "
+                "feature_map=lambda x: x)"
+            )
+        return q, k, feature_map
+    if not callable(feature_map):
+        raise ArgumentError(f"feature_map must be a name or a callable; given: {type(feature_map).__name__}")
+    if normalize and getattr(feature_map, "positive", True) is False:
+        raise ArgumentError(
+            f"{feature_map!r} says positive=False: its similarities may be negative and need normalize=False"
+        )
+    fq, fk = feature_map(q), feature_map(k)
+    _check_features(q, fq, fk, k)
+    if torch.is_autocast_enabled(q.device.type):
+        fq, fk = fq.to(q.dtype), fk.to(k.dtype)
+    if fq.dtype != q.dtype or fk.dtype != k.dtype:
+        raise DtypeError(f"feature_map must keep the dtype {q.dtype}; given: {fq.dtype} for q, {fk.dtype} for k")
+    return fq, fk, "identity"
+
+
+def _check_features(q: Tensor, fq: Tensor, fk: Tensor, k: Tensor) -> None:
+    fits = fq.dim() == fk.dim() == 4 and fq.shape[:3] == q.shape[:3] and fk.shape[:3] == k.shape[:3]
+    if not fits or fq.shape[3] != fk.shape[3] or fq.shape[3] == 0:
+        raise ShapeError(
+            "feature_map must turn [B, H, T, D] into [B, H, T, C] with one C >= 1 for q and k; given: "
+            f"q {tuple(q.shape)} -> {tuple(fq.shape)}, k {tuple(k.shape)} -> {tuple(fk.shape)}"
+        )
