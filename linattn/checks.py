@@ -88,7 +88,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
     H, Hkv = q.shape[1], k.shape[1]
     if enable_gqa and H % Hkv != 0:
         raise ShapeError(f"with enable_gqa=True the heads of q must be a multiple of those of k and v; {given}")
-    if not enable_gqa and H != Hkv:
+    if not enable_gqa and Hkv != H:
         raise ShapeError(f"q, k and v must have the same number of heads, or set enable_gqa=True; {given}")
 
 
@@ -118,7 +118,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> None:
         )
     if q.shape[0] != 1 or q.shape[2] != k.shape[2]:
         raise ShapeError(
-            f"with cu_seqlens, q, k and v hold one packed row: B = 1 and T = Tk; given: q {tuple(q.shape)}, k {tuple(k.shape)}"
+            "with cu_seqlens, q, k and v hold one packed row: B = 1 and T = Tk; given: "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}"
         )
     if cu_seqlens.device != q.device:
         raise DeviceError(f"cu_seqlens must be on {q.device} like q; given: {cu_seqlens.device}")
@@ -127,10 +128,10 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> None:
 def checked_offset(is_causal: bool, q_offset: int | None, T: int, Tk: int) -> int:
     """The causal alignment: query i sees keys up to i + q_offset."""
     if q_offset is None:
-        if is_causal and T != Tk:
+        if is_causal and Tk != T:
             raise ArgumentError(
-                f"is_causal=True with T != Tk needs q_offset (query i sees keys <= i + q_offset); given: T={T}, Tk={Tk}. "
-                f"q_offset={Tk - T} aligns the last query with the last key"
+                "is_causal=True with T != Tk needs q_offset (query i sees keys <= i + q_offset); given: "
+                f"T={T}, Tk={Tk}. q_offset={Tk - T} aligns the last query with the last key"
             )
         return 0
     if not isinstance(q_offset, int | torch.SymInt) or isinstance(q_offset, bool):

@@ -79,7 +79,8 @@ def refusals(op: str, inputs: Inputs) -> dict[str, str]:
 
 
 def choose_backend(op: str, backend: str, inputs: Inputs) -> str:
-    """The backend named by the call, by `use_backend`, or the first that can run these inputs. The reference always can."""
+    """The backend named by the call, by `use_backend`, or the first that can run these inputs. The reference always
+    can."""
     named = _chosen.backend if backend == "auto" else backend
     refused = refusals(op, inputs)
     if named == "auto":
@@ -98,7 +99,8 @@ def choose_form(op: str, form: str, inputs: Inputs, with_state: bool) -> str:
     if form != "auto":
         return form
     T, Tk, sequences = inputs.q.shape[2], inputs.k.shape[2], inputs.sequences // inputs.q.shape[0]
-    # T x Tk scores cost as much as a square of the harmonic mean's length; packed sequences count with their mean length.
+    # T x Tk scores cost as much as a square of the harmonic mean's length; packed sequences count with their mean
+    # length.
     return "chunked" if 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, inputs, with_state) else "direct"
 
 

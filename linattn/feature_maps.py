@@ -17,17 +17,17 @@ NAMES = tuple(MAPS)
 def mapped(q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool) -> tuple[Tensor, Tensor, str]:
     """Return q and k and the name of the map that the kernel still has to apply ("identity" once a callable was).
 
-    A callable gets `[B, H, T, D]` and returns `[B, H, T, C]`. If it has an attribute `positive` that is False it is refused
-    with normalize=True; without that attribute it is trusted.
+    A callable gets `[B, H, T, D]` and returns `[B, H, T, C]`. If it has an attribute `positive` that is False it is
+    refused with normalize=True; without that attribute it is trusted.
     """
     if isinstance(feature_map, str):
         if feature_map not in MAPS:
             raise unknown_name("feature map", feature_map, MAPS)
         if normalize and feature_map not in NON_NEGATIVE:
             raise ArgumentError(
-                f"feature_map={feature_map!r} makes similarities that may be negative and needs normalize=False; accepted with "
-                f"normalize=True: {', '.join(sorted(NON_NEGATIVE))}, or a callable (for features that are already mapped: "
-                "feature_map=lambda x: x)"
+                f"feature_map={feature_map!r} makes similarities that may be negative and needs normalize=False; "
+                f"accepted with normalize=True: {', '.join(sorted(NON_NEGATIVE))}, or a callable "
+                "(for features that are already mapped: feature_map=lambda x: x)"
             )
         return q, k, feature_map
     if not callable(feature_map):

@@ -1,19 +1,19 @@
 """The public operations. Each one checks, chooses a backend and a form, and calls the kernel.
 
-All take queries `[B, H, T, D]`, keys `[B, Hkv, Tk, D]` and values `[B, Hkv, Tk, M]` of any strides (a `[B, T, H, D]` tensor is a
-`.transpose(1, 2)` view and is never copied) in fp16, bf16, fp32 or fp64, and return `[B, H, T, M]` in the same dtype. Sums are
-accumulated in fp32 (fp64 for fp64 inputs). Arguments that several of them share:
+All take queries `[B, H, T, D]`, keys `[B, Hkv, Tk, D]` and values `[B, Hkv, Tk, M]` of any strides (a `[B, T, H, D]`
+tensor is a `.transpose(1, 2)` view and is never copied) in fp16, bf16, fp32 or fp64, and return `[B, H, T, M]` in the
+same dtype. Sums are accumulated in fp32 (fp64 for fp64 inputs). Arguments that several of them share:
 
-    is_causal    query i sees keys j <= i + q_offset
-    q_offset     the causal alignment; may be left out when T = Tk, then 0
-    key_mask     bool `[B, Tk]`, True for keys that count. A row that sees no key gives 0 and zero gradient
-    enable_gqa   allows fewer key heads: H a multiple of Hkv
-    cu_seqlens   int32 or int64 `[S + 1]`: S sequences packed end to end in one row (B = 1), each attending to itself
-    initial_state, return_state   sums over earlier keys in, sums over all keys out (linattn.state); with the latter the result
-                 is `(out, state)`. Not causal: every query sees the state and all keys
-    form         "direct" computes all scores, O(T Tk); "chunked" and "recurrent" go through the state, O(T); "auto" takes the
-                 faster one for the length at hand (`explain` says which), so its rounding may change where they cross
-    backend      "auto" always finds a path; a named backend runs or raises BackendError
+    is_causal      query i sees keys j <= i + q_offset
+    q_offset       the causal alignment; may be left out when T = Tk, then 0
+    key_mask       bool `[B, Tk]`, True for keys that count; a row that sees no key gives 0 and zero gradient
+    enable_gqa     allows fewer key heads: H a multiple of Hkv
+    cu_seqlens     int32 or int64 `[S + 1]`: S sequences end to end in one row (B = 1), each attending to itself
+    initial_state  sums over earlier keys (linattn.state); not causal: every query sees them and all keys
+    return_state   return `(out, state)` with the sums over all keys
+    form           "direct" computes all scores, O(T Tk); "chunked" and "recurrent" go through the state, O(T);
+                   "auto" takes the faster one for this length (`explain` says which), so rounding changes there
+    backend        "auto" always finds a path; a named backend runs or raises BackendError
 
 Raises, all before any kernel runs: ShapeError, DtypeError, DeviceError, ArgumentError, StateError, BackendError.
 """
@@ -66,8 +66,9 @@ def softmax_attention(
         scale: factor of the scores; None means 1/sqrt(D).
         The rest: see the top of this module.
 
-    Complexity: time O(T Tk (D + M)), memory O(T (D + M)). Backend "torch" is `F.scaled_dot_product_attention`; "reference" also
-    takes masks, packed sequences and M != D. Source: Vaswani et al. 2017; Dao et al. 2022 for the memory.
+    Complexity: time O(T Tk (D + M)), memory O(T (D + M)). Backend "torch" is `F.scaled_dot_product_attention`;
+        "reference" also takes masks, packed sequences and M != D. Source: Vaswani et al. 2017; Dao et al. 2022 for the
+        memory.
 
     Example:
         >>> q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
@@ -128,16 +129,18 @@ def quadratic_attention(
 
     Args:
         scale: factor of the scores; 1 because the kernel's definition has none. Models use 1/sqrt(D).
-        coefficients: (c0, c1, c2), c2 != 0. (1, 2, 1) is (1 + s)^2, (1, 1, 0.5) the second-order Taylor kernel, (0, 0, 1) the
-            symmetric power.
+        coefficients: (c0, c1, c2), c2 != 0. (1, 2, 1) is (1 + s)^2, (1, 1, 0.5) the second-order Taylor kernel,
+            (0, 0, 1) the symmetric power.
         normalize: divide by l; needs a p that is never negative.
         The rest: see the top of this module.
 
     Complexity: direct O(T Tk (D + M)) time; chunked and recurrent O((T + Tk) D^2 M) time, O(T (D + M) + D^2 M) memory.
-    Numerics: (1 + s)^2 vanishes at s = -1, where a row loses digits in proportion to `quadratic_condition`; rows that have seen
-    fewer than 16 keys are computed from their scores in every form. l <= 0 by cancellation gives 0 with zero gradient, although
-    the limit of a row with one key is v_0: there is a jump. One derivative only (DoubleBackwardError).
-    Sources: Katharopoulos et al. 2020 (linear form), Arora et al. 2024 (Taylor kernel), Kacham et al. 2023 (polynomial kernels).
+    Numerics: (1 + s)^2 vanishes at s = -1, where a row loses digits in proportion to `quadratic_condition`; rows that
+    have seen fewer than 16 keys are computed from their scores in every form. l <= 0 by cancellation gives 0 with zero
+    gradient, although the limit of a row with one key is v_0: there is a jump. One derivative only
+    (DoubleBackwardError).
+    Sources: Katharopoulos et al. 2020 (linear form), Arora et al. 2024 (Taylor kernel), Kacham et al. 2023 (polynomial
+        kernels).
 
     Example:
         >>> q, k, v = (torch.randn(1, 2, 32, 8) for _ in range(3))
@@ -210,7 +213,8 @@ def linear_attention(
         out_i = sum_j p_ij v_j / l_i,    l_i = sum_j p_ij,    p_ij = scale * phi(q_i).phi(k_j)
 
     Args:
-        feature_map: "elu+1", "relu", "relu2" (relu squared), "exp", "identity" (only with normalize=False), or a callable or
+        feature_map: "elu+1", "relu", "relu2" (relu squared), "exp", "identity" (only with normalize=False), or a
+            callable or
             module that turns `[B, H, T, D]` into non-negative features `[B, H, T, C]`; its parameters get gradients.
         scale: factor of the similarity; without effect when normalize=True, and then it must be positive.
         normalize: divide by l. A row with l <= 0 (possible with "relu") gives 0 and zero gradient.
@@ -269,9 +273,9 @@ def kernel_attention(
             ArgumentError on CPU and an asynchronous assertion on CUDA. Its parameters get gradients.
         is_causal: query i sees keys j <= i.
 
-    A row whose similarities are all 0 gives 0. Complexity: O(T Tk) calls of sim's cost, memory O(T (D + M)) and one tile:
-    tiles are recomputed in the backward pass. Can be differentiated any number of times.
-    Source: Tsai et al. 2019, "Transformer dissection"; Katharopoulos et al. 2020.
+    A row whose similarities are all 0 gives 0. Complexity: O(T Tk) calls of sim's cost, memory O(T (D + M)) and one
+    tile: tiles are recomputed in the backward pass. Can be differentiated any number of times. Source: Tsai et al.
+    2019, "Transformer dissection"; Katharopoulos et al. 2020.
 
     Example:
         >>> q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
@@ -290,8 +294,8 @@ def argmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
         out_i = v_j,    j = argmax_j q_i.k_j    (the first of equals)
 
-    The limit of softmax attention at falling temperature. Its gradient to q and k is zero wherever it exists, so queries and keys
-    cannot learn; values can. Complexity: time O(T Tk D), memory O(T M) and one tile.
+    The limit of softmax attention at falling temperature. Its gradient to q and k is zero wherever it exists, so
+    queries and keys cannot learn; values can. Complexity: time O(T Tk D), memory O(T M) and one tile.
 
     Example:
         >>> k = torch.tensor([[1.0, 2, 0], [0, 3, 4], [5, 0, 0], [0, 0, 1]]).view(1, 1, 4, 3)
@@ -307,7 +311,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "softmax", **opt
     """Any attention of this library by name.
 
     Args:
-        kernel: "softmax", "quadratic", "taylor" (the quadratic kernel with coefficients (1, 1, 0.5) and scale 1/sqrt(D)), or the
+        kernel: "softmax", "quadratic", "taylor" (the quadratic kernel with coefficients (1, 1, 0.5) and scale
+            1/sqrt(D)), or the
             name of a feature map: "elu+1", "relu", "relu2", "exp", "identity".
         options: those of `softmax_attention`, `quadratic_attention` or `linear_attention`, with their defaults.
 
@@ -363,7 +368,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "quadratic", **opt
 
 
 def _resolve(kernel: str, q: Tensor, options: dict[str, Any]) -> tuple[Callable[..., Any], str, dict[str, Any]]:
-    """The function behind a kernel's name, its operation and its own defaults; raises on an option that it does not have."""
+    """The function behind a kernel's name, its operation and its own defaults; raises on an option that it does not
+    have."""
     if not isinstance(q, Tensor) or q.dim() != 4:
         raise ShapeError(
             f"q must be [B, H, T, D]; given: {tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__}"
@@ -400,11 +406,13 @@ def quadratic_condition(
 ) -> Tensor:
     """How ill-conditioned each row of `quadratic_attention` is, for debugging: `[B, H, T]`.
 
-        kappa_i = sum_j p(|s|_ij) / sum_j p(s_ij),    |s|_ij = |scale| |q_i|.|k_j|, and |c0|, |c1|, |c2| in the numerator
+        kappa_i = sum_j p(|s|_ij) / sum_j p(s_ij),    |s|_ij = |scale| |q_i|.|k_j|
 
-    The relative error of row i is about kappa_i times the rounding unit. kappa is near 1 for positive scores and grows without
-    bound as the scores of a row approach -1, where (1 + s)^2 vanishes. Infinite for a row that sees no key. Not differentiable.
-    Complexity: time O(T Tk D), memory O(T).
+    with |c0|, |c1|, |c2| in the numerator.
+
+    The relative error of row i is about kappa_i times the rounding unit. kappa is near 1 for positive scores and grows
+    without bound as the scores of a row approach -1, where (1 + s)^2 vanishes. Infinite for a row that sees no key.
+    Not differentiable. Complexity: time O(T Tk D), memory O(T).
 
     Example:
         >>> q = torch.ones(1, 1, 1, 2)

@@ -1,7 +1,8 @@
 """States: the sums over keys that stand in for the keys, so that a sequence can be attended to in pieces.
 
-They are canonical: the same for every backend, and free of scale, coefficients and multiplicities, which are applied when a query
-reads them. A state computed in pieces equals the state computed at once; `merge` adds the states of two pieces of a sequence.
+They are canonical: the same for every backend, and free of scale, coefficients and multiplicities, which are applied
+when a query reads them. A state computed in pieces equals the state computed at once; `merge` adds the states of two
+pieces of a sequence.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from linattn.kernels.quadratic.ops import state_shapes as quadratic_shapes
 
 
 class QuadraticState(NamedTuple):
-    """Sums over keys for the quadratic kernel; fp32, or fp64 for fp64 inputs. Size per head: C M + D^2 + D, C = (D+1)(D+2)/2.
+    """Sums over keys for the quadratic kernel; fp32, or fp64 for fp64 inputs.
+
+    Size per head: C M + D^2 + D, C = (D+1)(D+2)/2.
 
     Attributes:
         n: int64 `[B]`, keys seen (masked keys do not count).
@@ -51,7 +54,9 @@ class QuadraticState(NamedTuple):
 
 
 class FeatureMapState(NamedTuple):
-    """Sums over keys for feature-map attention with C features; fp32, or fp64 for fp64 inputs. Size per head: C (M + 1).
+    """Sums over keys for feature-map attention with C features; fp32, or fp64 for fp64 inputs.
+
+    Size per head: C (M + 1).
 
     Attributes:
         n: int64 `[B]`, keys seen (masked keys do not count).

@@ -9,8 +9,9 @@ from torch import Tensor
 def empty_in_storage_order(like: Tensor, last: int) -> Tensor:
     """Allocate `[B, H, T, last]` dense, with H and T in the order in which `like` stores them.
 
-    A `[B, T, H, D]`-stored query gives a `[B, T, H, M]`-stored output, so that `out.transpose(1, 2).flatten(2)` is a view.
-    `torch.empty_like` will not do: for a slice of a fused QKV projection it disagrees between eager and compiled code.
+    A `[B, T, H, D]`-stored query gives a `[B, T, H, M]`-stored output, so that `out.transpose(1, 2).flatten(2)` is a
+    view. `torch.empty_like` will not do: for a slice of a fused QKV projection it disagrees between eager and compiled
+    code.
     """
     B, H, T, _ = like.shape
     if like.stride(1) < like.stride(2):

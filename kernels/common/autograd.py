@@ -91,5 +91,5 @@ class FirstDerivativeOnly(torch.autograd.Function):
     def backward(ctx, *gradients):
         raise DoubleBackwardError(
             f"{ctx.op} attention has a first derivative only; given: a backward pass through its gradients. "
-            "linattn.kernel_attention with sim=lambda q, k: (1 + q @ k.mT) ** 2 can be differentiated any number of times."
+            "linattn.kernel_attention, with sim=lambda q, k: (1 + q @ k.mT) ** 2 for example, has all of them."
         )

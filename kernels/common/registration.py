@@ -14,9 +14,10 @@ _library = torch.library.Library("linattn", "DEF")
 def define(schema: str, fake: Callable[..., Any], modules: dict[str, str], function: str) -> None:
     """Register `linattn::<schema>`, whose last argument `backend` picks the module that computes it.
 
-    `modules` maps a backend's name to the module whose `function` has the schema's other arguments; it is imported when first
-    called. One implementation serves all devices, so a kernel for a new device is a new row in `modules`. `define` + `impl` is
-    used instead of `custom_op`, which costs three times as much a call and fails under `torch.func.grad`.
+    `modules` maps a backend's name to the module whose `function` has the schema's other arguments; it is imported
+    when first called. One implementation serves all devices, so a kernel for a new device is a new row in `modules`.
+    `define` + `impl` is used instead of `custom_op`, which costs three times as much a call and fails under
+    `torch.func.grad`.
     """
     name = schema.split("(")[0]
 

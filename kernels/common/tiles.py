@@ -22,8 +22,8 @@ AnyTiles = TypeVar("AnyTiles", bound="Tiles")
 class Tiles:
     """q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, M]` of any strides.
 
-    Tiles are `[B*Hkv, rows, size]` in the accumulation dtype. The G = Hq/Hkv query heads that share a key head are folded
-    into the rows, so that grouped queries need no copy of the keys.
+    Tiles are `[B*Hkv, rows, size]` in the accumulation dtype. The G = Hq/Hkv query heads that share a key head are
+    folded into the rows, so that grouped queries need no copy of the keys.
     """
 
     q: Tensor
@@ -148,7 +148,8 @@ class Tiles:
 
 
 class Gradients(NamedTuple):
-    """What a backward pass fills, in the accumulation dtype: dq `[B*Hkv, G, Tq, D]`, dk `[B*Hkv, Tk, D]`, dv `[B*Hkv, Tk, M]`."""
+    """What a backward pass fills, in the accumulation dtype: dq `[B*Hkv, G, Tq, D]`, dk `[B*Hkv, Tk, D]`, dv `[B*Hkv,
+    Tk, M]`."""
 
     dq: Tensor
     dk: Tensor
@@ -180,7 +181,7 @@ class Outputs(NamedTuple):
         return Outputs(*(empty_in_storage_order(x, x.shape[3]) for x in (tiles.q, tiles.k, tiles.v)))
 
     def store(self, rows: slice, gradients: Gradients) -> None:
-        for whole, part in zip(self, gradients):
+        for whole, part in zip(self, gradients, strict=True):
             target = whole[:, :, rows]
             target.copy_(part.view(target.shape))
 

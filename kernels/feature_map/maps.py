@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 Map = Callable[[Tensor], Tensor]
 
-# name: phi and its derivative, both as functions of x. "identity" stands for features that were computed before the call.
+# name: phi and its derivative, both as functions of x. "identity" stands for features computed before.
 MAPS: dict[str, tuple[Map, Map]] = {
     "identity": (lambda x: x, torch.ones_like),
     "elu+1": (lambda x: F.elu(x) + 1, lambda x: x.clamp(max=0).exp()),

@@ -9,7 +9,8 @@ from ..common.registration import define
 
 BACKENDS = {"reference": "linattn.kernels.feature_map.reference"}
 
-# q, k: before the map, or features if feature_map is "identity". initial_state, state: [n, f_sum, fv] (linattn/state.py) or [];
+# q, k: before the map, or features if feature_map is "identity".
+# initial_state, state: [n, f_sum, fv] (linattn/state.py) or [].
 # dstate, dinitial_state: the same without n. The rest as for the quadratic ops.
 _OPTIONS = "bool is_causal, SymInt q_offset, float scale, str feature_map, bool normalize"
 FORWARD = f"""feature_map_fwd(

@@ -1,4 +1,5 @@
-"""Feature-map linear attention in plain PyTorch: any device, fp64 too. A polynomial similarity of degree 1 in phi(q).phi(k)."""
+"""Feature-map linear attention in plain PyTorch: any device, fp64 too. A polynomial similarity of degree 1 in
+phi(q).phi(k)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Attention for any similarity (Eq. 6) and its lookup limit, in plain differentiable PyTorch.
 
-Score tiles are recomputed in the backward pass by checkpointing, so memory is O(N (D + M)) and one tile, and parameters inside
-`sim` get gradients, of any order.
+Score tiles are recomputed in the backward pass by checkpointing, so memory is O(N (D + M)) and one tile, and
+parameters inside `sim` get gradients, of any order.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _check_non_negative(p: Tensor) -> None:
 
 
 class Argmax(torch.autograd.Function):
-    """out_i = v_j with j = argmax_j q_i.k_j (the first of equals). The gradient to q and k is zero wherever it exists."""
+    """out_i = v_j with j = argmax_j q_i.k_j (the first of equals). The gradient to q, k is zero wherever it exists."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from ..common.registration import define
 
 BACKENDS = {"reference": "linattn.kernels.quadratic.reference"}
 
-# initial_state, state: [n, k_sum, kk, v_sum, kv, kkv] (linattn/state.py) or []; dstate, dinitial_state: the same without n.
+# initial_state, state: [n, k_sum, kk, v_sum, kv, kkv] (linattn/state.py) or [].
+# dstate, dinitial_state: the same without n.
 # l: row sums [B, H, T]. saved: what a backend keeps for its backward beyond out and l; the reference keeps nothing.
 # form: "direct", "chunked" or "recurrent". chunk_size: 0 lets the backend choose.
 _OPTIONS = "bool is_causal, SymInt q_offset, float scale, float c0, float c1, float c2, bool normalize"

@@ -1,4 +1,5 @@
-"""Softmax attention in plain PyTorch: any device, fp64 too. Memory O(N (D + M)) and one score tile, forward and backward.
+"""Softmax attention in plain PyTorch: any device, fp64 too. Memory O(N (D + M)) and one score tile, forward and
+backward.
 
 Forward keeps a running maximum m and rescales (Milakov & Gimelshein 2018; Rabe & Staats 2021); backward recomputes
 P = exp(S - lse) tile by tile (Dao et al. 2022): dS = P * (dO V^T - delta), delta = rowsum(dO * out).

@@ -30,7 +30,7 @@ def forward(
     for part, rows, i in sequences(problem, cu_seqlens):
         before = [x if i is None else x[i : i + 1] for x in initial_state]
         states.append(_forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, return_state, form, chunk_size))
-    return row_sums, [torch.cat(xs) for xs in zip(*states)] if len(states) != 1 else states[0]
+    return row_sums, joined(states)
 
 
 def backward(
@@ -54,7 +54,12 @@ def backward(
         )
         dinitial.append(dbefore)
         outputs.store(rows, gradients)
-    return *outputs, [torch.cat(xs) for xs in zip(*dinitial)] if len(dinitial) != 1 else dinitial[0]
+    return *outputs, joined(dinitial)
+
+
+def joined(states: list[State]) -> State:
+    """The states of all sequences as one."""
+    return states[0] if len(states) == 1 else [torch.cat(tensors) for tensors in zip(*states, strict=True)]
 
 
 def runs_direct(problem: Problem, form: str, initial_state: State) -> bool:

@@ -40,8 +40,8 @@ def load_rows(problem: Problem, dout: Tensor, out: Tensor, row_sums: Tensor, i0:
 def backward(
     problem: Problem, dout: Tensor, out: Tensor, row_sums: Tensor, sums: KeySums, dsums: KeySumGradients
 ) -> Gradients:
-    """Return dq, dk, dv. `sums` holds keys before this call's; `dsums` starts as the gradients to the sums after it and ends
-    as those to the sums before it."""
+    """Return dq, dk, dv. `sums` holds keys before this call's; `dsums` starts as the gradients to the sums after it
+    and ends as those to the sums before it."""
     length = problem.tile_length()
     gradients = Gradients.zeros(problem)
     if dsums.any:

@@ -13,10 +13,10 @@ BLOCK = 8
 class Features:
     """phi(x) = [1, x, x_i x_j], or just [x] at degree 1; tiles are feature-major `[batch, F, rows]`.
 
-    Products come in row blocks: the 8 rows i of block a against all j < 8 (a + 1). Each block is one outer product whose inner
-    loop runs along the rows of the tile. Pairs inside a diagonal block appear twice (as ij and ji) with weight 1, the others
-    once with weight 2, so F exceeds the exact count C by a factor of only (D + 8)/(D + 1). The weights, 1, c1 and c2 belong
-    to the query side (`weights`), so that sums over keys stay free of them.
+    Products come in row blocks: the 8 rows i of block a against all j < 8 (a + 1). Each block is one outer product
+    whose inner loop runs along the rows of the tile. Pairs inside a diagonal block appear twice (as ij and ji) with
+    weight 1, the others once with weight 2, so F exceeds the exact count C by a factor of only (D + 8)/(D + 1). The
+    weights, 1, c1 and c2 belong to the query side (`weights`), so that sums over keys stay free of them.
     """
 
     def __init__(self, D: int, degree: int) -> None:

@@ -1,8 +1,9 @@
 """Rows that have seen fewer than 16 keys because of a key mask, computed from those keys' scores.
 
-(1 + s)^2 touches zero, so a row's sum over few keys may be far smaller than the terms it would be assembled from in the
-chunked form: its error grows like kappa = sum (1 + |s|-bound)^2 / l. From 16 keys on a vanishing sum is improbable. Without a
-mask such rows lie in the first chunk, where scores are computed anyway; padding on the left moves them.
+(1 + s)^2 touches zero, so a row's sum over few keys may be far smaller than the terms it would be assembled from in
+the chunked form: its error grows like kappa = sum (1 + |s|-bound)^2 / l. From 16 keys on a vanishing sum is
+improbable. Without a mask such rows lie in the first chunk, where scores are computed anyway; padding on the left
+moves them.
 """
 
 from __future__ import annotations

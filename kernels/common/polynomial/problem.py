@@ -22,7 +22,8 @@ class Problem(Tiles):
     def similarity(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         """p(s) of a tile, and dp/ds (None where it is the constant c1).
 
-        Degree 2 is evaluated as c2 (s + b)^2 + r, which cannot turn negative by rounding where the polynomial touches zero.
+        Degree 2 is evaluated as c2 (s + b)^2 + r, which cannot turn negative by rounding where the polynomial touches
+        zero.
         """
         c0, c1, c2 = self.coefficients
         s = x @ k.mT

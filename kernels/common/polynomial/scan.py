@@ -1,8 +1,8 @@
 """The chunked and the recurrent form: keys are folded into sums, chunk by chunk, and rows read the sums.
 
 Only the scores inside a chunk are computed. The recurrent form is the same scan with chunks of one key.
-Time O(N (C M + c (D + M))) for chunk length c; memory O(N (D + M)) for the gradients plus one set of sums, which the backward
-pass computes again instead of keeping one set a chunk.
+Time O(N (C M + c (D + M))) for chunk length c; memory O(N (D + M)) for the gradients plus one set of sums, which the
+backward pass computes again instead of keeping one set a chunk.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def backward(
     dsums: KeySumGradients,
     chunk: int,
 ) -> Gradients:
-    """Return dq, dk, dv. `sums` starts as before the call; `dsums` starts as the gradients to the sums after it and ends as
-    those to the sums before it."""
+    """Return dq, dk, dv. `sums` starts as before the call; `dsums` starts as the gradients to the sums after it and
+    ends as those to the sums before it."""
     steps = schedule(problem, chunk)
     last_read = read_by_later_rows(steps)
     gradients = Gradients.zeros(problem)

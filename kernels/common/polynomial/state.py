@@ -13,7 +13,8 @@ from .problem import Problem
 class KeySums:
     """What every query needs to know of the keys seen so far.
 
-    S `[batch, F, M]` sums phi(k) v^T; the row sum needs no feature map: it comes from n `[B]`, the sum of k and the sum of k k^T.
+    S `[batch, F, M]` sums phi(k) v^T; the row sum needs no feature map: it comes from n `[B]`, the sum of k and the
+    sum of k k^T.
     """
 
     def __init__(self, problem: Problem, canonical: list[Tensor] | tuple[Tensor, ...] = ()) -> None:
@@ -79,7 +80,8 @@ class KeySums:
 
 
 class KeySumGradients:
-    """Gradients to the sums over keys, gathered from the rows that read them and handed on to the keys folded in before."""
+    """Gradients to the sums over keys, gathered from the rows that read them and handed on to the keys folded in
+    before."""
 
     def __init__(self, problem: Problem, canonical: list[Tensor] | tuple[Tensor, ...] = ()) -> None:
         """Start from gradients to a returned canonical state (without n), or from none."""
