@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +61,9 @@ def check_at_the_root_of(source: Path, python: Path) -> None:
     assert Path(run([python, "-c", where], cwd=source).strip()) == source / "rnn" / "__init__.py"
     # As the `pytest` command does: without the current folder on the path.
     bare_pytest = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main())"
-    closing = run([python, "-c", bare_pytest, "-q", "tests/test_import.py", "tests/rnn"], cwd=source).splitlines()[-1]
+    closing = run(
+        [python, "-c", bare_pytest, "-q", "tests/test_import.py", "tests/test_cost.py"], cwd=source
+    ).splitlines()[-1]
     assert re.search(r"\d+ passed", closing)
 
 
@@ -84,8 +85,7 @@ def wheel(distributions: Path) -> Path:
 def source(distributions: Path, tmp_path: Path) -> Path:
     """A fresh source tree, as the sdist unpacks."""
     (path,) = distributions.glob("*.tar.gz")
-    with tarfile.open(path) as archive:
-        archive.extractall(tmp_path)
+    run(["tar", "-xzf", path, "-C", tmp_path], cwd=tmp_path)
     return tmp_path / path.name.removesuffix(".tar.gz")
 
 
