@@ -39,16 +39,14 @@ def test_forward_and_gradients_within_the_budget(operation, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_rounded_once_at_the_end(operation, dtype: torch.dtype) -> None:
-    """At most a twentieth more error than rounding the true output, and gradients, to the dtype."""
+    """A twentieth more error than rounding the true tensor to the dtype: sums and divisions are made in float32."""
     q, k, v = make_inputs(keys=33, head_size=16, value_size=5, dtype=dtype)
-    outputs, gradients = evaluate(lambda *t: operation.run(*t, is_causal=True), (q, k, v))
-    truths, true_gradients = evaluate(
+    (out,), (_, _, dv) = evaluate(lambda *t: operation.run(*t, is_causal=True), (q, k, v))
+    (true_out,), (_, _, true_dv) = evaluate(
         lambda *t: operation.truth(*t, is_causal=True), [t.double() for t in (q, k, v)], upstream_dtype=dtype
     )
-    assert relative_error(outputs[0], truths[0]) <= 1.05 * relative_error(truths[0].to(dtype), truths[0])
-    for actual, truth in zip(gradients, true_gradients, strict=True):
-        # delta is formed from the rounded output, hence the gradients see its rounding too.
-        assert relative_error(actual, truth) <= 3 * relative_error(truth.to(dtype), truth)
+    for actual, truth in ((out, true_out), (dv, true_dv)):
+        assert relative_error(actual, truth) <= 1.05 * relative_error(truth.to(dtype), truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import linattn
+from linattn.errors import ArgumentError
 from linattn.testing import (
     assert_close_to_truth,
     assert_matches_truth,
     evaluate,
     make_inputs,
+    relative_error,
     truth_attention,
     truth_quadratic,
     truth_softmax,
@@ -93,8 +95,17 @@ def test_a_zero_denominator_is_zero_and_has_no_gradient() -> None:
     assert dk.isfinite().all() and dv.isfinite().all()
 
 
-def test_low_precision_is_summed_in_float32() -> None:
+def test_low_precision_sums_are_kept_in_float32() -> None:
+    """Only `sim` itself is computed in the dtype of the inputs."""
     q, k, v = make_inputs(keys=500, dtype=torch.bfloat16)
     out = linattn.kernel_attention(q, k, v, sim=_square, is_causal=True)
     assert out.dtype == torch.bfloat16
-    assert_close_to_truth(out, truth_quadratic(q, k, v, is_causal=True))
+    truth = truth_quadratic(q, k, v, is_causal=True)
+    rounded_sims = truth_attention(q, k, v, lambda q, k: _square(q.bfloat16(), k.bfloat16()).double(), is_causal=True)
+    assert relative_error(out, truth) <= relative_error(rounded_sims.bfloat16(), truth) * 1.2
+
+
+def test_a_negative_similarity_is_refused() -> None:
+    q, k, v = make_inputs()
+    with pytest.raises(ArgumentError, match="non-negative"):
+        linattn.kernel_attention(q, k, v, sim=lambda q, k: q @ k.mT)

@@ -7,7 +7,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import linattn
-from linattn.testing import LAYOUTS, Layout, assert_close_to_truth, make_inputs, make_key_mask, truth_softmax
+from linattn.testing import (
+    LAYOUTS,
+    Layout,
+    assert_close_to_truth,
+    assert_matches_truth,
+    make_inputs,
+    make_key_mask,
+    truth_softmax,
+)
 
 BACKENDS = ("reference", "torch")
 
@@ -16,7 +24,7 @@ BACKENDS = ("reference", "torch")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("keys", [1, 15, 129, 500])
 def test_equals_the_formula(backend: str, is_causal: bool, keys: int) -> None:
-    q, k, v = make_inputs(keys=keys, head_size=16, value_size=5, score_std=8.0, dtype=torch.float32)
+    q, k, v = make_inputs(keys=keys, head_size=16, score_std=8.0, dtype=torch.float32)
     out = linattn.softmax_attention(q, k, v, is_causal=is_causal, backend=backend)
     assert_close_to_truth(out, truth_softmax(q, k, v, is_causal=is_causal))
 
@@ -31,13 +39,22 @@ def test_scale_defaults_to_one_over_root_of_head_size(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_agrees_with_pytorch(backend: str) -> None:
+def test_agrees_with_pytorch_under_a_mask() -> None:
     q, k, v = make_inputs(heads=4, kv_heads=2, queries=20, keys=70, score_std=4.0)
     mask = make_key_mask(2, 70)
-    out = linattn.softmax_attention(q, k, v, key_mask=mask, enable_gqa=True, backend=backend)
+    out = linattn.softmax_attention(q, k, v, key_mask=mask, enable_gqa=True)
     peer = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], enable_gqa=True)
     assert_close_to_truth(out, peer)
+
+
+def test_backends_agree_on_grouped_heads() -> None:
+    tensors = make_inputs(heads=4, kv_heads=2, keys=70, score_std=4.0)
+    for backend in BACKENDS:
+        assert_matches_truth(
+            lambda *t, b=backend: linattn.softmax_attention(*t, is_causal=True, enable_gqa=True, backend=b),
+            lambda *t: truth_softmax(*t, is_causal=True),
+            tensors,
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -240,7 +240,7 @@ def test_functional_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_second_derivative_is_right_or_refused(name: str) -> None:
-    q, k, v = (t.requires_grad_() for t in make_inputs(batch=1, heads=1, keys=12, head_size=3, value_size=2))
+    q, k, v = (t.requires_grad_() for t in make_inputs(batch=1, heads=1, keys=12, head_size=3))
 
     def gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(CALLS[name](q, k, v).square().sum(), q, create_graph=True)[0]
@@ -249,7 +249,7 @@ def test_a_second_derivative_is_right_or_refused(name: str) -> None:
     try:
         second = torch.autograd.grad(first.square().sum(), k)[0]
     except DoubleBackwardError as error:
-        assert "second" in str(error)
+        assert "first derivative only" in str(error)
         return
     step = 1e-6 * torch.randn_like(k)
     ahead, behind = (gradient(q, k.detach() + sign * step, v).square().sum() for sign in (1, -1))
