@@ -58,7 +58,7 @@ def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     if not q.device == k.device == v.device:
         raise DeviceError(f"q, k and v must be on one device; given: q {q.device}, k {k.device}, v {v.device}")
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         if torch.float64 not in (q.dtype, k.dtype, v.dtype):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -69,6 +69,11 @@ def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     if q.dtype not in DTYPES:
         raise DtypeError(f"accepted dtypes: {', '.join(map(str, DTYPES))}; given: {q.dtype}")
     return q, k, v
+
+
+def autocasts(device: str) -> bool:
+    """Whether calls on this kind of device are autocast now; "meta", for one, knows no autocast."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
@@ -144,14 +149,15 @@ def checked_offset(is_causal: bool, q_offset: int | None, T: int, Tk: int) -> in
 
 
 def checked_scale(scale: float) -> float:
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < math.inf:  # NaN fails too
         raise ArgumentError(f"scale must be a finite number; given: {scale!r}")
     return float(scale)
 
 
 def checked_coefficients(coefficients: Sequence[float], normalize: bool) -> tuple[float, float, float]:
     """c0, c1, c2 of sim = c0 + c1 s + c2 s^2 = c2 (s + b)^2 + r, which is non-negative when c2 > 0 and r >= 0."""
-    if len(coefficients) != 3 or not all(isinstance(c, int | float) and math.isfinite(c) for c in coefficients):
+    three = isinstance(coefficients, Sequence) and len(coefficients) == 3
+    if not three or not all(isinstance(c, int | float) and abs(c) < math.inf for c in coefficients):
         raise ArgumentError(f"coefficients must be three finite numbers (c0, c1, c2); given: {coefficients!r}")
     c0, c1, c2 = (float(c) for c in coefficients)
     if c2 == 0:

@@ -47,7 +47,7 @@ def use_backend(backend: str) -> Iterator[None]:
     """
     known = {"auto"}.union(*BACKENDS.values())
     if backend not in known:
-        raise unknown_name("backend", backend, known)
+        raise unknown_name("backend", backend, known, BackendError)
     before, _chosen.backend = _chosen.backend, backend
     try:
         yield
@@ -86,9 +86,7 @@ def choose_backend(op: str, backend: str, inputs: Inputs) -> str:
     if named == "auto":
         return next(name for name in BACKENDS[op] if name not in refused)
     if named not in BACKENDS[op]:
-        raise BackendError(
-            f"{op} attention has no backend {named!r}; accepted: 'auto', {', '.join(map(repr, BACKENDS[op]))}"
-        )
+        raise unknown_name(f"backend of {op} attention", named, ("auto", *BACKENDS[op]), BackendError)
     if named in refused:
         raise BackendError(f"backend {named!r} cannot run this {op} attention: {refused[named]}; backend='auto' can")
     return named

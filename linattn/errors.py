@@ -58,9 +58,11 @@ class CheckpointError(LinattnError, RuntimeError):
     """A checkpoint cannot be read or written. An earlier checkpoint is never damaged by a failed write."""
 
 
-def unknown_name(what: str, given: object, accepted: Iterable[str]) -> ArgumentError:
+def unknown_name(
+    what: str, given: object, accepted: Iterable[str], error: type[LinattnError] = ArgumentError
+) -> LinattnError:
     """Build the error for a name that is not in a list, suggesting the nearest one."""
     names = sorted(accepted)
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ArgumentError(f"unknown {what} {given!r}; accepted: {', '.join(map(repr, names))}.{hint}")
+    return error(f"unknown {what} {given!r}; accepted: {', '.join(map(repr, names))}.{hint}")

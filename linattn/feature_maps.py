@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from linattn.checks import autocasts
 from linattn.errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from linattn.kernels.feature_map.maps import MAPS, NON_NEGATIVE
 
@@ -31,14 +32,14 @@ def mapped(q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool) -> tu
             )
         return q, k, feature_map
     if not callable(feature_map):
-        raise ArgumentError(f"feature_map must be a name or a callable; given: {type(feature_map).__name__}")
+        raise ArgumentError(f"feature_map must be a name or a callable; given: {feature_map!r}")
     if normalize and getattr(feature_map, "positive", True) is False:
         raise ArgumentError(
             f"{feature_map!r} says positive=False: its similarities may be negative and need normalize=False"
         )
     fq, fk = feature_map(q), feature_map(k)
     _check_features(q, fq, fk, k)
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device.type):
         fq, fk = fq.to(q.dtype), fk.to(k.dtype)
     if fq.dtype != q.dtype or fk.dtype != k.dtype:
         raise DtypeError(f"feature_map must keep the dtype {q.dtype}; given: {fq.dtype} for q, {fk.dtype} for k")

@@ -285,7 +285,7 @@ def kernel_attention(
     """
     inputs = checks.check_inputs(q, k, v, is_causal=is_causal)
     if not callable(sim):
-        raise ArgumentError(f"sim must be callable, sim(q_tile, k_tile) -> scores; given: {type(sim).__name__}")
+        raise ArgumentError(f"sim must be callable, sim(q_tile, k_tile) -> scores; given: {sim!r}")
     return _general.kernel_attention(inputs.q, inputs.k, inputs.v, sim, is_causal)
 
 

@@ -25,10 +25,11 @@ def define(schema: str, fake: Callable[..., Any], modules: dict[str, str], funct
         *inputs, backend = args
         implementation = getattr(importlib.import_module(modules[backend]), function)
         device = next(x for x in inputs if isinstance(x, torch.Tensor)).device.type
-        if torch.is_autocast_enabled(device):  # inputs were cast already; sums inside stay in full precision
-            with torch.autocast(device, enabled=False):
-                return implementation(*inputs)
-        return implementation(*inputs)
+        with torch.no_grad():  # derivatives are the business of autograd.py, also inside a backward pass
+            if torch.is_autocast_enabled(device):  # inputs were cast already; sums inside stay in full precision
+                with torch.autocast(device, enabled=False):
+                    return implementation(*inputs)
+            return implementation(*inputs)
 
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")

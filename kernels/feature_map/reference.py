@@ -78,7 +78,10 @@ def backward(
     dphi_q, dphi_k, dv, dinitial = attention.backward(
         problem, cu_seqlens, initial_state, dstate, dout, out, row_sums, form, chunk_size
     )
-    return _pullback(feature_map, dphi_q, q), _pullback(feature_map, dphi_k, k), dv, dinitial
+    dq, dk = _pullback(feature_map, dphi_q, q), _pullback(feature_map, dphi_k, k)
+    if key_mask is not None:  # padding may hold NaN, where the map has no slope
+        dk.masked_fill_(~key_mask[:, None, :, None], 0)
+    return dq, dk, dv, dinitial
 
 
 def _pullback(feature_map: str, dphi: Tensor, x: Tensor) -> Tensor:
