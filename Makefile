@@ -23,6 +23,7 @@ READY := $(abspath $(VENV))/.ready
 endif
 
 NATIVE := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.hpp kernels/*/*.cpp kernels/*/*.hpp)
+PUBLIC := $(patsubst linattn/%.py,linattn.%,$(filter-out linattn/_%,$(wildcard linattn/*.py))) $(addprefix linattn.,autoencoders rnn bench)
 ROOMS := kernels autoencoders rnn bench
 
 .PHONY: demo test bench gpu lint contract types docs clean setup tree
@@ -56,7 +57,7 @@ types: $(READY) tree
 
 docs: $(READY)
 	$(PY) -c 'import pdoc' 2>/dev/null || $(PY) -m pip install 'pdoc>=15'
-	$(PY) -m pdoc --docformat google --math -o build/docs linattn '!linattn.linattn' '!linattn.conftest'
+	$(PY) -m pdoc --docformat google --math -o build/docs linattn $(PUBLIC)
 
 clean:
 	rm -rf build dist runs .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

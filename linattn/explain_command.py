@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -33,10 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the explanation."""
     q, k, v = _inputs(args.shape, DTYPES[args.dtype], args.device)
-    options: dict[str, object] = {"kernel": args.kernel, "is_causal": args.causal, "backend": args.backend}
-    if args.form is not None:
-        options["form"] = args.form
-    print(linattn.explain(q, k, v, **options))
+    # Only some kernels have a choice of forms.
+    options: dict[str, Any] = {} if args.form is None else {"form": args.form}
+    print(linattn.explain(q, k, v, kernel=args.kernel, is_causal=args.causal, backend=args.backend, **options))
     return 0
 
 
