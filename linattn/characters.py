@@ -1,4 +1,4 @@
-"""Text as characters: vocabulary, split, windows to train on, and the trigram model that a language model has to beat."""
+"""Text as characters: vocabulary, split, windows to train on, and the trigram model that has to be beaten."""
 
 from __future__ import annotations
 
@@ -85,9 +85,10 @@ def random_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor
 
 
 def consecutive_windows(tokens: Tensor, context: int) -> Tensor:
-    """Windows that predict every token but the first once: int64 [n, context + 1], each begun on the last token of the one before.
+    """Windows that predict every token but the first once: int64 [n, context + 1].
 
-    What does not fill a last window is left out. A text shorter than one window becomes one shorter window.
+    Each begins on the last token of the one before. What does not fill a last window is left out. A text shorter than
+    one window becomes one shorter window.
 
     Raises:
         DataError: fewer than two tokens.
@@ -103,9 +104,9 @@ class Trigram:
 
         P_n(c | h) = [max(count(h c) - d_n, 0) + (a_n + d_n types(h)) P_{n-1}(c | h')] / (count(h) + a_n)
 
-    for contexts h of n = 2, 1, 0 characters, h' without its first one, types(h) the number of different characters seen after h, and P_{-1} uniform.
-    d_n = 0 is a hierarchical Dirichlet model, a_n = 0 absolute discounting; both numbers of each order are chosen on the last tenth of the
-    training text, then all of it is counted.
+    for contexts h of n = 2, 1, 0 characters, h' being h without its first one, types(h) the number of different
+    characters seen after h, and P_{-1} uniform. d_n = 0 is a hierarchical Dirichlet model, a_n = 0 absolute
+    discounting. Both numbers of each order are chosen on the last tenth of the training text, then all is counted.
 
     Args:
         train: int64 tokens [T].
@@ -113,7 +114,8 @@ class Trigram:
 
     Complexity: O(T log T) to count and to look up.
 
-    Source: Teh 2006, "A hierarchical Bayesian language model based on Pitman-Yor processes" (its interpolated Kneser-Ney form, with plain counts).
+    Source: Teh 2006, "A hierarchical Bayesian language model based on Pitman-Yor processes"; here with plain counts
+    in the lower orders.
 
     Example:
         >>> text = Characters.from_text("the cat sat on the mat and the hat. " * 50)
@@ -136,7 +138,7 @@ class Trigram:
         self._count(train)
 
     def loss(self, text: Tensor) -> float:
-        """Mean of -ln P over `text` read as the continuation of the training text, in nats per character; tokens int64 [T]."""
+        """Mean of -ln P in nats per character of tokens int64 [T], read as the continuation of the training text."""
         return -self.log_probability(text).mean().item()
 
     def log_probability(self, text: Tensor) -> Tensor:
@@ -208,7 +210,9 @@ def _find(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
 
 
 def trigram_loss(train: Tensor, validation: Tensor, vocabulary: int | None = None) -> float:
-    """Loss on `validation` of the best-tuned trigram model of `train` (see `Trigram`), in nats per character; divide by ln 2 for bits.
+    """Loss on `validation` of the tuned trigram model of `train`, in nats per character; divide by ln 2 for bits.
+
+    See `Trigram` for the model.
 
     Args:
         train, validation: int64 tokens, one following the other.

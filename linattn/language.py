@@ -1,6 +1,7 @@
 """`linattn train lm`: train a character language model on a text file, with any attention kernel.
 
-What a run leaves in its folder: `checkpoint.pt`, `history.jsonl` (one line a validation), `curve.png`, `sample.txt` and `results.json`.
+What a run leaves in its folder: `checkpoint.pt`, `history.jsonl` (one line a validation), `curve.png`, `sample.txt` and
+`results.json`.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     sample: int = 500
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("sample", 0)):
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name}={getattr(self, name)} was given; accepted: at least {least}")
 
     def model_config(self, vocabulary: int) -> CausalLMConfig:
         return CausalLMConfig(
@@ -149,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         if path.exists() and not args.overwrite:
             raise ArgumentError(
-                f"{path} exists already; accepted: --resume to go on with it, --overwrite to begin anew, or another --out"
+                f"{path} exists; accepted: --resume to go on with it, --overwrite to begin anew, or another --out"
             )
         settings = replace(QUICK if args.quick else Settings(), **given)
         if settings.steps is None and settings.minutes is None:
@@ -339,18 +345,17 @@ def _print_heading(settings: Settings, text: Characters, model: CausalLM, trigra
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = model.embedding.weight.device
     print(
-        f"{settings.text}: {len(text.train)} characters to train on, {len(text.validation)} to validate, alphabet of {len(text.alphabet)}\n"
-        f"{settings.kernel} attention, {parameters} parameters, on {device}; trigram of the same text: {_loss(trigram)}",
+        f"{settings.text}: {len(text.train)} characters to train on, {len(text.validation)} to validate, "
+        f"{len(text.alphabet)} different ones\n"
+        f"{settings.kernel} attention, {parameters} parameters, on {device}; trigram of this text: {_loss(trigram)}",
         flush=True,
     )
 
 
 def _print_record(record: Record, trigram: float) -> None:
     train = "" if record.train_loss is None else f"training {record.train_loss:.4f}  "
-    print(
-        f"step {record.step:6d}  {record.seconds / 60:6.1f} min  {train}validation {record.validation_loss:.4f}  trigram {trigram:.4f}",
-        flush=True,
-    )
+    losses = f"{train}validation {record.validation_loss:.4f}  trigram {trigram:.4f}"
+    print(f"step {record.step:6d}  {record.seconds / 60:6.1f} min  {losses}", flush=True)
 
 
 def _loss(nats: float) -> str:

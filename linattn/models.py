@@ -18,7 +18,8 @@ class CausalLMConfig:
 
     Attributes:
         vocabulary: number of different tokens.
-        context: positions that `generate` looks back on, and the length to train with. The model itself takes any length: positions are rotary.
+        context: positions that `generate` looks back on, and the length to train with. The model itself takes any
+            length: positions are rotary.
         layers, dim, heads, kv_heads, hidden, layer: see `linattn.modules.Transformer` and `Attention`.
         kernel, form, qk_norm: see `linattn.modules.Attention`.
         rotary: base of the rotary positions.
@@ -49,10 +50,11 @@ class CausalLMConfig:
 
 
 class CausalLM(nn.Module):
-    """Token embedding, causal transformer, and a head that shares the embedding's weights: logits = E transformer(E[tokens]).
+    """Embedding E, causal transformer, and a head that shares the weights: logits = E transformer(E[tokens]).
 
-    Position t predicts token t + 1 from tokens 0 ... t. Positions are rotary, inside every attention layer, so the number of parameters does not
-    depend on the context and lengths beyond the trained one are defined (how well they work is a matter of training).
+    Position t predicts token t + 1 from tokens 0 ... t. Positions are rotary, inside every attention layer, so the
+    number of parameters does not depend on the context and lengths beyond the trained one are defined (how well they
+    work is a matter of training).
 
     Args:
         config: see `CausalLMConfig`.
@@ -99,7 +101,7 @@ class CausalLM(nn.Module):
         return F.linear(hidden, self.embedding.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross entropy in nats per token of predicting tokens[:, 1:] from what precedes each: tokens int64 [B, T + 1] -> scalar.
+        """Mean cross entropy, in nats, of predicting each token from those before it: int64 [B, T + 1] -> scalar.
 
         Raises:
             ShapeError: tokens are not [B, T + 1] with T at least 1.
@@ -130,7 +132,8 @@ class CausalLM(nn.Module):
             generator: source of randomness, on the model's device; the global one when not given.
 
         Returns:
-            int64 [B, T + count], beginning with `tokens`. The model is in evaluation mode meanwhile and afterwards as it was.
+            int64 [B, T + count], beginning with `tokens`. The model is in evaluation mode meanwhile and afterwards as
+            it was.
 
         Raises:
             ShapeError: tokens are not [B, T] with T at least 1.
@@ -140,7 +143,8 @@ class CausalLM(nn.Module):
             raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; accepted: [B, T] with T at least 1")
         if count < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ArgumentError(
-                f"count={count}, temperature={temperature} and top_k={top_k} were given; accepted: count >= 0, temperature >= 0, top_k >= 1 or None"
+                f"count={count}, temperature={temperature} and top_k={top_k} were given; "
+                "accepted: count >= 0, temperature >= 0, top_k >= 1 or None"
             )
         was_training = self.training
         self.eval()

@@ -1,9 +1,9 @@
-"""Attention layers and the transformer made of them: x [B, T, dim] -> [B, T, dim], any kernel of `linattn.functional.attention`.
+"""Attention layers and the transformer made of them: x [B, T, dim] -> [B, T, dim], any kernel of this library.
 
 A transformer here is a stack of L layers, T(x) = T_L(... T_1(x)), in one of two kinds:
 
-    course     T_l(x) = f_l(A_l(x) + x)                                     the plain definition
-    prenorm    y = x + A_l(norm(x)),   T_l(x) = y + f_l(norm(y))            what is trained in practice; a last norm follows layer L
+    course     T_l(x) = f_l(A_l(x) + x)                            the plain definition
+    prenorm    y = x + A_l(norm(x)),  T_l(x) = y + f_l(norm(y))    what is trained in practice; a last norm follows T_L
 
 with A_l an attention layer and f_l a feed-forward net of two linear layers, applied at every position alike.
 """
@@ -11,19 +11,19 @@ with A_l an attention layer and f_l a feed-forward net of two linear layers, app
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from linattn import functional
+from linattn import feature_maps, functional
 from linattn.errors import ArgumentError, ShapeError, unknown_name
+from linattn.feature_maps import FeatureMap
 
-FeatureMap = Callable[[Tensor], Tensor]
 LayerKind = Literal["prenorm", "course"]
 
 POLYNOMIAL_KERNELS = ("quadratic", "taylor")
+KERNELS = ("softmax", *POLYNOMIAL_KERNELS, *feature_maps.NAMES)
 
 
 def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
@@ -31,8 +31,8 @@ def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
 
         (x_i, x_{i+D/2}) at position t  ->  turned by t * base^(-2 i / D)
 
-    Dot products of rotated queries and keys depend on positions only by their difference, so any length can be given, and a key once rotated
-    never changes: sums over keys (the state of a linear form) stay valid as the text goes on.
+    Dot products of rotated queries and keys depend on positions only by their difference, so any length can be given,
+    and a key once rotated never changes: sums over keys (the state of a linear form) stay valid as the text goes on.
 
     Args:
         x: [B, T, H, D] with D even, any floating dtype; angles are computed in float32.
@@ -59,32 +59,34 @@ def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with any kernel: out = W_o concat_h attention(W_q x, W_k x, W_v x).
 
-    Queries, keys and values come from one fused projection and enter the kernel as strided views of it; only `qk_norm` and `rotary`, where
-    asked for, make new queries and keys.
+    Queries, keys and values come from one fused projection and enter the kernel as strided views of it; only `qk_norm`
+    and `rotary`, where asked for, make new queries and keys.
 
     Args:
         dim: width of the input and the output.
         heads: number of query heads; `head_dim = dim / heads` unless given.
-        kernel: "softmax", "quadratic", "taylor", the name of a feature map, or a feature map itself: any callable [..., D] -> [..., C]. A module
-            (one that learns) becomes part of this one.
+        kernel: "softmax", "quadratic", "taylor", the name of a feature map, or a feature map itself: any callable [...,
+            D] -> [..., C]. A module (one that learns) becomes part of this one.
         is_causal: position i sees positions <= i only.
         kv_heads: number of key and value heads, a divisor of `heads` (grouped-query attention); `heads` when not given.
         head_dim: D = M, the size of a head.
         scale: factor on q.k, 1 / sqrt(D) when not given.
-        form: "direct", "chunked" or "recurrent" for every kernel but softmax. It is pinned here, never "auto", because the choice of "auto" depends
-            on the length, and with it the rounding. When not given: "chunked" for feature maps, whose state is small, and "direct" for "quadratic"
-            and "taylor"; choose "chunked" there when sequences are longer than about D^2.
-        qk_norm: bring queries and keys to root mean square 1 per head, times a learned gain. Keeps |s| = |q.k| / sqrt(D) below about sqrt(D), which
-            bounds the condition of the quadratic kernel.
+        form: "direct", "chunked" or "recurrent" for every kernel but softmax. It is pinned here, never "auto", because
+            the choice of "auto" depends on the length, and with it the rounding. When not given: "chunked" for feature
+            maps, whose state is small, and "direct" for "quadratic" and "taylor"; choose "chunked" there when sequences
+            are longer than about D^2.
+        qk_norm: bring queries and keys to root mean square 1 per head, times a learned gain. Keeps |s| = |q.k| /
+            sqrt(D) below about sqrt(D), which bounds the condition of the quadratic kernel.
         rotary: base of the rotary position embedding (see `rotate`), usually 10000.0; None for no positions.
         bias: biases in both projections.
         **options: passed on to `linattn.functional.attention`, such as `normalize`, `coefficients`, `backend`.
 
     Raises:
-        ArgumentError: sizes that do not divide, an odd `head_dim` with `rotary`, a form for softmax.
+        ArgumentError: an unknown kernel, sizes that do not divide, an odd `head_dim` with `rotary`, a form for softmax.
         ShapeError: in the call, an input that is not [B, T, dim].
 
-    Complexity of a call: the projections take O(B T dim^2), the attention what `linattn.cost` says for its kernel and form.
+    Complexity of a call: the projections take O(B T dim^2), the attention what `linattn.cost` says for its kernel and
+    form.
 
     Example:
         >>> layer = Attention(64, 4, kernel="quadratic", is_causal=True)
@@ -97,7 +99,7 @@ class Attention(nn.Module):
         dim: int,
         heads: int,
         *,
-        kernel: str | FeatureMap = "softmax",
+        kernel: FeatureMap = "softmax",
         is_causal: bool = False,
         kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -117,13 +119,15 @@ class Attention(nn.Module):
         if head_dim is None:
             if dim < heads or dim % heads:
                 raise ArgumentError(
-                    f"dim={dim} and heads={heads} were given; accepted: dim a multiple of heads, or a head_dim of its own"
+                    f"dim={dim} and heads={heads} were given; accepted: dim a multiple of heads, or a head_dim"
                 )
             head_dim = dim // heads
         if rotary is not None and head_dim % 2:
             raise ArgumentError(
                 f"rotary positions turn pairs of entries, so they need an even head_dim; got {head_dim}"
             )
+        if isinstance(kernel, str) and kernel not in KERNELS:
+            raise unknown_name("kernel", kernel, KERNELS)
         if kernel == "softmax":
             if form is not None:
                 raise ArgumentError(
@@ -144,7 +148,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]; `key_mask` bool [B, T], True where a position is real and False where it is padding."""
+        """x [B, T, dim] -> [B, T, dim]; `key_mask` bool [B, T], True where a position is real, not padding."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(f"the input has shape {tuple(x.shape)}; accepted: [B, T, {self.dim}]")
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 Hkv, D]
@@ -175,7 +179,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """f(x) = W_2 gelu(W_1 x + b_1) + b_2 at every position: [..., dim] -> [..., dim], hidden width 4 dim unless given."""
+    """f(x) = W_2 gelu(W_1 x + b_1) + b_2: [..., dim] -> [..., dim], hidden width 4 dim unless given."""
 
     def __init__(self, dim: int, hidden: int | None = None) -> None:
         hidden = 4 * dim if hidden is None else hidden
@@ -216,8 +220,8 @@ class PreNormLayer(nn.Module):
 
     norm(x) = x / rms(x) times a learned gain. Arguments as for `CourseLayer`.
 
-    Sources: Xiong et al. 2020, "On layer normalization in the transformer architecture"; Zhang and Sennrich 2019, "Root mean square layer
-    normalization".
+    Sources: Xiong et al. 2020, "On layer normalization in the transformer architecture"; Zhang and Sennrich 2019, "Root
+    mean square layer normalization".
 
     Example:
         >>> PreNormLayer(32, 2, kernel="elu+1", is_causal=True)(torch.randn(1, 5, 32)).shape
@@ -287,7 +291,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _shrink_residual_branches(self, layers: int) -> None:
-        # 2 L branches add up on the residual path: this keeps its variance at the start independent of L (Radford et al. 2019).
+        # 2 L branches add up on the residual path: this keeps its variance at the start independent of L (Radford et
+        # al. 2019).
         for layer in self.layers:
             for last in (layer.attention.out, layer.feed_forward[2]):
                 last.weight.mul_(1 / math.sqrt(2 * layers))

@@ -1,4 +1,4 @@
-"""Experiment tracking: where a trainer sends scalars, figures and hyper-parameters. Off unless a tracker is passed in."""
+"""Experiment tracking: where a trainer sends scalars, figures and hyper-parameters. Off unless a tracker is given."""
 
 from __future__ import annotations
 

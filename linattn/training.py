@@ -1,7 +1,8 @@
 """A training loop that can be interrupted: AdamW, warm-up and cosine decay, validation, history, checkpoints.
 
-A run limited by steps and resumed from a checkpoint continues bit for bit as if it had never stopped (on one machine, CPU): the checkpoint holds the
-model, the optimiser, the state of the random number generators and the history, and the data of step i depend on i alone.
+A run limited by steps and resumed from a checkpoint continues bit for bit as if it had never stopped (on one machine,
+CPU): the checkpoint holds the model, the optimiser, the state of the random number generators and the history, and the
+data of step i depend on i alone.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -48,7 +48,8 @@ class TrainingConfig:
         validate_every: steps between validations; a checkpoint is written at each.
 
     Raises:
-        ArgumentError: neither or non-positive limits, shares outside [0, 1], rates, norms and intervals that are not positive.
+        ArgumentError: neither or non-positive limits, shares outside [0, 1], rates, norms and intervals that are not
+            positive.
     """
 
     steps: int | None = None
@@ -80,7 +81,9 @@ class TrainingConfig:
         return min(1.0, max(by_step, by_time))
 
     def rate(self, progress: float) -> float:
-        """Learning rate when that share is done: linear up to `warmup`, then half a cosine down to `final_learning_rate` of the peak.
+        """Learning rate when that share of the run is done.
+
+        Linear up to `warmup`, then half a cosine down to `final_learning_rate` of the peak.
 
         Source: Loshchilov and Hutter 2017, "SGDR: Stochastic gradient descent with warm restarts".
 
@@ -120,11 +123,13 @@ class Trainer:
 
     Args:
         model: what is trained, already on its device and seeded.
-        loss: loss of step i = 0, 1, ... as a scalar tensor. Its data should depend on i alone (and a seed), then resuming is exact.
+        loss: loss of step i = 0, 1, ... as a scalar tensor. Its data should depend on i alone (and a seed), then
+            resuming is exact.
         validate: validation loss, a number; called in evaluation mode without gradients.
         config: see `TrainingConfig`.
         folder: where `checkpoint.pt` and `history.jsonl` are kept; nothing is written when not given.
-        settings: whatever rebuilds model and data, kept in the checkpoint: plain numbers, strings, lists and dictionaries.
+        settings: whatever rebuilds model and data, kept in the checkpoint: plain numbers, strings, lists and
+            dictionaries.
         tracker: see `linattn.tracking`.
         on_record: called with each `Record`.
 
@@ -132,7 +137,8 @@ class Trainer:
         >>> model = nn.Linear(2, 1)
         >>> x = torch.randn(64, 2); y = x.sum(1, keepdim=True)
         >>> objective = lambda: (model(x) - y).square().mean()
-        >>> trainer = Trainer(model, lambda step: objective(), lambda: objective().item(), TrainingConfig(steps=200, learning_rate=0.1))
+        >>> config = TrainingConfig(steps=200, learning_rate=0.1)
+        >>> trainer = Trainer(model, lambda step: objective(), lambda: objective().item(), config)
         >>> trainer.run(), trainer.history[-1].validation_loss < 0.01
         (True, True)
     """
@@ -173,7 +179,9 @@ class Trainer:
         return self.config.progress(self.step, self.seconds) >= 1
 
     def run(self) -> bool:
-        """Train to the end, or until Ctrl-C: the step under way is finished and saved first. A second Ctrl-C stops at once.
+        """Train to the end, or until Ctrl-C; a second Ctrl-C stops at once.
+
+        The step under way is finished and saved first.
 
         Returns:
             True when the run is complete, False when it was interrupted.
@@ -183,15 +191,16 @@ class Trainer:
             CheckpointError: the checkpoint cannot be written. The previous one is intact.
         """
         started = time.monotonic() - self.seconds
-        with _stop_requests() as stop_requested, _progress_bar() as show:
+        with _stop_requests() as stop_requested, _ProgressBar() as bar:
             if not self.history:
                 self._validate()
             self.model.train()
             while not self.finished:
                 self._train_step()
                 self.seconds = time.monotonic() - started
-                show(self)
+                bar.show(self)
                 if self.step % self.config.validate_every == 0 or self.finished:
+                    bar.clear()
                     self._validate()
                     self.seconds = time.monotonic() - started
                     self.save()
@@ -289,7 +298,7 @@ class Trainer:
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors, numbers, strings, lists and dictionaries to `path`; an existing file is replaced only by a complete new one.
+    """Write tensors, numbers, strings, lists and dictionaries; a file there is replaced only by a complete new one.
 
     Raises:
         CheckpointError: naming the file and the cause, such as a full disk.
@@ -315,7 +324,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"there is no checkpoint {path}; accepted: a folder in which training was started before"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         cause = str(error).partition("\n")[0]
         raise CheckpointError(
             f"the checkpoint {path} cannot be read: {cause}; accepted: a complete file written by this trainer"
@@ -330,7 +339,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write into that appears under `path` complete or not at all.
 
-    It is written beside its destination, flushed to the disk, then moved over it. On an error `path` is untouched and nothing is left behind.
+    It is written beside its destination, flushed to the disk, then moved over it. On an error `path` is untouched and
+    nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -363,24 +373,31 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[Trainer], None]]:
-    """A bar on stderr showing the share of the run that is done; nothing when stderr is not a terminal or tqdm is not installed."""
-    try:
-        if not sys.stderr.isatty():
-            raise ImportError
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda trainer: None
-        return
-    with tqdm(
-        total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}", file=sys.stderr
-    ) as bar:
+class _ProgressBar:
+    """A bar on stderr for the share of the run that is done; nothing without a terminal or without tqdm."""
 
-        def show(trainer: Trainer) -> None:
-            bar.set_postfix_str(
-                f"step {trainer.step}, validation {trainer.history[-1].validation_loss:.4f}", refresh=False
-            )
-            bar.update(trainer.config.progress(trainer.step, trainer.seconds) - bar.n)
+    def __init__(self) -> None:
+        self._bar: Any = None
 
-        yield show
+    def __enter__(self) -> _ProgressBar:
+        if sys.stderr.isatty():
+            with suppress(ImportError):
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed} {postfix}", leave=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            last = trainer.history[-1].validation_loss
+            self._bar.set_postfix_str(f"step {trainer.step}, validation {last:.4f}", refresh=False)
+            self._bar.update(trainer.config.progress(trainer.step, trainer.seconds) - self._bar.n)
+
+    def clear(self) -> None:
+        """Free the line, so that something else can be printed; the next `show` draws the bar again."""
+        if self._bar is not None:
+            self._bar.clear()
