@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. `argv` defaults to the process's own arguments."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        status = _dispatch(words)
+        sys.stdout.flush()
+        return status
     except LinattnError as error:
         print(f"linattn: {error}", file=sys.stderr)
         return 2
