@@ -1,8 +1,70 @@
-"""Lets `pytest` find the package in a checkout that was never installed. An installed linattn comes first."""
+"""Lets `pytest` find the package in a checkout that was never installed, and adds the option `--benchmark`.
+
+Plain `pytest` runs the tests and never measures a time; `pytest --benchmark` runs `bench/bench_*.py` and nothing else.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))
+import pytest
+
+ROOT = Path(__file__).parent
+BENCH = ROOT / "bench"
+# An installed linattn comes first.
+sys.path.append(str(ROOT))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("linattn benchmarks")
+    group.addoption("--benchmark", action="store_true", help="measure bench/bench_*.py instead of running the tests")
+    group.addoption(
+        "--benchmark-quick", action="store_true", help="the same in under 2 minutes: shorter, fewer repeats"
+    )
+    group.addoption(
+        "--benchmark-out",
+        metavar="DIR",
+        default=str(ROOT / "runs" / "benchmark"),
+        help="folder for results.json and results.csv (%(default)s)",
+    )
+
+
+def _measuring(config: pytest.Config) -> bool:
+    return bool(config.getoption("--benchmark") or config.getoption("--benchmark-quick"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _measuring(config):
+        return
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("--benchmark got -n: processes side by side disturb each other's times; drop -n")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = [str(BENCH)]
+    from linattn.bench.pytest_plugin import BenchmarkPlugin
+
+    plugin = BenchmarkPlugin(Path(config.getoption("--benchmark-out")), quick=config.getoption("--benchmark-quick"))
+    config.pluginmanager.register(plugin, "linattn-benchmark")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if _measuring(config):
+        return True if collection_path == ROOT / "tests" else None
+    return True if collection_path == BENCH or BENCH in collection_path.parents else None
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    # A file that was named on the command line is collected by pytest itself.
+    named = parent.session.isinitpath(file_path)
+    if _measuring(parent.config) and not named and file_path.parent == BENCH and file_path.match("bench_*.py"):
+        module: pytest.Module = pytest.Module.from_parent(parent, path=file_path)
+        return module
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _measuring(config):
+        return
+    for item in items:
+        if BENCH in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="benchmarks run only with --benchmark"))

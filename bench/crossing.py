@@ -11,6 +11,8 @@ from itertools import pairwise
 
 BRACKET = 2
 """Measured sizes on which the order must hold on each side of N* before N* counts."""
+TIE = math.log(1.03)
+"""Times within 3 % of each other are equal: the chunked form of a sequence of one chunk is the direct form."""
 DRAWS = 1000
 INTERVAL = (0.025, 0.975)
 
@@ -48,16 +50,17 @@ class Crossing:
 def find_crossing(ours: Samples, theirs: Samples, *, seed: int = 0) -> Crossing | None:
     """N* from which `ours` takes less time than `theirs`, each samples in milliseconds by size.
 
-    The ratio of medians is interpolated linearly in log N against log ratio. Of several crossings the last counts: from
-    there on ours is faster at every size measured. Samples taken in the same round are drawn together.
+    The ratio of medians is interpolated linearly in log N against log ratio; ratios within 3 % of 1 count as 1. Of
+    several crossings the last counts: from there on ours is faster at every size measured. Samples taken in the same
+    round are drawn together.
 
     Returns:
-        None when fewer than two sizes have both.
+        None when fewer than two sizes have both, in as many rounds.
     """
-    sizes = sorted(N for N in ours if N in theirs and ours[N] and theirs[N])
+    sizes = sorted(N for N in ours if N in theirs and len(ours[N]) == len(theirs[N]) > 0)
     if len(sizes) < 2:
         return None
-    ratios = [math.log(statistics.median(theirs[N]) / statistics.median(ours[N])) for N in sizes]
+    ratios = [_log_ratio(ours[N], theirs[N], range(len(ours[N]))) for N in sizes]
     value = _last_upward(sizes, ratios)
     if value == 0 or math.isinf(value):
         always = "faster" if value == 0 else "slower"
@@ -89,13 +92,17 @@ def _last_upward(sizes: Sequence[int], log_ratios: Sequence[float]) -> float:
     for i in reversed(range(len(sizes) - 1)):
         if log_ratios[i] <= 0:
             share = -log_ratios[i] / (log_ratios[i + 1] - log_ratios[i])
-            return math.exp(math.log(sizes[i]) + share * math.log(sizes[i + 1] / sizes[i]))
+            return float(sizes[i] * (sizes[i + 1] / sizes[i]) ** share)
     return 0.0
 
 
 def _redrawn(ours: Sequence[float], theirs: Sequence[float], generator: random.Random) -> float:
-    rounds = generator.choices(range(min(len(ours), len(theirs))), k=min(len(ours), len(theirs)))
-    return math.log(statistics.median(theirs[i] for i in rounds) / statistics.median(ours[i] for i in rounds))
+    return _log_ratio(ours, theirs, generator.choices(range(len(ours)), k=len(ours)))
+
+
+def _log_ratio(ours: Sequence[float], theirs: Sequence[float], rounds: Sequence[int]) -> float:
+    ratio = math.log(statistics.median(theirs[i] for i in rounds) / statistics.median(ours[i] for i in rounds))
+    return 0.0 if abs(ratio) < TIE else ratio
 
 
 def _is_bracketed(sizes: Sequence[int], log_ratios: Sequence[float], value: float) -> bool:

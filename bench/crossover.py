@@ -24,10 +24,10 @@ if __name__ == "__main__":
 import torch
 
 from linattn.bench import plots, tables
-from linattn.bench.cases import DTYPES, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.cases import DTYPES, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
 from linattn.bench.crossing import refine
 from linattn.bench.environment import describe
-from linattn.bench.measure import measure, useful_gflops
+from linattn.bench.measure import affordable, measure, useful_gflops
 from linattn.bench.memory import MemoryProbe
 from linattn.bench.results import Results, Row, resume
 from linattn.bench.timing import MIN_ROUNDS, side_by_side
@@ -194,32 +194,12 @@ class Sweep:
         found = self.results.rows_of(problem)
         if not found:
             self.bar.set_postfix_str(str(problem))
-            slow = {m: seconds for m in METHODS if (seconds := self._predicted_s(m, problem)) > self.plan.limit_s}
-            methods = [m for m in METHODS if m not in slow]
-            found = [Row(m, problem, skipped=f"about {seconds:.0f} s a call") for m, seconds in slow.items()]
-            if methods:
-                found += measure(problem, methods, device=self.device, budget_s=self.plan.budget_s, memory=self.memory)
+            methods, found = affordable(METHODS, problem, self.results.rows, self.plan.limit_s)
+            found += measure(problem, methods, device=self.device, budget_s=self.plan.budget_s, memory=self.memory)
             self.results.rows += found
             self.results.save(self.path)
         self.bar.update()
         return found
-
-    def _predicted_s(self, method: Method, problem: Problem) -> float:
-        """Time of a call, from the longest shorter sequence that was measured, in proportion to the work."""
-        group = tables.group_of(problem)
-        shorter = [
-            row
-            for row in self.results.rows
-            if row.method == method
-            and row.median_ms
-            and tables.group_of(row.problem) == group
-            and row.problem.N < problem.N
-        ]
-        if not shorter:
-            return 0.0
-        row = max(shorter, key=lambda row: row.problem.N)
-        assert row.median_ms is not None
-        return row.median_ms / 1e3 * useful_gflops(method, problem) / useful_gflops(method, row.problem)
 
 
 def _plan(args: argparse.Namespace) -> Plan:

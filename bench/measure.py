@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +29,8 @@ def measure(
     Returns:
         one row a method, in the order given.
     """
+    if not methods:
+        return []
     tensors = problem.inputs(device)
     upstream = None
     if problem.direction == "training":
@@ -63,11 +67,40 @@ def measure(
     return rows
 
 
+def affordable(
+    methods: Sequence[Method], problem: Problem, rows: Sequence[Row], limit_s: float
+) -> tuple[list[Method], list[Row]]:
+    """Methods whose call is expected to take at most `limit_s` seconds, and rows that say why the others were skipped.
+
+    Expected is the time on the longest shorter sequence among `rows`, in proportion to the useful work.
+    """
+    kept, skipped = [], []
+    for method in methods:
+        shorter = [
+            row
+            for row in rows
+            if row.method == method and row.problem.N < problem.N and replace(row.problem, N=problem.N) == problem
+        ]
+        last = max(shorter, key=lambda row: row.problem.N, default=None)
+        if last is None:
+            kept.append(method)
+            continue
+        # A method that was too slow for a shorter sequence is too slow for this one.
+        work = useful_gflops(method, problem) / useful_gflops(method, last.problem)
+        seconds = math.inf if last.median_ms is None else last.median_ms / 1e3 * work
+        if seconds <= limit_s:
+            kept.append(method)
+        else:
+            about = "too slow for a shorter sequence" if math.isinf(seconds) else f"about {seconds:.0f} s a call"
+            skipped.append(Row(method, problem, skipped=about))
+    return kept, skipped
+
+
 def useful_gflops(method: Method, problem: Problem) -> float:
     """Work that cannot be avoided, in 1e9 flops by the formulas of `linattn.cost`.
 
-    The direct form's own flops; for the others the state's, without the inside of chunks, and never more than the direct
-    form would take.
+    The direct form's own flops; for the others those of the state, without the inside of chunks, and never more than
+    the direct form would take.
     """
     forms: tuple[Form, ...] = ("direct",) if method.form == "direct" else ("direct", "chunked")
     sizes = {"B": problem.B, "H": problem.H, "N": problem.N, "D": problem.D, "M": problem.M, "chunk": 0}

@@ -7,12 +7,13 @@ blur it and memory taken outside torch's allocator counts too. That needs Linux;
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -50,7 +51,7 @@ class MemoryProbe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self.close()
 
     def peak_mib(self, method: Method, problem: Problem) -> float | None:
         """Peak MiB of one call; None where it cannot be measured, or where the call did not fit into memory."""
@@ -67,9 +68,10 @@ class MemoryProbe:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            self._stop()
+            self.close()
             return None
-        return float(answer)
+        peak: float | None = json.loads(answer)
+        return peak
 
     def _pipes(self) -> tuple[IO[str], IO[str]]:
         if self._worker is None:
@@ -91,7 +93,8 @@ class MemoryProbe:
         assert self._worker.stdin is not None and self._worker.stdout is not None
         return self._worker.stdin, self._worker.stdout
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """End the child process; the next question starts another."""
         if self._worker is not None:
             self._worker.kill()
             self._worker.communicate()
@@ -145,9 +148,13 @@ def _serve(threads: int) -> None:
     for line in sys.stdin:
         question = json.loads(line)
         method, problem = Method(**question["method"]), Problem(**question["problem"])
-        # A tiny call of the same kind first: thread pools and code that is loaded once are not the call's memory.
-        _peak_on_cpu(method, Problem(**{**question["problem"], "N": 32}))
-        print(max(0.0, _peak_on_cpu(method, problem)), flush=True)
+        peak: float | None = None
+        # Where the call does not fit into memory the answer is null.
+        with contextlib.suppress(MemoryError, RuntimeError):
+            # A tiny call of the same kind first: thread pools and code that is loaded once are not the call's memory.
+            _peak_on_cpu(method, replace(problem, N=32))
+            peak = max(0.0, _peak_on_cpu(method, problem))
+        print(json.dumps(peak), flush=True)
 
 
 if __name__ == "__main__":

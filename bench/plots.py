@@ -77,11 +77,12 @@ def draw_time(groups: Mapping[Group, Sequence[Row]], environment: Environment) -
     heads = sorted({group.D for group in groups})
     masks = sorted({group.is_causal for group in groups})
     figure = _new_figure(3.5 * len(heads) + 0.5, 3.0 * len(masks) + 1.3)
-    grid = figure.subplots(len(masks), len(heads), sharex="col", squeeze=False)
+    grid = figure.subplots(len(masks), len(heads), sharex="col", sharey="row", squeeze=False)
     for group, rows in groups.items():
         axes = grid[masks.index(group.is_causal)][heads.index(group.D)]
         for method in STYLES:
             _draw_method(axes, method, [row for row in rows if row.method == method and row.median_ms is not None])
+        axes.axvline(group.D**2, color="#000000", linestyle=":", linewidth=1.2)
         for rival in RIVALS:
             _mark_crossing(axes, rows, rival)
         _log_axes(axes, [row.problem.N for row in rows])
@@ -202,17 +203,22 @@ def _time_legend() -> list[Any]:
     from matplotlib.patches import Patch
 
     lines = [Line2D([], [], color=s.color, linestyle=s.line, linewidth=1.6, label=s.label) for s in STYLES.values()]
-    return [*lines, *_marker_legend(), Patch(color="#888888", alpha=0.35, linewidth=0, label="20-80 % of the repeats")]
+    band = Patch(color="#888888", alpha=0.35, linewidth=0, label="20-80 % of the repeats")
+    bound = Line2D([], [], color="#000000", linestyle=":", linewidth=1.2, label="N = D²")
+    return [*lines, *_marker_legend(), band, bound]
 
 
 def _crossover_legend(masks: Sequence[bool]) -> list[Any]:
     from matplotlib.lines import Line2D
 
+    beyond = {"^": "above the longest N measured", "v": "below the shortest N measured"}
+    hollow: dict[str, Any] = {"color": "#444444", "markerfacecolor": "white", "markersize": 8, "linestyle": ""}
     features = {(False,): "C = (D+1)(D+2)/2", (True,): "2C", (False, True): "C (non-causal), 2C (causal)"}[tuple(masks)]
     return [
         Line2D([], [], color="#000000", linestyle=":", linewidth=1.4, label="D², the textbook bound"),
         Line2D([], [], color="#009E73", linestyle="--", linewidth=1.4, label=f"equal flops: {features}"),
         *_marker_legend(),
+        *(Line2D([], [], marker=mark, label=label, **hollow) for mark, label in beyond.items()),
     ]
 
 
@@ -246,10 +252,11 @@ def _title(figure: Figure, text: str, groups: Mapping[Group, Sequence[Row]], env
     what = "forward and backward" if group.direction == "training" else "forward"
     machine = environment.device
     if environment.slug.startswith("cpu"):
-        machine += f", {environment.threads} threads, {environment.instruction_set}"
+        machine += f", {environment.threads} thread{'s'[: environment.threads != 1]}, {environment.instruction_set}"
     details = f"{what}, {group.dtype}, B = {group.B}, H = {group.H}, M = D, torch {environment.torch}, {machine}"
-    figure.suptitle(f"{text}\n", fontsize=12)
-    figure.text(0.5, 0.945, details, ha="center", va="top", fontsize=8.5, color="#444444")
+    # The empty lines keep room for the details below the title, whose place is fixed in inches.
+    figure.suptitle(f"{text}\n\n", fontsize=13)
+    figure.text(0.5, 1 - 0.42 / figure.get_figheight(), details, ha="center", va="top", fontsize=9, color="#444444")
 
 
 def _save(figure: Figure, path: Path) -> None:

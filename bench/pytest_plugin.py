@@ -1,0 +1,81 @@
+"""What `pytest --benchmark` adds to pytest: the fixture that measures, the result file, the table at the end.
+
+The root conftest.py registers it when the option is given, and only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from linattn.bench import tables
+from linattn.bench.cases import DTYPES, SDPA, Method, Problem
+from linattn.bench.crossover import pick_device
+from linattn.bench.environment import describe
+from linattn.bench.measure import affordable, measure
+from linattn.bench.memory import MemoryProbe
+from linattn.bench.results import Results, Row
+from linattn.testing import BUDGETS
+
+QUICK_BUDGET_S, QUICK_LIMIT_S = 0.6, 0.7
+BUDGET_S, LIMIT_S = 3.0, 4.0
+
+
+class BenchmarkPlugin:
+    """One benchmark session: measures problems, keeps their rows, and reports them.
+
+    Args:
+        folder: where results.json and results.csv go.
+        quick: shorter sequences and fewer repeats.
+    """
+
+    def __init__(self, folder: Path, *, quick: bool) -> None:
+        self.quick = quick
+        self.path = folder / "results.json"
+        self._device = pick_device(None)
+        self._memory = MemoryProbe(self._device)
+        settings: dict[str, object] = {"plan": "quick" if quick else "default", "peak_memory": self._memory.how}
+        self._results = Results("benchmark", describe(self._device), settings)
+
+    @pytest.fixture(scope="session")
+    def benchmarks(self) -> BenchmarkPlugin:
+        """The session's benchmark recorder."""
+        return self
+
+    def check(self, problem: Problem, methods: Sequence[Method]) -> None:
+        """Measure every method on one problem, side by side with SDPA, and assert that what was timed is right."""
+        budget, limit = (QUICK_BUDGET_S, QUICK_LIMIT_S) if self.quick else (BUDGET_S, LIMIT_S)
+        kept, rows = affordable([SDPA, *methods], problem, self._results.rows, limit)
+        rows = measure(problem, kept, device=self._device, budget_s=budget, memory=self._memory) + rows
+        self._results.rows += rows
+        self._results.save(self.path)
+        wrong = [line for row in rows for line in _excess(row)]
+        assert not wrong, "; ".join(wrong)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the table by case, N* of each head size, and where the results are."""
+        if not self._results.rows:
+            return
+        environment = self._results.environment
+        terminalreporter.section("linattn benchmarks")
+        terminalreporter.write_line(f"{environment.device}, {environment.threads} threads, torch {environment.torch}")
+        terminalreporter.write_line(f"peak MiB: {self._memory.how}\n")
+        terminalreporter.write_line(tables.report(self._results.rows))
+        terminalreporter.write_line(f"\nwritten: {self.path}, {self.path.with_suffix('.csv')}")
+
+    def pytest_unconfigure(self) -> None:
+        """End the process that measures memory."""
+        self._memory.close()
+
+
+def _excess(row: Row) -> list[str]:
+    """What about a row is worse than its dtype's error budget."""
+    budget = BUDGETS[DTYPES[row.problem.dtype]]
+    pairs = (("output", row.error, budget.forward), ("gradient", row.gradient_error, budget.gradient))
+    return [
+        f"{row.method.name} on {row.problem}: {what} is off by {error:.1e}, accepted: {limit:.0e}"
+        for what, error, limit in pairs
+        if error is not None and not error <= limit
+    ]
