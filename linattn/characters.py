@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,18 +70,19 @@ class Characters:
         return "".join(self.alphabet[token] for token in tokens.tolist())
 
 
-def random_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
+def random_windows(tokens: Tensor, count: int, length: int, *, seed: int, step: int) -> Tensor:
     """`count` pieces of `length` consecutive tokens, begun anywhere with equal chance: int64 [count, length].
 
-    Depends on nothing but the arguments, so that the data of a training step can be drawn again.
+    Depends on nothing but the arguments, so that the data of a training step can be drawn again. Seed and step are not
+    negative.
 
     Raises:
         DataError: the text is shorter than one window.
     """
     if len(tokens) < length:
         raise DataError(f"this part of the text has {len(tokens)} characters; accepted: at least {length}, context + 1")
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - length + 1, (count,), generator=generator)
+    # Not torch's generator: on the CPU it heeds 32 bits of a seed, too few for a seed and a step.
+    starts = torch.from_numpy(np.random.default_rng((seed, step)).integers(len(tokens) - length + 1, size=count))
     return tokens[starts[:, None] + torch.arange(length)]
 
 
@@ -181,8 +183,10 @@ class _NGrams:
 
     def __init__(self, codes: Tensor, vocabulary: int) -> None:
         self.vocabulary = vocabulary
-        self.grams, self.counts = codes.unique(return_counts=True)
-        self.contexts, owner, self.types = (self.grams // vocabulary).unique(return_inverse=True, return_counts=True)
+        self.grams, self.counts = torch.unique(codes, return_counts=True)
+        self.contexts, owner, self.types = torch.unique(
+            self.grams // vocabulary, return_inverse=True, return_counts=True
+        )
         self.totals = torch.zeros_like(self.contexts).index_add_(0, owner, self.counts)
 
     def look_up(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,7 +60,7 @@ class Settings:
     sample: int = 500
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("sample", 0)):
+        for name, least in (("batch", 1), ("sample", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name}={getattr(self, name)} was given; accepted: at least {least}")
 
@@ -232,12 +232,14 @@ def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tu
     validation = consecutive_windows(text.validation, settings.context).to(device)
 
     def loss(step: int) -> Tensor:
-        # Seeds of neighbouring steps and of neighbouring runs are all different.
-        seed = settings.seed * 2**32 + step
-        return model.loss(random_windows(text.train, settings.batch, settings.context + 1, seed).to(device))
+        windows = random_windows(text.train, settings.batch, settings.context + 1, seed=settings.seed, step=step)
+        return model.loss(windows.to(device))
 
     def validate() -> float:
-        total = sum(model.loss(windows).item() * len(windows) for windows in validation.split(VALIDATION_BATCH))
+        total = 0.0
+        for start in range(0, len(validation), VALIDATION_BATCH):
+            windows = validation[start : start + VALIDATION_BATCH]
+            total += model.loss(windows).item() * len(windows)
         return total / len(validation)
 
     kept = {**asdict(settings), "sha256": text.sha256}
@@ -311,20 +313,15 @@ def draw_curve(history: list[Record], trigram: float, kernel: str) -> Figure:
     trained = [record for record in history if record.train_loss is not None]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, label, position in (
-        (left, "optimiser steps", lambda record: record.step),
-        (right, "wall time of training (minutes)", lambda record: record.seconds / 60),
+    for axes, label, name, unit in (
+        (left, "optimiser steps", "step", 1),
+        (right, "wall time of training (minutes)", "seconds", 60),
     ):
-        axes.plot(
-            [position(r) for r in trained], [r.train_loss for r in trained], color="C0", alpha=0.5, label="training"
-        )
-        axes.plot(
-            [position(r) for r in history],
-            [r.validation_loss for r in history],
-            color="C1",
-            marker=".",
-            label="validation",
-        )
+        for lines, loss, style in (
+            (trained, "train_loss", {"color": "C0", "alpha": 0.5, "label": "training"}),
+            (history, "validation_loss", {"color": "C1", "marker": ".", "label": "validation"}),
+        ):
+            axes.plot([getattr(r, name) / unit for r in lines], [getattr(r, loss) for r in lines], **style)
         axes.axhline(trigram, color="black", linestyle="--", label=f"trigram, validation: {trigram:.3f}")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)

@@ -14,6 +14,7 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linattn import feature_maps, functional
@@ -157,18 +158,21 @@ class Attention(nn.Module):
         if self.rotary is not None:
             q, k = rotate(q, self.rotary), rotate(k, self.rotary)
         out = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key_mask)
-        return self.out(out.transpose(1, 2).flatten(2))
+        mixed: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        return mixed
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        common = {
+        options = {
             "is_causal": self.is_causal,
             "scale": self.scale,
             "key_mask": key_mask,
             "enable_gqa": self.kv_heads != self.heads,
+            **self.options,
         }
         if isinstance(self.kernel, str):
-            return functional.attention(q, k, v, kernel=self.kernel, **common, **self.options)
-        return functional.linear_attention(q, k, v, feature_map=self.kernel, **common, **self.options)
+            out: Tensor = functional.attention(q, k, v, kernel=self.kernel, **options)
+            return out
+        return functional.linear_attention(q, k, v, feature_map=self.kernel, **options)
 
     def extra_repr(self) -> str:
         kernel = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
@@ -178,12 +182,18 @@ class Attention(nn.Module):
         )
 
 
-class FeedForward(nn.Sequential):
+class FeedForward(nn.Module):
     """f(x) = W_2 gelu(W_1 x + b_1) + b_2: [..., dim] -> [..., dim], hidden width 4 dim unless given."""
 
     def __init__(self, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
         hidden = 4 * dim if hidden is None else hidden
-        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.first = nn.Linear(dim, hidden)
+        self.second = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(F.gelu(self.first(x)))
+        return out
 
 
 class CourseLayer(nn.Module):
@@ -212,7 +222,8 @@ class CourseLayer(nn.Module):
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         mixed = self.dropout(self.attention(x, key_mask=key_mask)) + x
-        return self.dropout(self.feed_forward(mixed))
+        out: Tensor = self.dropout(self.feed_forward(mixed))
+        return out
 
 
 class PreNormLayer(nn.Module):
@@ -239,8 +250,15 @@ class PreNormLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), key_mask=key_mask))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        mixed = x + self.dropout(self.attention(self.attention_norm(x), key_mask=key_mask))
+        out: Tensor = mixed + self.dropout(self.feed_forward(self.feed_forward_norm(mixed)))
+        return out
+
+    @torch.no_grad()
+    def scale_branches(self, factor: float) -> None:
+        """Multiply what both branches add to the residual path, through the weights of their last projections."""
+        self.attention.out.weight.mul_(factor)
+        self.feed_forward.second.weight.mul_(factor)
 
 
 LAYERS: dict[str, type[CourseLayer] | type[PreNormLayer]] = {"prenorm": PreNormLayer, "course": CourseLayer}
@@ -286,19 +304,14 @@ class Transformer(nn.Module):
             make(dim, heads, hidden=hidden, dropout=dropout, **attention) for _ in range(layers)
         )
         self.norm = nn.RMSNorm(dim) if layer == "prenorm" else nn.Identity()
-        if layer == "prenorm":
-            self._shrink_residual_branches(layers)
-
-    @torch.no_grad()
-    def _shrink_residual_branches(self, layers: int) -> None:
-        # 2 L branches add up on the residual path: this keeps its variance at the start independent of L (Radford et
-        # al. 2019).
-        for layer in self.layers:
-            for last in (layer.attention.out, layer.feed_forward[2]):
-                last.weight.mul_(1 / math.sqrt(2 * layers))
+        for each in self.layers:
+            if isinstance(each, PreNormLayer):
+                # 2 L branches add up: this keeps the variance at the start independent of L (Radford et al. 2019).
+                each.scale_branches(1 / math.sqrt(2 * layers))
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """`key_mask` bool [B, T], True where a position is real and False where it is padding."""
         for layer in self.layers:
             x = layer(x, key_mask=key_mask)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out

@@ -55,7 +55,7 @@ class TensorBoardTracker:
         except ImportError as error:
             raise MissingExtraError("tensorboard", "tracking", "logging to TensorBoard") from error
         purge = None if resumed_at is None else resumed_at + 1
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -44,13 +44,14 @@ def test_a_folder_is_not_a_text(tmp_path: Path) -> None:
 
 def test_random_windows_are_pieces_of_the_text_and_repeatable() -> None:
     tokens = torch.arange(50)
-    windows = random_windows(tokens, 400, 8, seed=5)
+    windows = random_windows(tokens, 400, 8, seed=5, step=7)
     assert torch.equal(windows, windows[:, :1] + torch.arange(8))
     assert (windows[:, 0].min(), windows[:, 0].max()) == (0, 42)
-    assert torch.equal(windows, random_windows(tokens, 400, 8, seed=5))
-    assert not torch.equal(windows, random_windows(tokens, 400, 8, seed=6))
+    assert torch.equal(windows, random_windows(tokens, 400, 8, seed=5, step=7))
+    assert not torch.equal(windows, random_windows(tokens, 400, 8, seed=6, step=7))
+    assert not torch.equal(windows, random_windows(tokens, 400, 8, seed=5, step=8))
     with pytest.raises(DataError, match="has 50 characters; accepted: at least 51"):
-        random_windows(tokens, 1, 51, seed=0)
+        random_windows(tokens, 1, 51, seed=0, step=0)
 
 
 def test_consecutive_windows_predict_every_token_once() -> None:

@@ -92,10 +92,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     real = language.random_windows
 
-    def interrupt(tokens: Any, count: int, length: int, seed: int) -> Any:
-        if seed == 20:
+    def interrupt(*sizes: Any, seed: int, step: int) -> Any:
+        if step == 20:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(tokens, count, length, seed)
+        return real(*sizes, seed=seed, step=step)
 
     with monkeypatch.context() as patch:
         patch.setattr(language, "random_windows", interrupt)
@@ -168,6 +168,7 @@ def test_a_finished_run_is_not_overwritten_unasked(
         (("--text", "TEXT", "--heads", "3"), "dim=32 and heads=3"),
         (("--text", "TEXT", "--context", "100000"), "accepted: at least 100001"),
         (("--text", "TEXT", "--batch", "0"), "batch=0"),
+        (("--text", "TEXT", "--seed", "-1"), "seed=-1"),
         (("--text", "TEXT", "--device", "abacus"), "device='abacus'"),
     ],
 )
