@@ -236,12 +236,15 @@ def test_unknown_names_suggest_the_nearest() -> None:
         ArgumentError, lambda: linattn.attention(Q, K, V, kernel="quadratik"), "quadratik", "mean 'quadratic'"
     )
     _assert_refuses(ArgumentError, lambda: linattn.explain(Q, K, V, kernel="sofmax"), "sofmax", "mean 'softmax'")
-    with pytest.raises(BackendError, match="refrence.*reference"), linattn.use_backend("refrence"):
+    with (
+        pytest.raises((BackendError, ArgumentError), match="refrence.*mean 'reference'"),
+        linattn.use_backend("refrence"),
+    ):
         pass
 
 
 def test_a_feature_map_that_is_no_map() -> None:
-    _assert_refuses(ArgumentError, lambda: linattn.linear_attention(Q, K, V, feature_map=3), "feature_map", "3")
+    _assert_refuses(ArgumentError, lambda: linattn.linear_attention(Q, K, V, feature_map=3), "feature_map", "int")
 
 
 def test_a_feature_map_that_changes_the_rows() -> None:
@@ -255,7 +258,7 @@ def test_options_of_another_kernel_are_refused() -> None:
 
 
 def test_sim_must_be_callable_and_return_a_score_a_pair() -> None:
-    _assert_refuses(ArgumentError, lambda: linattn.kernel_attention(Q, K, V, sim="exp"), "sim", "exp")
+    _assert_refuses(ArgumentError, lambda: linattn.kernel_attention(Q, K, V, sim="exp"), "sim", "str")
     call = lambda: linattn.kernel_attention(Q, K, V, sim=lambda q, k: (q @ k.mT).sum(-1))  # noqa: E731
     _assert_refuses(ShapeError, call, "sim", "12")
 

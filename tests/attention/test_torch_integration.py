@@ -248,8 +248,9 @@ def test_a_second_derivative_is_right_or_refused(name: str) -> None:
     first = gradient(q, k, v)
     try:
         second = torch.autograd.grad(first.square().sum(), k)[0]
-    except DoubleBackwardError as error:
-        assert "first derivative only" in str(error)
+    except RuntimeError as error:
+        # PyTorch's own attention says in its own words that it has none.
+        assert isinstance(error, DoubleBackwardError) or (name == "softmax torch" and "not implemented" in str(error))
         return
     step = 1e-6 * torch.randn_like(k)
     ahead, behind = (gradient(q, k.detach() + sign * step, v).square().sum() for sign in (1, -1))
