@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from linattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, StateError, unknown_name
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FORMS = ("auto", "direct", "chunked", "recurrent")
+Form = Literal["auto", "direct", "chunked", "recurrent"]
+FORMS: tuple[Form, ...] = ("auto", "direct", "chunked", "recurrent")
 
 
 class Inputs(NamedTuple):
@@ -174,7 +175,7 @@ def checked_coefficients(coefficients: Sequence[float], normalize: bool) -> tupl
     return c0, c1, c2
 
 
-def check_form(form: str, is_causal: bool) -> None:
+def check_form(form: Form, is_causal: bool) -> None:
     if form not in FORMS:
         raise unknown_name("form", form, FORMS)
     if form == "recurrent" and not is_causal:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from linattn import cost
-from linattn.checks import Inputs
+from linattn.checks import Form, Inputs
 from linattn.errors import BackendError, unknown_name
 from linattn.kernels.feature_map.ops import BACKENDS as FEATURE_MAP
 from linattn.kernels.quadratic.ops import BACKENDS as QUADRATIC
@@ -92,7 +92,7 @@ def choose_backend(op: str, backend: str, inputs: Inputs) -> str:
     return named
 
 
-def choose_form(op: str, form: str, inputs: Inputs, with_state: bool) -> str:
+def choose_form(op: str, form: Form, inputs: Inputs, with_state: bool) -> cost.Form:
     """Direct below the length where the linear form begins to pay, chunked from there on."""
     if form != "auto":
         return form

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from linattn import checks, cost, dispatch
+from linattn.checks import Form
 from linattn.errors import ArgumentError, ShapeError, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap, mapped
 from linattn.kernels.common.allocation import accumulation_dtype
@@ -103,7 +104,7 @@ def quadratic_attention(
 def quadratic_attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_state: bool, **options: Any
 ) -> Tensor | tuple[Tensor, QuadraticState]: ...
-def quadratic_attention(
+def quadratic_attention(  # type: ignore[misc]  # the overloads only say what return_state changes
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -118,7 +119,7 @@ def quadratic_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: QuadraticState | None = None,
     return_state: bool = False,
-    form: str = "auto",
+    form: Form = "auto",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, QuadraticState]:
     """Quadratic-kernel attention, (1 + s)^2 by default.
@@ -190,7 +191,7 @@ def linear_attention(
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_state: bool, **options: Any
 ) -> Tensor | tuple[Tensor, FeatureMapState]: ...
-def linear_attention(
+def linear_attention(  # type: ignore[misc]  # the overloads only say what return_state changes
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -205,7 +206,7 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: FeatureMapState | None = None,
     return_state: bool = False,
-    form: str = "auto",
+    form: Form = "auto",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, FeatureMapState]:
     """Feature-map linear attention.
@@ -341,7 +342,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "quadratic", **opt
         fq, fk, _ = mapped(inputs.q, inputs.k, options["feature_map"], options.get("normalize", True))
         inputs = inputs._replace(q=fq, k=fk)
     backend = dispatch.choose_backend(op, options.get("backend", "auto"), inputs)
-    form, reason = "direct", "softmax has no state to go through"
+    form: cost.Form = "direct"
+    reason = "softmax has no state to go through"
     if op != "softmax":
         asked = options.get("form", "auto")
         checks.check_form(asked, inputs.is_causal)
@@ -367,14 +369,14 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "quadratic", **opt
     return dispatch.Explanation(kernel, op, backend, form, reason, dispatch.refusals(op, inputs), predicted)
 
 
-def _resolve(kernel: str, q: Tensor, options: dict[str, Any]) -> tuple[Callable[..., Any], str, dict[str, Any]]:
+def _resolve(kernel: str, q: Tensor, options: dict[str, Any]) -> tuple[Callable[..., Any], cost.Kernel, dict[str, Any]]:
     """The function behind a kernel's name, its operation and its own defaults; raises on an option that it does not
     have."""
     if not isinstance(q, Tensor) or q.dim() != 4:
         raise ShapeError(
             f"q must be [B, H, T, D]; given: {tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__}"
         )
-    entry: tuple[Callable[..., Any], str, dict[str, Any]]
+    entry: tuple[Callable[..., Any], cost.Kernel, dict[str, Any]]
     if kernel == "softmax":
         entry = (softmax_attention, "softmax", {})
     elif kernel == "quadratic":

@@ -190,7 +190,7 @@ def sequences(tiles: AnyTiles, cu_seqlens: Tensor | None) -> list[tuple[AnyTiles
     """The problems of which a call consists, the rows of each, and its index among packed sequences."""
     if cu_seqlens is None:
         return [(tiles, slice(None), None)]
-    parts = []
+    parts: list[tuple[AnyTiles, slice, int | None]] = []
     for i, (start, end) in enumerate(sequence_bounds(cu_seqlens, tiles.Tk)):
         rows = slice(start, end)
         mask = None if tiles.key_mask is None else tiles.key_mask[:, rows]

@@ -25,13 +25,13 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, sim: Similarity, is_causal
     length = tiles.tile_length()
     rows = []
     for i0, i1 in spans(0, tiles.Tq, length):
-        acc: Tensor | float = 0.0
-        l: Tensor | float = 0.0
+        sums: list[Tensor] = []
         for j0, j1 in spans(0, tiles.visible_keys(i1), length):
             hidden = tiles.hidden(i0, i1, j0, j1)
             keys = (k[:, :, j0:j1], v[:, :, j0:j1])
-            more, weight = checkpoint(_tile, sim, q[:, :, i0:i1], *keys, hidden, use_reentrant=False)
-            acc, l = acc + more, l + weight
+            more = checkpoint(_tile, sim, q[:, :, i0:i1], *keys, hidden, use_reentrant=False)
+            sums = [a + b for a, b in zip(sums, more, strict=True)] if sums else list(more)
+        acc, l = sums
         empty = l <= 0
         rows.append((acc / l.masked_fill(empty, 1)[..., None]).masked_fill(empty[..., None], 0).to(v.dtype))
     return torch.cat(rows, 2)

@@ -45,5 +45,6 @@ def row_sums(
 ) -> Tensor:
     """The normaliser alone, `[B, H, T]`, from scores."""
     options = (is_causal, q_offset, scale, *coefficients, False)
-    inputs = (q, k, k[..., :1], key_mask, cu_seqlens, [])
-    return torch.ops.linattn.quadratic_fwd(*inputs, *options, False, "direct", 0, "reference")[1]
+    return torch.ops.linattn.quadratic_fwd(
+        q, k, k[..., :1], key_mask, cu_seqlens, [], *options, False, "direct", 0, "reference"
+    )[1]

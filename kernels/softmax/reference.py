@@ -70,7 +70,7 @@ def backward(
     outputs = Outputs.empty(tiles)
     for part, rows, _ in sequences(tiles, cu_seqlens):
         outputs.store(rows, _sequence_backward(part, dout[:, :, rows], out[:, :, rows], lse[:, :, rows]))
-    return tuple(outputs)
+    return outputs
 
 
 def _sequence_backward(tiles: Tiles, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:

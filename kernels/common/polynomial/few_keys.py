@@ -23,17 +23,17 @@ from .state import KeySumGradients, KeySums
 class FewKeyRows:
     """The rows concerned and the small direct problem of their keys: the first 15 real ones of each batch element."""
 
-    def __init__(self, problem: Problem, few: Tensor) -> None:
+    def __init__(self, problem: Problem, key_mask: Tensor, few: Tensor) -> None:
         self.few = few[:, None]
         self.Tq = int(few.any(0).nonzero().max()) + 1
-        order = (~problem.key_mask).to(torch.int8).argsort(dim=1, stable=True)
+        order = (~key_mask).to(torch.int8).argsort(dim=1, stable=True)
         self.index = order[:, : DIRECT_KEYS - 1]
         self.problem = dataclasses.replace(
             problem,
             q=problem.q[:, :, : self.Tq],
             k=problem.k.gather(2, self._per_element(problem.k)),
             v=problem.v.gather(2, self._per_element(problem.v)),
-            key_mask=problem.key_mask.gather(1, self.index),
+            key_mask=key_mask.gather(1, self.index),
             key_positions=self.index,
         )
 
@@ -54,7 +54,7 @@ class FewKeyRows:
         few = seen < DIRECT_KEYS
         if n_before is not None:
             few = few & (n_before == 0)[:, None]
-        return FewKeyRows(problem, few) if few.any() else None
+        return FewKeyRows(problem, problem.key_mask, few) if few.any() else None
 
     def forward(self, out: Tensor, row_sums: Tensor) -> None:
         """Overwrite the rows concerned."""

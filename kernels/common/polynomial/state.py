@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from .features import features_for
@@ -24,7 +25,7 @@ class KeySums:
         self.weights = self.features.weights(problem.coefficients, problem.zeros(0))
         B, H, D, M = problem.k.shape[0], problem.batch, problem.D, problem.M
         self.any = bool(canonical)  # whether there is anything to read
-        self.n = canonical[0].clone() if canonical else problem.k.new_zeros(B, dtype=int)
+        self.n = canonical[0].clone() if canonical else problem.k.new_zeros(B, dtype=torch.int64)
         self.k_sum = canonical[1].reshape(H, D).clone() if canonical else problem.zeros(H, D)
         if problem.degree == 1:
             if canonical:
