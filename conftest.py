@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--benchmark-out",
         metavar="DIR",
         default=str(ROOT / "runs" / "benchmark"),
-        help="folder for results.json and results.csv (%(default)s)",
+        help="folder for results.json and results.csv, written with the equals sign (%(default)s)",
     )
 
 

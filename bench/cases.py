@@ -46,7 +46,7 @@ class Problem:
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if min(self.N, self.D, self.M, self.B, self.H) < 1:
-            raise ArgumentError(f"sizes got {self}; accepted: integers of at least 1")
+            raise ArgumentError(f"sizes got {self!r}; accepted: integers of at least 1")
 
     def __str__(self) -> str:
         causal = "causal" if self.is_causal else "non-causal"

@@ -1,0 +1,162 @@
+"""The main job end to end on tiny sizes: files, figures, resuming, and the two ways to start it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from linattn import cli
+from linattn.bench import crossover, plots, tables
+from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
+from linattn.bench.results import Results, Row
+from linattn.errors import MissingExtraError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["crossover", "--quick", "--sizes", "4", "--longest", "256", "--heads", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch) -> None:
+    plan = crossover.Plan((4,), 128, 256, budget_s=0.0, limit_s=9.0, refine=False)
+    monkeypatch.setattr(crossover, "QUICK", plan)
+
+
+def test_run_writes_tables_results_and_figures(tmp_path, capsys) -> None:
+    assert cli.main([*TINY, "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "crossover-fp32-forward.png",
+        "results.csv",
+        "results.json",
+        "time-fp32-forward.png",
+    ]
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.glob("*.png"))
+    results = Results.load(tmp_path / "results.json")
+    wanted = [
+        (D, causal, N, m) for D in (4,) for causal in (False, True) for N in (128, 256) for m in crossover.METHODS
+    ]
+    assert [(r.problem.D, r.problem.is_causal, r.problem.N, r.method) for r in results.rows] == wanted
+    assert all(row.error < 1e-5 and row.peak_mib is not None for row in results.rows)
+    assert "4 problems on cpu-" in output.err
+    assert "D=4 non-causal fp32: N*" in output.out
+    assert output.out.rstrip().endswith("crossover-fp32-forward.png")
+
+
+def test_rerun_measures_only_what_is_missing(tmp_path, monkeypatch) -> None:
+    measured = []
+
+    def recorded(problem, methods, **options):
+        measured.append(problem.N)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return [Row(m, problem, "x", [1.0], 1.0, 1.0, 1.0) for m in methods]
+
+    monkeypatch.setattr(crossover, "measure", recorded)
+    arguments = [*TINY, "--out", str(tmp_path), "--no-figures"]
+    assert cli.main(arguments) == 130
+    assert len(Results.load(tmp_path / "results.json").rows) == 2 * len(crossover.METHODS)
+    assert cli.main(arguments) == 0
+    assert measured == [128, 256, 128, 128, 256]
+    assert cli.main(arguments) == 0
+    assert len(measured) == 5
+    assert cli.main([*arguments, "--fresh"]) == 0
+    assert len(measured) == 9
+
+
+def test_refinement_is_measured_once(tmp_path, monkeypatch) -> None:
+    plan = crossover.Plan((4,), 128, 8192, budget_s=0.0, limit_s=9.0, refine=True)
+    monkeypatch.setattr(crossover, "QUICK", plan)
+    measured = []
+
+    def power_laws(problem, methods, **options):
+        measured.append(problem.N)
+        times = {SDPA: problem.N**2, QUADRATIC_DIRECT: 2 * problem.N**2, QUADRATIC_CHUNKED: 1500 * problem.N}
+        return [Row(m, problem, "x", [times[m] / 1e6] * 3, times[m] / 1e6, 0.0, 1.0) for m in methods]
+
+    monkeypatch.setattr(crossover, "measure", power_laws)
+    arguments = ["crossover", "--quick", "--sizes", "4", "--out", str(tmp_path), "--no-figures", "--device", "cpu"]
+    assert cli.main(arguments) == 0
+    # Middles beside 1500 (against SDPA), then beside 750 (against the direct form), for each mask.
+    assert measured[:12] == [128, 256, 512, 1024, 2048, 4096, 8192, 720, 1456, 2896, 368, 720][:11] + [128]
+    count = len(measured)
+    assert cli.main(arguments) == 0
+    assert len(measured) == count
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--longest", "128"], "--longest got 128"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--device", "cuda:99"], "cuda"),
+        (["--threads", "0"], "--threads got 0"),
+    ],
+)
+def test_bad_options_are_one_line(extra, message, tmp_path, capsys) -> None:
+    assert cli.main([*TINY, "--no-figures", "--out", str(tmp_path), *extra]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_unwritable_folder_is_one_line(tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main([*TINY, "--no-figures", "--out", str(tmp_path / "file" / "below")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"linattn\[bench\]"):
+        plots.require_matplotlib()
+    assert cli.main([*TINY, "--out", str(tmp_path)]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_as_a_script_from_anywhere(tmp_path) -> None:
+    script = ROOT / "bench" / "crossover.py"
+    found = subprocess.run(
+        [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "--quick" in found.stdout
+
+
+def rows_of(D: int, times) -> list[Row]:
+    rows = []
+    for N in (64, 128, 256, 512, 1024):
+        for method, time in times.items():
+            ms = time(N)
+            rows.append(Row(method, Problem(N, D, D), "x", [ms] * 3, ms, ms, ms, error=1e-7, judged_rows=N))
+    return rows
+
+
+def test_last_line_of_a_head_size_states_n_star_beside_theory() -> None:
+    rows = rows_of(
+        16, {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: 2 * N * N, QUADRATIC_CHUNKED: lambda N: 300 * N}
+    )
+    last = tables.report(rows).splitlines()[-2:]
+    assert last == [
+        "D=16 non-causal fp32: N* = 150 [150, 150] against our direct form, N*/D^2 = 0.59",
+        "D=16 non-causal fp32: N* = 300 [300, 300] against SDPA, N*/D^2 = 1.17, theory N* = 153 by flops, 256 by D^2",
+    ]
+
+
+def test_markers_are_hollow_where_not_bracketed(tmp_path) -> None:
+    def markers(chunked) -> list[tuple[str, bool]]:
+        rows = rows_of(16, {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: N * N / 2, QUADRATIC_CHUNKED: chunked})
+        groups = tables.grouped(rows)
+        environment = crossover.describe(crossover.pick_device("cpu"))
+        (axes,) = plots.draw_time(groups, environment).axes
+        return [
+            (line.get_marker(), line.get_markerfacecolor() != "white")
+            for line in axes.lines
+            if line.get_marker() in ("o", "D") and len(line.get_xdata()) == 1
+        ]
+
+    assert markers(lambda N: 140 * N) == [("o", True), ("D", True)]
+    assert markers(lambda N: 300 * N) == [("o", True), ("D", False)]
+    assert markers(lambda N: 3000 * N) == []
