@@ -253,7 +253,7 @@ def write_results(
     last = trainer.history[-1]
     best = min(trainer.history, key=lambda record: record.validation_loss)
     results = {
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "text": Path(settings.text).name},
         "text": {
             "sha256": text.sha256,
             "train": len(text.train),
@@ -325,11 +325,11 @@ def draw_curve(history: list[Record], trigram: float, kernel: str) -> Figure:
         axes.axhline(trigram, color="black", linestyle="--", label=f"trigram, validation: {trigram:.3f}")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    # The untrained model may start far above everything of interest.
-    lowest = min(
-        min(r.validation_loss for r in history), min((r.train_loss for r in trained if r.train_loss), default=math.inf)
-    )
-    left.set_ylim(lowest - 0.1, max(trigram, min(history[0].validation_loss, trigram + 1.0)) + 0.1)
+    # The untrained model, at step 0, lies far above everything of interest and may leave the picture.
+    shown = [trigram, *(r.validation_loss for r in history if r.step or not trained)]
+    shown += [r.train_loss for r in trained if r.train_loss is not None]
+    margin = 0.05 * (max(shown) - min(shown)) + 0.01
+    left.set_ylim(min(shown) - margin, max(shown) + margin)
     left.set_ylabel("loss (nats per character)")
     right.legend()
     figure.suptitle(

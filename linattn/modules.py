@@ -169,10 +169,12 @@ class Attention(nn.Module):
             "enable_gqa": self.kv_heads != self.heads,
             **self.options,
         }
+        out: Tensor
         if isinstance(self.kernel, str):
-            out: Tensor = functional.attention(q, k, v, kernel=self.kernel, **options)
-            return out
-        return functional.linear_attention(q, k, v, feature_map=self.kernel, **options)
+            out = functional.attention(q, k, v, kernel=self.kernel, **options)
+        else:
+            out = functional.linear_attention(q, k, v, feature_map=self.kernel, **options)
+        return out
 
     def extra_repr(self) -> str:
         kernel = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__

@@ -57,6 +57,7 @@ def test_a_quick_run_leaves_everything_behind(
     assert found["validation_loss"] == history[-1]["validation_loss"] < history[0]["validation_loss"]
     assert found["beats_trigram"] is (found["validation_loss"] < trigram)
     assert found["settings"]["kernel"] == kernel
+    assert found["settings"]["text"] == "text.txt"
     assert found["environment"]["torch"] == torch.__version__
     opening = characters.decode(characters.validation).partition("\n")[0]
     sample = (out / "sample.txt").read_text()
@@ -235,3 +236,5 @@ def test_the_tracker_gets_curve_and_hyperparameters(
     trigram = next(line for label, line in lines.items() if label.startswith("trigram"))
     assert list(trigram.get_ydata()) == [results(out)["trigram_validation_loss"]] * 2
     assert len(lines["validation"].get_xdata()) == 3
+    low, high = left.get_ylim()
+    assert all(low < loss < high for loss in [*trigram.get_ydata(), *lines["validation"].get_ydata()[1:]])
