@@ -16,6 +16,7 @@ HEAD_SIZES = (16, 32, 64)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the problems: fewer and shorter ones with `--benchmark-quick`."""
     quick = metafunc.config.getoption("--benchmark-quick")
+    sizes: tuple[int, ...]
     if metafunc.function is test_forward:
         sizes = (256, 1024, 2048, 4096, 8192) if quick else (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
         problems = [Problem(N, D, D, is_causal=c) for D, c, N in product(HEAD_SIZES, (False, True), sizes)]

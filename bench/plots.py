@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
 from linattn.bench.crossing import Crossing
@@ -28,7 +28,7 @@ class Style:
 
     label: str
     color: str
-    line: str
+    line: Literal["-", "--", "-."]
     marker: str
 
 
@@ -131,8 +131,8 @@ def _draw_method(axes: Axes, method: Method, rows: Sequence[Row]) -> None:
         return
     style = STYLES[method]
     sizes = [row.problem.N for row in rows]
-    axes.plot(sizes, [row.median_ms for row in rows], color=style.color, linestyle=style.line, linewidth=1.6)
-    low, high = [row.p20_ms for row in rows], [row.p80_ms for row in rows]
+    median, low, high = ([getattr(row, name) for row in rows] for name in ("median_ms", "p20_ms", "p80_ms"))
+    axes.plot(sizes, median, color=style.color, linestyle=style.line, linewidth=1.6)
     axes.fill_between(sizes, low, high, color=style.color, alpha=0.22, linewidth=0)
 
 
@@ -161,7 +161,8 @@ def _draw_marker(axes: Axes, x: float, y: float, crossing: Crossing, style: Styl
     axes.errorbar(
         [x],
         [y],
-        **{"xerr" if horizontal else "yerr": spread},
+        xerr=spread if horizontal else None,
+        yerr=None if horizontal else spread,
         marker=style.marker,
         markersize=7,
         color=style.color,

@@ -62,7 +62,7 @@ def side_by_side(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     last: dict[str, T] = {}
     for i in range(rounds):
-        names = list(calls) if i % 2 == 0 else list(reversed(calls))
+        names = list(calls)[:: 1 if i % 2 == 0 else -1]
         for name in names:
             ms, result = clock.time(calls[name], inner[name])
             samples[name].append(ms)
@@ -102,7 +102,7 @@ class _CudaClock:
         return 1
 
     def time(self, call: Callable[[], T], count: int) -> tuple[float, T]:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         # The write also keeps the device busy while the call is launched, so that launch time is not measured.
         self._flush.zero_()
         begin.record()
