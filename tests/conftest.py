@@ -19,4 +19,5 @@ def _seeded() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "usual_tiles: compute in tiles of the usual size instead of the smallest")
     config.addinivalue_line("markers", "unpoisoned: leave uninitialised memory as torch gives it (compiled code)")

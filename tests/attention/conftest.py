@@ -50,6 +50,14 @@ def stateful(request: pytest.FixtureRequest) -> Operation:
     return OPERATIONS[request.param]
 
 
+@pytest.fixture(autouse=True)
+def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest tiles and chunks (64 rows and 32 keys), so that sequences of some hundred tokens cross several."""
+    if request.node.get_closest_marker("usual_tiles") is None:
+        monkeypatch.setattr("linattn.kernels.common.tiles.TILE_ELEMENTS", 1)
+        monkeypatch.setattr("linattn.kernels.common.polynomial.scan.CHUNK_ELEMENTS", 1)
+
+
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def allocate_and_poison(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)

@@ -36,6 +36,21 @@ def test_masked_keys_count_nowhere(operation, is_causal: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("keep", [0.05, 0.3])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_few_real_keys_far_apart(operation, keep: float, offset: int) -> None:
+    """Rows pass whole chunks before they have seen sixteen keys; the queries begin among the keys."""
+    queries, keys = (20, 50) if operation.causal_only else (100, 130)
+    q, k, v = make_inputs(queries=queries, keys=keys, value_size=5)
+    mask = make_key_mask(2, keys, keep=keep)
+    mask[1] = mask[1].flip(0)
+    for is_causal in (True,) if operation.causal_only else (True, False):
+        options = {"is_causal": is_causal, "key_mask": mask} | ({"q_offset": offset} if is_causal else {})
+        assert_matches_truth(
+            lambda *t, o=options: operation.run(*t, **o), lambda *t, o=options: operation.truth(*t, **o), (q, k, v)
+        )
+
+
 def test_a_masked_key_may_hold_anything(operation) -> None:
     """Padding is often NaN or garbage; neither it nor its gradient may leak."""
     q, k, v = make_inputs(keys=40, value_size=5)

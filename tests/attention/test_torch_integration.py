@@ -20,7 +20,7 @@ from linattn.testing import (
     truth_quadratic_state,
 )
 
-pytestmark = pytest.mark.unpoisoned
+pytestmark = [pytest.mark.unpoisoned, pytest.mark.usual_tiles]
 
 CALLS: dict[str, Callable[..., Any]] = {
     "softmax": lambda q, k, v: linattn.softmax_attention(q, k, v, is_causal=True, backend="reference"),
