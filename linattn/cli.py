@@ -76,9 +76,8 @@ def _split_command(words: list[str]) -> tuple[str, list[str]]:
         if name in COMMANDS:
             return name, words[length:]
     first = words[0]
-    group = [name for name in COMMANDS if name.startswith(f"{first} ")]
-    given = " ".join(words[:2]) if group and len(words) > 1 else first
-    raise unknown_name("command", given, group or COMMANDS)
+    is_group = any(name.startswith(f"{first} ") for name in COMMANDS)
+    raise unknown_name("command", " ".join(words[:2]) if is_group else first, COMMANDS)
 
 
 def _overview() -> str:
