@@ -252,6 +252,14 @@ def test_a_feature_map_that_changes_the_rows() -> None:
     _assert_refuses(ShapeError, call, "feature_map")
 
 
+def test_a_feature_map_that_returns_no_features() -> None:
+    for result in (None, "features"):
+        call = lambda r=result: linattn.linear_attention(Q, K, V, feature_map=lambda x: r)  # noqa: E731
+        _assert_refuses((ShapeError, DtypeError, ArgumentError), call, "feature_map", type(result).__name__)
+    call = lambda: linattn.linear_attention(Q, K, V, feature_map=lambda x: x.double())  # noqa: E731
+    _assert_refuses(DtypeError, call, "feature_map", "float64", "float32")
+
+
 def test_options_of_another_kernel_are_refused() -> None:
     with pytest.raises((LinattnError, TypeError), match="coefficients"):
         linattn.attention(Q, K, V, kernel="softmax", coefficients=(1, 2, 1))

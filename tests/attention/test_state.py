@@ -11,6 +11,7 @@ from linattn.state import FeatureMapState, QuadraticState
 from linattn.testing import (
     assert_close_to_truth,
     assert_matches_truth,
+    evaluate,
     make_inputs,
     make_key_mask,
     truth_feature_state,
@@ -230,6 +231,29 @@ def test_masked_keys_do_not_enter_the_state(stateful) -> None:
     collect = truth_quadratic_state if stateful.truth is truth_quadratic else truth_feature_state
     _, state = stateful.run(q, k, v, is_causal=True, key_mask=mask, return_state=True)
     _assert_states_equal(state, collect(k, v, key_mask=mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_empty_state_is_a_start_like_any_other(masked: bool) -> None:
+    """Its sums are zero, and the gradient with respect to them is the same in every form."""
+    q, k, v = make_inputs(keys=40, head_size=5, value_size=3)
+    mask = make_key_mask(2, 40) if masked else None
+    n, *fields = QuadraticState.empty(2, 2, 5, 3, dtype=torch.float64)
+    results = []
+    for form in FORMS:
+        results.append(
+            evaluate(
+                lambda *t, form=form: linattn.quadratic_attention(
+                    q, k, v, is_causal=True, key_mask=mask, initial_state=QuadraticState(n, *t), form=form
+                ),
+                fields,
+            )
+        )
+    truth = truth_quadratic(q, k, v, is_causal=True, key_mask=mask)
+    for (out,), gradients in results:
+        assert_close_to_truth(out, truth)
+        for actual, expected in zip(gradients, results[0][1], strict=True):
+            assert_close_to_truth(actual, expected, gradient=True)
 
 
 def test_the_initial_state_is_left_as_it_was(stateful) -> None:

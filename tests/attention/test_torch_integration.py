@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import linattn
-from linattn.errors import DoubleBackwardError
+from linattn.errors import DoubleBackwardError, LinattnError
 from linattn.testing import (
     Layout,
     assert_close_to_truth,
@@ -255,6 +255,21 @@ def test_a_second_derivative_is_right_or_refused(name: str) -> None:
     step = 1e-6 * torch.randn_like(k)
     ahead, behind = (gradient(q, k.detach() + sign * step, v).square().sum() for sign in (1, -1))
     assert ((ahead - behind) / 2).item() == pytest.approx((second * step).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_a_forward_mode_derivative_is_right_or_refused(name: str, needs_gradient: bool) -> None:
+    """Never silently zero."""
+    q, k, v = (t.requires_grad_(needs_gradient) for t in make_inputs(batch=1, heads=1, keys=12, head_size=3))
+    direction = torch.randn_like(k)
+    try:
+        _, tangent = torch.func.jvp(lambda k: CALLS[name](q, k, v), (k,), (direction,))
+    except RuntimeError as error:
+        assert isinstance(error, LinattnError) or "jvp" in str(error) or "forward" in str(error).lower()
+        return
+    ahead, behind = (CALLS[name](q, k + sign * 1e-6 * direction, v) for sign in (1, -1))
+    assert torch.allclose(tangent, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-8)
 
 
 def test_asking_to_keep_the_graph_is_harmless() -> None:
