@@ -54,7 +54,7 @@ class Plan:
 
 QUICK = Plan((16, 32, 64), 128, 8192, budget_s=0.5, limit_s=1.0, refine=False)
 DEFAULT = Plan((16, 32, 64), 128, 16384, budget_s=3.0, limit_s=6.0, refine=True)
-FULL = Plan((16, 32, 64, 128), 128, 65536, budget_s=8.0, limit_s=40.0, refine=True)
+FULL = Plan((16, 32, 64, 128), 128, 32768, budget_s=8.0, limit_s=20.0, refine=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,11 +101,11 @@ def run(args: argparse.Namespace) -> int:
     }
     path = args.out / "results.json"
     environment = describe(device)
-    if args.fresh:
-        path.unlink(missing_ok=True)
-    results, aside = resume(path, "crossover", environment, settings)
-    if aside:
-        print(aside, file=sys.stderr)
+    results = Results("crossover", environment, settings)
+    if not args.fresh:
+        results, aside = resume(path, "crossover", environment, settings)
+        if aside:
+            print(aside, file=sys.stderr)
 
     groups = [
         [Problem(N, D, D, H=args.heads, dtype=dtype, is_causal=causal, direction=args.direction) for N in plan.sizes()]
@@ -177,7 +177,10 @@ class Sweep:
 
     def group(self, problems: Sequence[Problem]) -> list[Row]:
         """All sizes of one group in rising order, then, where the plan says so, sizes near the crossings."""
-        rows = [row for problem in problems for row in self._rows(problem)]
+        rows = []
+        for problem in problems:
+            rows += self._rows(problem)
+            self.bar.update()
         if self.plan.refine:
             for rival in (SDPA, QUADRATIC_DIRECT):
                 for N in refine(tables.crossing_of(rows, rival), [p.N for p in problems]):
@@ -194,11 +197,11 @@ class Sweep:
         found = self.results.rows_of(problem)
         if not found:
             self.bar.set_postfix_str(str(problem))
-            methods, found = affordable(METHODS, problem, self.results.rows, self.plan.limit_s)
-            found += measure(problem, methods, device=self.device, budget_s=self.plan.budget_s, memory=self.memory)
+            methods, skipped = affordable(METHODS, problem, self.results.rows, self.plan.limit_s)
+            found = measure(problem, methods, device=self.device, budget_s=self.plan.budget_s, memory=self.memory)
+            found += skipped
             self.results.rows += found
             self.results.save(self.path)
-        self.bar.update()
         return found
 
 
@@ -231,7 +234,7 @@ def _announce(
         f"{len(problems)} problems on {results.environment.slug}, {len(problems) - len(missing)} already in {path}"
     )
     if missing:
-        # Before anything is measured: each method at the rate that SDPA reaches on a middling problem.
+        # Before anything is measured: SDPA at the rate it reaches on a middling problem, the others at half of it.
         sample = Problem(1024, 64, 64, H=missing[0].H, dtype=missing[0].dtype)
         q, k, v = sample.inputs(device)
         sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -239,7 +242,7 @@ def _announce(
         rate = useful_gflops(SDPA, sample) / (min(samples["sdpa"]) / 1e3)
         seconds = 0.0
         for problem in missing:
-            calls = [useful_gflops(m, problem) / rate for m in METHODS]
+            calls = [useful_gflops(m, problem) / rate * (1 if m == SDPA else 2) for m in METHODS]
             once = sum(s for s in calls if s <= plan.limit_s)
             # Warm-up, the rounds, and one more call for memory; near a crossing a few sizes are added.
             seconds += max(plan.budget_s, MIN_ROUNDS * once) + 2 * once + 0.3

@@ -72,7 +72,7 @@ def affordable(
 ) -> tuple[list[Method], list[Row]]:
     """Methods whose call is expected to take at most `limit_s` seconds, and rows that say why the others were skipped.
 
-    Expected is the time on the longest shorter sequence among `rows`, in proportion to the useful work.
+    Expected is the time on the longest shorter sequence among `rows`, growing with N^2 for direct forms, else with N.
     """
     kept, skipped = [], []
     for method in methods:
@@ -86,8 +86,8 @@ def affordable(
             kept.append(method)
             continue
         # A method that was too slow for a shorter sequence is too slow for this one.
-        work = useful_gflops(method, problem) / useful_gflops(method, last.problem)
-        seconds = math.inf if last.median_ms is None else last.median_ms / 1e3 * work
+        growth = (problem.N / last.problem.N) ** (2 if method.form == "direct" else 1)
+        seconds = math.inf if last.median_ms is None else last.median_ms / 1e3 * growth
         if seconds <= limit_s:
             kept.append(method)
         else:

@@ -89,6 +89,8 @@ class MemoryProbe:
                 text=True,
                 cwd=folder,
                 env=environment,
+                # Ctrl-C is for the process that asks; this one ends when its stdin closes.
+                start_new_session=True,
             )
         assert self._worker.stdin is not None and self._worker.stdout is not None
         return self._worker.stdin, self._worker.stdout
@@ -158,7 +160,4 @@ def _serve(threads: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        _serve(int(sys.argv[1]))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    _serve(int(sys.argv[1]))

@@ -42,7 +42,7 @@ DPI = 160
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:
-    """Draw both figures of every dtype and direction in the results.
+    """Draw both figures of every dtype, direction, batch and number of heads in the results.
 
     Returns:
         the files written.
@@ -51,12 +51,11 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
         MissingExtraError: matplotlib is not installed.
         DataError: the folder cannot be written.
     """
-    parts: dict[tuple[str, str], dict[Group, list[Row]]] = {}
+    parts: dict[str, dict[Group, list[Row]]] = {}
     for group, rows in grouped(results.rows).items():
-        parts.setdefault((group.dtype, group.direction), {})[group] = rows
+        parts.setdefault(f"{group.dtype}-{group.direction}-b{group.B}-h{group.H}.png", {})[group] = rows
     written = []
-    for (dtype, direction), groups in parts.items():
-        suffix = f"{dtype}-{direction}.png"
+    for suffix, groups in parts.items():
         for stem, draw in (("time", draw_time), ("crossover", draw_crossover)):
             path = folder / f"{stem}-{suffix}"
             _save(draw(groups, results.environment), path)

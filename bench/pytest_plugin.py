@@ -47,8 +47,8 @@ class BenchmarkPlugin:
     def check(self, problem: Problem, methods: Sequence[Method]) -> None:
         """Measure every method on one problem, side by side with SDPA, and assert that what was timed is right."""
         budget, limit = (QUICK_BUDGET_S, QUICK_LIMIT_S) if self.quick else (BUDGET_S, LIMIT_S)
-        kept, rows = affordable([SDPA, *methods], problem, self._results.rows, limit)
-        rows = measure(problem, kept, device=self._device, budget_s=budget, memory=self._memory) + rows
+        kept, skipped = affordable([SDPA, *methods], problem, self._results.rows, limit)
+        rows = measure(problem, kept, device=self._device, budget_s=budget, memory=self._memory) + skipped
         self._results.rows += rows
         self._results.save(self.path)
         wrong = [line for row in rows for line in _excess(row)]

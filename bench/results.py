@@ -1,7 +1,7 @@
 """Rows on disk: one JSON file with the environment and every sample, and the same rows as CSV for spreadsheets.
 
 A file is written after every problem, whole and by renaming, so an interrupted run leaves a valid file behind; the next
-run continues it when machine, versions and commit are the same.
+run continues it when machine, versions, measured sources and plan are the same.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Results:
 def resume(path: Path, kind: str, environment: Environment, settings: dict[str, object]) -> tuple[Results, str | None]:
     """The results to go on with: those in `path` when they can stand beside new rows, else empty ones.
 
-    A file from another machine, version or commit is kept as `NAME.previous.json`, never mixed and never lost.
+    A file from another machine, of other versions, sources or another plan is kept as `NAME.previous.json`: nothing is
+    mixed, nothing is lost.
 
     Returns:
         the results, and a sentence on why an existing file was put aside, if one was.
@@ -123,10 +124,12 @@ def resume(path: Path, kind: str, environment: Environment, settings: dict[str, 
     except DataError as problem:
         reason = str(problem)
     else:
-        if found.kind == kind and found.environment.comparable() == environment.comparable():
+        same_plan = (found.kind, found.settings.get("plan")) == (kind, settings.get("plan"))
+        if same_plan and found.environment.comparable() == environment.comparable():
             found.settings = settings
             return found, None
-        reason = f"{path} was measured on another machine, version or commit ({found.environment.date})"
+        what = "from another machine, other versions or other sources" if same_plan else "measured by another plan"
+        reason = f"{path} is {what} ({found.environment.date})"
     aside = path.with_suffix(".previous.json")
     try:
         os.replace(path, aside)

@@ -28,10 +28,10 @@ def test_run_writes_tables_results_and_figures(tmp_path, capsys) -> None:
     assert cli.main([*TINY, "--out", str(tmp_path)]) == 0
     output = capsys.readouterr()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "crossover-fp32-forward.png",
+        "crossover-fp32-forward-b1-h1.png",
         "results.csv",
         "results.json",
-        "time-fp32-forward.png",
+        "time-fp32-forward-b1-h1.png",
     ]
     assert all(path.stat().st_size > 10_000 for path in tmp_path.glob("*.png"))
     results = Results.load(tmp_path / "results.json")
@@ -42,7 +42,7 @@ def test_run_writes_tables_results_and_figures(tmp_path, capsys) -> None:
     assert all(row.error < 1e-5 and row.peak_mib is not None for row in results.rows)
     assert "4 problems on cpu-" in output.err
     assert "D=4 non-causal fp32: N*" in output.out
-    assert output.out.rstrip().endswith("crossover-fp32-forward.png")
+    assert output.out.rstrip().endswith("crossover-fp32-forward-b1-h1.png")
 
 
 def test_rerun_measures_only_what_is_missing(tmp_path, monkeypatch) -> None:

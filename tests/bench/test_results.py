@@ -85,7 +85,7 @@ def test_resume_continues_what_the_same_code_measured_here(results: Results, env
     path = tmp_path / "results.json"
     results.save(path)
     later = dataclasses.replace(environment, date="2100-01-01T00:00:00+00:00", commit="another", load_average=9.0)
-    found, aside = resume(path, "crossover", later, {})
+    found, aside = resume(path, "crossover", later, {"plan": "quick"})
     assert aside is None
     assert found.rows == results.rows
 
@@ -94,10 +94,19 @@ def test_resume_continues_what_the_same_code_measured_here(results: Results, env
 def test_resume_never_mixes_and_never_loses(change, results: Results, environment, tmp_path) -> None:
     path = tmp_path / "results.json"
     results.save(path)
-    found, aside = resume(path, "crossover", dataclasses.replace(environment, **change), {})
+    found, aside = resume(path, "crossover", dataclasses.replace(environment, **change), {"plan": "quick"})
     assert found.rows == []
     assert "results.previous.json" in aside
     assert Results.load(tmp_path / "results.previous.json").rows == results.rows
+
+
+def test_quick_rows_are_not_continued_by_a_thorough_run(results: Results, environment, tmp_path) -> None:
+    path = tmp_path / "results.json"
+    results.save(path)
+    assert resume(path, "crossover", environment, {"plan": "quick"})[0].rows == results.rows
+    found, aside = resume(path, "crossover", environment, {"plan": "default"})
+    assert found.rows == []
+    assert "another plan" in aside
 
 
 def test_resume_puts_a_damaged_file_aside(environment, tmp_path) -> None:
