@@ -44,15 +44,15 @@ class Settings:
     layer: LayerKind = "prenorm"
     layers: int = 4
     dim: int = 128
-    heads: int = 4
+    heads: int = 2
     kv_heads: int | None = None
-    qk_norm: bool = True
+    qk_norm: bool = False
     context: int = 256
     dropout: float = 0.0
-    batch: int = 16
+    batch: int = 8
     steps: int | None = None
     minutes: float | None = None
-    lr: float = 2e-3
+    lr: float = 4e-3
     weight_decay: float = 0.1
     validate_every: int = 250
     seed: int = 0
@@ -90,7 +90,7 @@ class Settings:
 
 
 DEFAULT_MINUTES = 10.0
-QUICK = Settings(layers=1, dim=32, heads=2, context=32, batch=8, steps=30, validate_every=15, sample=80)
+QUICK = Settings(layers=1, dim=32, context=32, steps=30, validate_every=15, sample=80)
 # What may differ between the sessions of one run: where it stops and what is made of it, not what is trained.
 CHANGEABLE = {"text", "steps", "minutes", "validate_every", "device", "sample"}
 
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qk-norm",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="bring queries and keys to root mean square 1 (default on)",
+        help="bring queries and keys to root mean square 1 (default off)",
     )
     add("context", int, "characters the model looks back on")
     add("dropout", float, "share of activations dropped in training")
@@ -318,7 +318,7 @@ def draw_curve(history: list[Record], trigram: float, kernel: str) -> Figure:
         (right, "wall time of training (minutes)", "seconds", 60),
     ):
         for lines, loss, style in (
-            (trained, "train_loss", {"color": "C0", "alpha": 0.5, "label": "training"}),
+            (trained, "train_loss", {"color": "C0", "alpha": 0.5, "label": "training, mean since the last point"}),
             (history, "validation_loss", {"color": "C1", "marker": ".", "label": "validation"}),
         ):
             axes.plot([getattr(r, name) / unit for r in lines], [getattr(r, loss) for r in lines], **style)

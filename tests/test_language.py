@@ -70,7 +70,7 @@ def test_a_quick_run_leaves_everything_behind(
 
 
 def test_a_trained_model_beats_the_trigram(text: Path, tmp_path: Path) -> None:
-    options = ("--layers", 2, "--dim", 32, "--heads", 2, "--context", 32, "--batch", 16, "--lr", 8e-3, "--sample", 0)
+    options = ("--layers", 2, "--dim", 32, "--context", 32, "--batch", 16, "--lr", 8e-3, "--sample", 0)
     out = tmp_path / "run"
     assert train("--text", text, *options, "--steps", 120, "--validate-every", 60, "--out", out, "--no-figure") == 0
     assert results(out)["beats_trigram"] is True
