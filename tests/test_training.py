@@ -120,8 +120,12 @@ def test_a_run_resumed_at_its_end_is_left_as_it_is(tmp_path: Path) -> None:
     assert again.step == 20
 
 
-def test_second_interrupt_stops_at_once_and_the_handler_comes_back(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
+def test_second_interrupt_stops_at_once_and_the_handler_comes_back(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    # A test run in the background may have been started with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupt_twice(step: int) -> None:
         if step == 2:
@@ -131,7 +135,7 @@ def test_second_interrupt_stops_at_once_and_the_handler_comes_back(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, on_step=interrupt_twice).run()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (tmp_path / CHECKPOINT_NAME).exists()
 
 
