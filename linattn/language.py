@@ -297,12 +297,13 @@ def write_results(
 
 
 def write_sample(settings: Settings, text: Characters, model: CausalLM) -> str:
-    """`settings.sample` characters that the model adds to the first line of the validation text, after that line."""
-    opening = text.decode(text.validation[: settings.context]).partition("\n")[0] + "\n"
-    start = text.validation[: len(opening)][None]
+    """The first whole line of the validation text and `settings.sample` characters that the model adds to it."""
+    opening = text.decode(text.validation[:1000])
+    whole = [line for line in opening.splitlines(keepends=True)[1:] if line.strip() and line.endswith("\n")]
+    prompt = whole[0] if whole else opening[0]
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(settings.seed)
-    tokens = model.generate(start.to(device), settings.sample, temperature=0.8, generator=generator)
+    tokens = model.generate(text.encode(prompt)[None].to(device), settings.sample, temperature=0.8, generator=generator)
     return text.decode(tokens[0].cpu())
 
 

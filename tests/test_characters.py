@@ -20,6 +20,9 @@ def test_a_text_is_encoded_and_split(tmp_path: Path) -> None:
     assert text.alphabet == "".join(sorted(set(written)))
     assert text.decode(torch.cat((text.train, text.validation))) == written
     assert (len(text.train), len(text.validation)) == (108, 12)
+    assert text.decode(text.encode("café")) == "café"
+    with pytest.raises(DataError, match="character 'x' is not in the alphabet"):
+        text.encode("cafx")
     assert text.sha256 != Characters.from_text(written + "!").sha256
 
 
