@@ -196,7 +196,9 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
     Raises:
         CheckpointError: the checkpoint is not of a language model, or options contradict it.
     """
-    kept = {name: value for name, value in checkpoint.get("settings", {}).items() if name != "sha256"}
+    kept = {
+        name: value for name, value in checkpoint.get("settings", {}).items() if name not in ("sha256", "environment")
+    }
     try:
         settings = Settings(**kept)
     except TypeError as error:
@@ -242,7 +244,8 @@ def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tu
             total += model.loss(windows).item() * len(windows)
         return total / len(validation)
 
-    kept = {**asdict(settings), "sha256": text.sha256}
+    # Taken before training: the working tree may move on meanwhile.
+    kept = {**asdict(settings), "sha256": text.sha256, "environment": _environment()}
     return model, Trainer(model, loss, validate, settings.training_config(), folder=out, settings=kept)
 
 
@@ -269,7 +272,7 @@ def write_results(
         "best_validation_loss": best.validation_loss,
         "trigram_validation_loss": trigram,
         "beats_trigram": last.validation_loss < trigram,
-        "environment": _environment(),
+        "environment": trainer.settings["environment"],
     }
     with atomic_file(out / "results.json") as file:
         file.write(json.dumps(results, indent=2).encode() + b"\n")
