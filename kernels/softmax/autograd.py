@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..common.autograd import first_derivative_only
+from ..common.derivative import first_derivative_only
 from . import ops as ops  # registers the schemas
 
 
@@ -14,7 +14,6 @@ def softmax(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     is_causal: bool,
