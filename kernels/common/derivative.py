@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from linattn.errors import DoubleBackwardError
+
+
+def derivative_wanted(*tensors: Tensor) -> bool:
+    """Whether a call has to go through an autograd.Function. If not, the op itself is called, which costs less.
+
+    In forward mode it has to as well: the Function refuses there, where the op would silently lose the tangent.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def first_derivative_only(op: str, gradients: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .allocation import accumulation_dtype, empty_in_storage_order, empty_row_sums
-from .derivative import first_derivative_only
+from .derivative import derivative_wanted, first_derivative_only
 from .registration import define, implementation
 
 StateShapes = Callable[[int, int, int, int], list[tuple[int, ...]]]
@@ -108,7 +108,7 @@ def attend(
     """Call an op, through autograd only if a gradient may be asked for. Returns out and the state."""
     inputs = (q, k, v, key_mask, cu_seqlens)
     how = (plan.form, plan.chunk_size, plan.backend)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *initial_state)):
+    if derivative_wanted(q, k, v, *initial_state):
         out, _, *rest = Attend.apply(op, tuple(options), plan.return_state, how, *inputs, *initial_state)
         return out, tuple(rest[: OPS[op].state_tensors if plan.return_state else 0])
     forward = getattr(torch.ops.linattn, op + "_fwd")
