@@ -78,7 +78,7 @@ def _forward_one(problem: Problem, out: Tensor, row_sums: Tensor, before: State,
                 sums.add(j0, j1)
     else:
         scan.forward(problem, out, row_sums, sums, chunk_length(problem, plan), keep=plan.return_state)
-        few = FewKeyRows.find(problem, before[0] if before else None)
+        few = FewKeyRows.find(problem, before)
         if few:
             few.forward(out, row_sums)
     return sums.canonical() if plan.return_state else []
@@ -91,9 +91,9 @@ def _backward_one(
     if runs_direct(problem, plan.form, before):
         gradients = direct.backward(problem, dout, out, row_sums, sums, dsums)
     else:
-        few = FewKeyRows.find(problem, before[0] if before else None)
+        few = FewKeyRows.find(problem, before)
         others = few.others(dout) if few else dout
         gradients = scan.backward(problem, others, out, row_sums, sums, dsums, chunk_length(problem, plan))
         if few:
-            few.backward(dout, out, row_sums, gradients)
+            few.backward(dout, out, row_sums, gradients, dsums)
     return gradients, dsums.canonical() if before else []
