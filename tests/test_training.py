@@ -87,6 +87,15 @@ def test_train_loss_is_the_mean_since_the_line_before() -> None:
     assert trainer.history[2].train_loss == pytest.approx(sum(losses[6:]) / 3, rel=1e-6)
 
 
+def test_validation_is_in_evaluation_mode_and_training_is_not() -> None:
+    modes: dict[str, set[bool]] = {"train": set(), "validate": set()}
+    trainer = make(on_step=lambda step: modes["train"].add(trainer.model.training))
+    real = trainer.validate
+    trainer.validate = lambda: (modes["validate"].add(trainer.model.training), real())[1]
+    trainer.run()
+    assert modes == {"train": {True}, "validate": {False}}
+
+
 @pytest.mark.parametrize("stop", [1, 6, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, stop: int) -> None:
     whole = make()
