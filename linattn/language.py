@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         _require_matplotlib()
 
     text = Characters.from_file(settings.text)
-    if checkpoint is not None and checkpoint["settings"]["sha256"] != text.sha256:
+    if checkpoint is not None and checkpoint["settings"].get("sha256") != text.sha256:
         raise CheckpointError(
             f"the checkpoint {path} was trained on another text than {settings.text}; accepted: the same text"
         )
@@ -186,7 +186,13 @@ def run(args: argparse.Namespace) -> int:
             trainer.tracker.close()
         print(f"stopped at step {trainer.step}; go on with: linattn train lm --out {out} --resume", file=sys.stderr)
         return 130
-    write_results(settings, text, model, trainer, trigram, out, figure=not args.no_figure)
+    try:
+        write_results(settings, text, model, trainer, trigram, out, figure=not args.no_figure)
+    except OSError as error:
+        again = f"linattn train lm --out {out} --resume"
+        raise CheckpointError(
+            f"the results in {out} cannot be written: {error}; the checkpoint is complete, write them again with: {again}"
+        ) from error
     return 0
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -182,6 +183,21 @@ def test_mistakes_are_answered_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_disk_full_at_the_end_loses_nothing(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(language, "atomic_file", full_disk)
+        assert train("--text", text, "--quick", "--out", out, "--no-figure") == 2
+    assert "No space left on device; the checkpoint is complete" in capsys.readouterr().err
+    assert train("--out", out, "--resume", "--no-figure") == 0
+    assert results(out)["steps"] == 30
 
 
 def test_an_unreadable_checkpoint_is_named(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,6 +214,17 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT_NAME, HISTORY_NAME]
 
 
+def test_a_full_disk_leaves_the_previous_history_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_the_disk(step: int) -> None:
+        if step == 8:
+            monkeypatch.setattr(os, "fsync", full_disk)
+
+    with pytest.raises(CheckpointError, match="history.jsonl cannot be written: .*No space left"):
+        make(tmp_path, on_step=fill_the_disk).run()
+    assert len((tmp_path / HISTORY_NAME).read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT_NAME, HISTORY_NAME]
+
+
 def test_a_write_that_breaks_off_leaves_the_previous_checkpoint_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
