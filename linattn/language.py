@@ -189,9 +189,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         write_results(settings, text, model, trainer, trigram, out, figure=not args.no_figure)
     except OSError as error:
-        again = f"linattn train lm --out {out} --resume"
         raise CheckpointError(
-            f"the results in {out} cannot be written: {error}; the checkpoint is complete, write them again with: {again}"
+            f"the results in {out} cannot be written: {error}; the checkpoint is complete, "
+            f"write them again with: linattn train lm --out {out} --resume"
         ) from error
     return 0
 
