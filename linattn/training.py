@@ -193,6 +193,7 @@ class Trainer:
         started = time.monotonic() - self.seconds
         with _stop_requests() as stop_requested, _ProgressBar() as bar:
             if not self.history:
+                bar.clear()
                 self._validate()
             self.model.train()
             while not self.finished:
@@ -392,7 +393,7 @@ class _ProgressBar:
             with suppress(ImportError):
                 from tqdm import tqdm
 
-                self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed} {postfix}", leave=False)
+                self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}{postfix}", leave=False)
         return self
 
     def __exit__(self, *_: object) -> None:
