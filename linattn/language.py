@@ -9,24 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-import linattn
 from linattn.characters import Characters, Trigram, consecutive_windows, random_windows
+from linattn.environment import describe, pick_device
 from linattn.errors import ArgumentError, CheckpointError, DataError, MissingExtraError
+from linattn.files import atomic_file
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.modules import LayerKind
 from linattn.tracking import TensorBoardTracker
-from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig, atomic_file, read_checkpoint
+from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig, read_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,15 +224,7 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
 
 def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tuple[CausalLM, Trainer]:
     """Model and trainer for these settings, seeded and on their device, at step 0."""
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"device={name!r} was given; accepted: auto, or a device that torch knows, such as cpu or cuda"
-        ) from error
+    device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     model = CausalLM(settings.model_config(len(text.alphabet))).to(device)
     validation = consecutive_windows(text.validation, settings.context).to(device)
@@ -251,7 +241,7 @@ def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tu
         return total / len(validation)
 
     # Taken before training: the working tree may move on meanwhile.
-    kept = {**asdict(settings), "sha256": text.sha256, "environment": _environment()}
+    kept = {**asdict(settings), "sha256": text.sha256, "environment": asdict(describe(device))}
     return model, Trainer(model, loss, validate, settings.training_config(), folder=out, settings=kept)
 
 
@@ -374,28 +364,3 @@ def _require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train", "drawing the curve (leave it out with --no-figure)") from error
-
-
-def _environment() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "linattn": linattn.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this runs from; None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -19,12 +18,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linattn.errors import ArgumentError, CheckpointError
+from linattn.files import atomic_file
 from linattn.tracking import Tracker
 
 CHECKPOINT_FORMAT = 1
@@ -342,25 +342,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         given = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"the checkpoint {path} has format {given!r}; accepted: {CHECKPOINT_FORMAT}")
     return content
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write into that appears under `path` complete or not at all.
-
-    It is written beside its destination, flushed to the disk, then moved over it. On an error `path` is untouched and
-    nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from linattn import training
 from linattn.errors import ArgumentError, CheckpointError, MissingExtraError
+from linattn.files import atomic_file
 from linattn.tracking import TensorBoardTracker
 from linattn.training import (
     CHECKPOINT_NAME,
     HISTORY_NAME,
     Trainer,
     TrainingConfig,
-    atomic_file,
     read_checkpoint,
     write_checkpoint,
 )
