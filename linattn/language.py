@@ -132,10 +132,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("device", str, "auto, cpu, cuda, ...")
     add("sample", int, "characters to write into sample.txt at the end; 0 for none")
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/lm-KERNEL)")
-    parser.add_argument(
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the folder; options are kept unless given"
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
+    start.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
     parser.add_argument("--no-figure", action="store_true", help="do not draw curve.png, which needs matplotlib")
     parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard in the folder")
     parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds, to see that all works")
@@ -170,8 +171,8 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(
             f"the checkpoint {path} was trained on another text than {settings.text}; accepted: the same text"
         )
-    trigram = Trigram(text.train, len(text.alphabet)).loss(text.validation)
     model, trainer = prepare(settings, text, out)
+    trigram = Trigram(text.train, len(text.alphabet)).loss(text.validation)
     trainer.on_record = lambda record: _print_record(record, trigram)
     if checkpoint is not None:
         trainer.restore(checkpoint, path)
@@ -223,7 +224,18 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
 
 
 def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tuple[CausalLM, Trainer]:
-    """Model and trainer for these settings, seeded and on their device, at step 0."""
+    """Model and trainer for these settings, seeded and on their device, at step 0.
+
+    Raises:
+        ArgumentError: settings of which no model can be made, or a context longer than a part of the text.
+        DeviceError: the device is not there.
+    """
+    longest = min(len(text.train), len(text.validation)) - 1
+    if settings.context > longest:
+        raise ArgumentError(
+            f"context={settings.context} was given for a text with {len(text.train)} characters to train on and "
+            f"{len(text.validation)} to validate; accepted: at most {longest}, or a longer text"
+        )
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     model = CausalLM(settings.model_config(len(text.alphabet))).to(device)
@@ -276,7 +288,7 @@ def write_results(
         sample = write_sample(settings, text, model)
         with atomic_file(out / "sample.txt") as file:
             file.write(sample.encode() + b"\n")
-    if figure or trainer.tracker is not None:
+    if figure:
         drawing = draw_curve(trainer.history, trigram, settings.kernel)
         with atomic_file(out / "curve.png") as file:
             drawing.savefig(file, format="png", dpi=150)
