@@ -282,6 +282,28 @@ def test_errors_of_the_system_while_writing_become_checkpoint_errors(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_within_torch_is_told_in_the_words_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        """A file on a disk that is full after three writes."""
+
+        written = 0
+
+        def write(self, data: bytes) -> int:
+            self.written += 1
+            return len(data) if self.written <= 3 else full_disk()
+
+        def flush(self) -> None: ...
+
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, _: real(content, Full()))
+    with pytest.raises(CheckpointError, match="written: .*No space left on device; there is no earlier one") as caught:
+        write_checkpoint(tmp_path / CHECKPOINT_NAME, {"weights": torch.zeros(10_000)})
+    assert "enforce" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="file/run/checkpoint.pt cannot be written"):
