@@ -87,8 +87,8 @@ def _op_arguments(name: str, case: str, layout: Layout) -> tuple[Any, ...]:
     out, row_sums, final, saved = getattr(torch.ops.linattn, f"{operation}_fwd")(*forward)
     upstream = [torch.randn_like(t) for t in final[1:]]
     return (
-        torch.randn_like(out), upstream, q, k, v, out, row_sums, saved, key_mask, cu_seqlens, state, *options, [True] * 4,
-        form, 0, "reference",
+        torch.randn_like(out), upstream, q, k, v, out, row_sums, saved, key_mask, cu_seqlens, state, *options,
+        [True] * 4, form, 0, "reference",
     )  # fmt: skip
 
 
