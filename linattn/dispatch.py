@@ -22,8 +22,9 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "quadratic": tuple(QUADRATIC),
     "feature_map": tuple(FEATURE_MAP),
 }
-CHUNKED_MARGIN = 1.3
-"""How much longer than by flops alone a sequence must be for the chunked reference to win (bench/results, CPU)."""
+CHUNKED_OVERHEAD = {False: 200, True: 1000}
+"""By is_causal: how many tokens longer than by flops alone a sequence must be for the chunked quadratic reference to win.
+Measured for D = 16, 32, 64 on CPU: bench/results/cpu-2core-avx512, N* against our direct form."""
 
 
 class Choice(NamedTuple):
@@ -159,10 +160,10 @@ def chunked_from(op: str, inputs: Inputs, with_state: bool) -> float:
     """The length from which the chunked form is the faster one. A call with a state computes the sums anyway."""
     D, M = inputs.q.shape[3], inputs.v.shape[3]
     if op == "feature_map":
-        flops = 2 * D * M / (D + M) * (2 if inputs.is_causal else 1)
+        length = 2 * D * M / (D + M) * (2 if inputs.is_causal else 1)
     else:
-        flops = cost.crossover(D, M, is_causal=inputs.is_causal)
-    return CHUNKED_MARGIN * flops * (0.5 if with_state else 1)
+        length = cost.crossover(D, M, is_causal=inputs.is_causal) + CHUNKED_OVERHEAD[inputs.is_causal]
+    return length / 2 if with_state else length
 
 
 @dataclass(frozen=True)
