@@ -1,0 +1,149 @@
+"""What the studies share: claims with their limits, tables, and the files that a study leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+import linattn
+from linattn.errors import ArgumentError, DataError, MissingExtraError
+from linattn.training import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURE_NAME = "figure.png"
+RESULT_NAME = "result.json"
+HOLDS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
+
+# Distinguishable with every common kind of colour blindness: Okabe and Ito 2008, "Color universal design".
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that a measurement can break: it holds when `measured relation limit`.
+
+    Example:
+        >>> Claim("water boils above 99 C", measured=99.97, relation=">", limit=99.0).holds
+        True
+    """
+
+    text: str
+    measured: float
+    relation: Literal["<=", ">=", "<", ">", "=="]
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return bool(HOLDS[self.relation](self.measured, self.limit))
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.holds else "BROKEN"
+        return f"{verdict}: {self.text} ({self.measured:.4g}, claimed {self.relation} {self.limit:.4g})"
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Declare the options that every study has."""
+    parser.add_argument("--out", type=Path, default=Path("runs") / "studies" / name, help="folder (%(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (%(default)s)")
+
+
+def _seed(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for options that count something."""
+    return _whole(text, least=1)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ArgumentError(f"{text!r} was given; accepted: a whole number from {least} on")
+    return int(text)
+
+
+def require_matplotlib() -> None:
+    """Raise MissingExtraError now rather than after the computation."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "studies", "drawing the figure of a study") from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, its parts kept from overlapping."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Lay out rows under a header: words to the left, numbers (four digits) to the right.
+
+    Example:
+        >>> print(table(("D", "variance"), [(16, 15.98765), (1024, 1023.0)]))
+           D  variance
+          16     15.99
+        1024      1023
+    """
+    cells = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    left = [all(isinstance(cell, str) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in (list(header), *cells)
+    )
+
+
+def finish(name: str, text: str, claims: Sequence[Claim], figure: Figure, args: argparse.Namespace) -> int:
+    """Print the tables and the claims, save figure and JSON; return 0 when every claim holds, else 1.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    print(text, *map(str, claims), sep="\n")
+    result = {
+        "study": name,
+        "seed": args.seed,
+        "linattn": linattn.__version__,
+        "torch": torch.__version__,
+        "claims": [
+            {
+                "claim": claim.text,
+                "measured": claim.measured,
+                "relation": claim.relation,
+                "limit": claim.limit,
+                "holds": claim.holds,
+            }
+            for claim in claims
+        ],
+    }
+    try:
+        with atomic_file(args.out / FIGURE_NAME) as file:
+            figure.savefig(file, format="png")
+        with atomic_file(args.out / RESULT_NAME) as file:
+            file.write(json.dumps(result, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise DataError(f"the results cannot be written to {args.out}: {error}; accepted: a folder to write") from error
+    print(f"\n{args.out / FIGURE_NAME}, {args.out / RESULT_NAME}")
+    return 0 if all(claim.holds for claim in claims) else 1
