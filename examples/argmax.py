@@ -50,7 +50,7 @@ QUERY = (1.0, 1, 2)
 SCORES, OUTPUT = (3.0, 11, 5, 2), (1.0, 4, 3)
 
 TEMPERATURES = tuple(2.0**power for power in range(5, -5, -1))
-ENTRIES, SIZE, TRAINING_TEMPERATURE = 16, 8, 0.2
+ENTRIES, SIZE, TRAINING_TEMPERATURE = 16, 8, 0.5
 
 
 @dataclass(frozen=True)
