@@ -157,7 +157,7 @@ def draw(example: Example, soft: Lookup, hard: Lookup) -> Figure:
     right.set(title="Learning the queries of a lookup", xlabel="training step", ylim=(-3, 106))
     right.set_ylabel("queries that find their key (%)")
     right.legend(loc="center right")
-    left.legend(loc="upper right")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 0.1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
