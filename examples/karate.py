@@ -48,6 +48,7 @@ from linattn.examples.study import (
     BLUE,
     GREY,
     ORANGE,
+    RED,
     Claim,
     add_common_arguments,
     finish,
@@ -303,27 +304,15 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
             )
     for member in range(MEMBERS):
         axes.annotate(str(member), place[member].tolist(), ha="center", va="center", fontsize=8, color="white", zorder=3)
-    if wrong:
-        axes.scatter(
-            *place[list(wrong)].T.tolist(),
-            s=480,
-            facecolors="none",
-            edgecolors="black",
-            linewidths=2,
-            zorder=4,
-            label="convolution is wrong",
-        )
-    for height, member in enumerate(by_zachary):
-        axes.annotate(
-            f"Zachary's own method\nis wrong about {member}",
-            place[member].tolist(),
-            xytext=(0.03, 0.08 + 0.1 * height),
-            textcoords="axes fraction",
-            arrowprops={"arrowstyle": "->", "shrinkB": 14},
-            zorder=5,
-        )
+    for members, size, color, label in (
+        (wrong, 450, "black", "convolution is wrong"),
+        (by_zachary, 900, RED, "Zachary's own method is wrong"),
+    ):
+        style = {"s": size, "facecolors": "none", "edgecolors": color, "linewidths": 2, "zorder": 4}
+        axes.scatter(*place[list(members)].T.tolist(), label=label, **style)
     axes.set(title="78 friendships, two clubs\n(0 is Mr. Hi, 33 the officer)", xticks=[], yticks=[])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, markerscale=0.6)
+    axes.margins(0.1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, markerscale=0.5)
 
 
 def _draw_embedding(axes: Axes, name: str, result: Trained) -> None:

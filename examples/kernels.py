@@ -197,7 +197,8 @@ def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
     misprint.set(title="The feature map, printed with and without √2", ylabel="φ(q)·φ(k)", ylim=(0, 6))
     for axes in (curves, misprint):
         axes.set_xlabel("score s = q·k")
-        axes.legend(loc="upper center")
+        # Centred where no curve is.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1), fontsize=9)
     shown = [row for row in denominators if row.smallest_row > 0]
     names = [_pretty(row.name) for row in shown]
     bars.barh(names, [row.smallest_row for row in shown], color=[COMPARED.get(row.name, GREY) for row in shown])
