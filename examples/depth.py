@@ -127,7 +127,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    left.legend(loc="upper right")
+    right.legend(loc="lower left")
     return figure
 
 
