@@ -12,7 +12,7 @@ Each prints a table and leaves `figure.png` and `result.json` (its claims, the m
     accumulation    micro-batches under BatchNorm and LayerNorm; the loop that forgets zero_grad()
     depth           plain and residual networks of 20 and 56 layers
 
-    study.py        what they share: claims, tables, result files
+    study.py        what they share: claims, figures, result files
     karate_club.py  the 78 friendships and both clubs
     digits.py       scikit-learn's handwritten digits as tensors
     convnets.py     the convolutional networks of `accumulation` and `depth`

@@ -7,7 +7,7 @@ BatchNorm over the batch it is given:
     LayerNorm:  over channels and pixels of each image        BatchNorm:  over images and pixels for each channel
 
 so under BatchNorm micro-batches of 1, 2, ... compute another function. `loss.backward()` adds to what is in `.grad`;
-a loop that never calls `zero_grad()` steps along the sum of all gradients since the start, w_(t+1) = w_t - lr sum_s g_s.
+a loop that never calls `zero_grad()` steps along the sum of all gradients so far, w_(t+1) = w_t - lr sum_(s<=t) g_s.
 That is momentum 1: nothing is ever forgotten, and it overshoots further and further.
 """
 
@@ -40,8 +40,8 @@ from linattn.examples.study import (
     new_figure,
     positive,
     require_matplotlib,
-    table,
 )
+from linattn.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,10 +143,14 @@ def claims_of(rows: Sequence[Difference], losses: Sequence[Sequence[float]]) -> 
         Claim("LayerNorm: largest difference of logits over the splits", max(r.logits for r in layer), "<=", 1e-10),
         Claim("LayerNorm: largest relative difference of gradients", max(r.gradient for r in layer), "<=", 1e-10),
         Claim("LayerNorm: logits after the step", max(r.logits_after for r in layer), "<=", 1e-10),
-        Claim("BatchNorm: smallest difference of logits over the true splits", min(r.logits for r in batch), ">=", 0.01),
+        Claim(
+            "BatchNorm: smallest difference of logits over the true splits", min(r.logits for r in batch), ">=", 0.01
+        ),
         Claim("BatchNorm: smallest relative difference of gradients", min(r.gradient for r in batch), ">=", 0.01),
         Claim("with zero_grad(): mean loss of the last tenth over the first loss", mended[-1] / first, "<=", 0.1),
-        Claim("without it: mean loss of the last tenth over the lowest of a tenth", broken[-1] / min(broken), ">=", 1.5),
+        Claim(
+            "without it: mean loss of the last tenth over the lowest of a tenth", broken[-1] / min(broken), ">=", 1.5
+        ),
         Claim("mean loss of the last tenth, without zero_grad() over with it", broken[-1] / mended[-1], ">=", 10.0),
     ]
 
@@ -193,11 +197,11 @@ def run(args: argparse.Namespace) -> int:
     digits = load_digits(torch.float64)
     rows = [row for norm in NORMS for row in compare(norm, digits, args.seed)]
     mended, broken = (train(zero_grad, digits, args.steps, args.seed) for zero_grad in (True, False))
-    text = "Differences from the whole batch of 32\n" + table(
+    text = "Differences from the whole batch of 32\n" + text_table(
         ("normalisation", "split", "logits", "gradient (relative)", "logits after a step"),
         [(r.norm, f"{r.size} x {r.count}", r.logits, r.gradient, r.logits_after) for r in rows],
     )
-    text += "\n\nMean loss of a training loop (nats)\n" + table(
+    text += "\n\nMean loss of a training loop (nats)\n" + text_table(
         ("part of the run", "with zero_grad()", "without"),
         [
             (f"{10 * part} to {10 * part + 10} %", *pair)

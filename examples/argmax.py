@@ -36,8 +36,8 @@ from linattn.examples.study import (
     new_figure,
     positive,
     require_matplotlib,
-    table,
 )
+from linattn.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,14 +175,14 @@ def run(args: argparse.Namespace) -> int:
     example = worked_example()
     soft, hard = (train_lookup(attention, args.steps, args.seed) for attention in (softmax_lookup, argmax_attention))
     text = f"scores {_vector(example.scores)}   argmax attention returns {_vector(example.output)}\n\n"
-    text += table(
+    text += text_table(
         ("T", "|softmax - argmax|", "gradient at q"),
         [
             *zip(TEMPERATURES, example.distances, example.softmax_q_gradients, strict=True),
             (0.0, 0.0, example.q_gradient),
         ],
     )
-    text += "\n\n" + table(
+    text += "\n\n" + text_table(
         ("lookup trained through", "found before (%)", "found after (%)", "movement of W"),
         [
             (name, 100 * lookup.accuracy[0], 100 * lookup.accuracy[-1], lookup.moved)

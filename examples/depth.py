@@ -37,8 +37,8 @@ from linattn.examples.study import (
     new_figure,
     positive,
     require_matplotlib,
-    table,
 )
+from linattn.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         for depth in DEPTHS:
             curves.append(train(depth, residual, digits, args.epochs, args.seed))
             print(f"{curves[-1].name}: training error {100 * curves[-1].errors[-1]:.1f} %", file=sys.stderr, flush=True)
-    text = table(
+    text = text_table(
         ("network", "parameters", "training loss", "training error (%)", "held-out error (%)"),
         [(c.name, c.parameters, c.losses[-1], 100 * c.errors[-1], 100 * c.held_out_error) for c in curves],
     )

@@ -55,8 +55,8 @@ from linattn.examples.study import (
     new_figure,
     positive,
     require_matplotlib,
-    table,
 )
+from linattn.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,7 +182,7 @@ def train(layer: Layer, epochs: int, seed: int) -> Trained:
 def gradient_error(layer: Layer, seed: int) -> float:
     """|g - c| / (|g| + |c|) for the gradient g of the training loss and c, by central differences in every parameter.
 
-        c = (L(w + eps) - L(w - eps)) / (2 eps)
+    c = (L(w + eps) - L(w - eps)) / (2 eps)
     """
     torch.manual_seed(seed)
     net = NodeClassifier(layer, adjacency(torch.float64))
@@ -251,7 +251,7 @@ def claims_of(trained: dict[str, Trained], errors: dict[str, float], by_zachary:
 
 
 def positions(seed: int = 3, rounds: int = 300) -> Tensor:
-    """`[34, 2]`: friends pulled together, all pushed apart (Fruchterman and Reingold 1991), the leaders at the sides."""
+    """`[34, 2]`: friends pulled together, all pushed apart (Fruchterman and Reingold 1991), leaders side by side."""
     a = adjacency()
     generator = torch.Generator().manual_seed(seed)
     place = torch.randn(MEMBERS, 2, generator=generator)
@@ -300,10 +300,17 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
             mask = (labels == club) & (test == is_test)
             where = "held out" if is_test else "in training"
             axes.scatter(
-                *place[mask].T.tolist(), s=230, color=color, marker=marker, zorder=2, label=f"joined {CLUBS[club]}, {where}"
+                *place[mask].T.tolist(),
+                s=230,
+                color=color,
+                marker=marker,
+                zorder=2,
+                label=f"joined {CLUBS[club]}, {where}",
             )
     for member in range(MEMBERS):
-        axes.annotate(str(member), place[member].tolist(), ha="center", va="center", fontsize=8, color="white", zorder=3)
+        axes.annotate(
+            str(member), place[member].tolist(), ha="center", va="center", fontsize=8, color="white", zorder=3
+        )
     for members, size, color, label in (
         (wrong, 450, "black", "convolution is wrong"),
         (by_zachary, 900, RED, "Zachary's own method is wrong"),
@@ -340,7 +347,7 @@ def run(args: argparse.Namespace) -> int:
     require_matplotlib()
     errors = {name: gradient_error(layer, args.seed) for name, layer in LAYERS.items()}
     trained = {name: train(layer, args.epochs, args.seed) for name, layer in LAYERS.items()}
-    text = table(
+    text = text_table(
         ("network", "loss 24", "loss 10", "right of 24 (%)", "right of 10 (%)", "wrong members", "gradient error"),
         [
             (

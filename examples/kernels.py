@@ -2,9 +2,9 @@
 
     out_i = sum_j sim(q_i, k_j) v_j / sum_j sim(q_i, k_j)
 
-needs a denominator that stays away from zero. Of the similarities that are functions of s = q.k, exp(s) is positive but
-not bounded from below, (1 + s)^2 is 0 at s = -1, and Taylor's 1 + s + s^2/2 = ((1 + s)^2 + 1) / 2 is never below 1/2. The
-exact map of the quadratic kernel, with phi(q).phi(k) = (1 + q.k)^2, is
+needs a denominator that stays away from zero. Of the similarities that are functions of s = q.k, exp(s) is positive
+but comes as near to 0 as one likes, (1 + s)^2 is 0 at s = -1, and Taylor's 1 + s + s^2/2 = ((1 + s)^2 + 1) / 2 is never
+below 1/2. The exact map of the quadratic kernel, with phi(q).phi(k) = (1 + q.k)^2, is
 
     phi(x) = [1, sqrt2 x_i, x_i^2, sqrt2 x_i x_j (i < j)]        (D + 1)(D + 2) / 2 features
 
@@ -43,8 +43,8 @@ from linattn.examples.study import (
     new_figure,
     positive,
     require_matplotlib,
-    table,
 )
+from linattn.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,7 +173,9 @@ def claims_of(denominators: Sequence[Denominators], maps: Maps, weights: Weights
     opposite = weights.weights["(1+s)^2"][-1] / weights.weights["exp(s)"][-1]
     return [
         Claim("smallest 1+s+s^2/2 of all keys drawn", by_name["1+s+s^2/2"].smallest, ">=", 0.5),
-        Claim("largest of the smallest mean similarities of a row among (1+s)^2, s^2, s, relu", max(rivals), "<=", 0.05),
+        Claim(
+            "largest of the smallest mean similarities of a row among (1+s)^2, s^2, s, relu", max(rivals), "<=", 0.05
+        ),
         Claim("largest error of the exact map against (1+s)^2", maps.exact, "<=", 1e-12),
         Claim("largest error of attention through the exact map", maps.attention_exact, "<=", 1e-12),
         Claim("largest error of the misprinted map against (1+s)^2", maps.misprinted, ">=", 0.1),
@@ -208,7 +210,9 @@ def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
         bars.text(0.02, 0.98, f"at or below 0: {', '.join(left_out)}", transform=bars.transAxes, va="top")
         bars.set_ylim(-0.6, len(shown) + 0.2)
     for name, color in COMPARED.items():
-        attention.plot(weights.scores, 100 * weights.weights[name], "o-", markersize=4, color=color, label=_pretty(name))
+        attention.plot(
+            weights.scores, 100 * weights.weights[name], "o-", markersize=4, color=color, label=_pretty(name)
+        )
     attention.axvline(-1, color=GREY, linestyle=":", label="s = -1")
     attention.set(title="One query, the same keys", xlabel="score s of the key", ylabel="attention weight (%)")
     attention.legend(loc="upper left")
@@ -235,18 +239,18 @@ def run(args: argparse.Namespace) -> int:
     maps = measure_maps(generator)
     weights = compare_weights(40, generator)
     text = f"{args.rows} random rows of 4 keys, D = {SIZE}\n"
-    text += table(
+    text += text_table(
         ("similarity", "infimum", "smallest drawn", "smallest mean of a row", f"rows below {SMALL:g} (%)"),
         [(r.name, r.infimum, r.smallest, r.smallest_row, 100 * r.small_rows) for r in denominators],
     )
-    text += f"\n\nFeature maps of the quadratic kernel, {maps.features} features; largest errors\n" + table(
+    text += f"\n\nFeature maps of the quadratic kernel, {maps.features} features; largest errors\n" + text_table(
         ("map", "against (1+s)^2", "against 1+s+s^2", "attention"),
         [
             ("exact", maps.exact, "", maps.attention_exact),
             ("misprinted", maps.misprinted, f"{maps.misprinted_as_what_it_is:.4g}", maps.attention_misprinted),
         ],
     )
-    text += "\n\nThe same query over the same keys: weight (%) by score\n" + table(
+    text += "\n\nThe same query over the same keys: weight (%) by score\n" + text_table(
         ("s", *COMPARED),
         [
             (weights.scores[at].item(), *(100 * weights.weights[name][at].item() for name in COMPARED))

@@ -5,8 +5,8 @@ For q, k ~ N(mu, s^2 I) in D dimensions
     E[q.k] = |mu|^2        Var[q.k] = 2 s^2 |mu|^2 + D s^4
 
 so at mu = 0, s = 1 scores have standard deviation sqrt(D). Left as they are, softmax puts everything on one key as D
-grows, and the gradient falls apart: the few queries that still waver between two keys get a large one, growing with |k| ~
-sqrt(D), and the rest get nothing. Hence medians and quantiles here: the norm over all queries even grows.
+grows, and the gradient falls apart: the few queries that still waver between two keys get a large one, growing with
+|k| ~ sqrt(D), and the rest get nothing. Hence medians and quantiles here: the norm over all queries even grows.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from linattn.examples.study import (
     new_figure,
     positive,
     require_matplotlib,
-    table,
 )
+from linattn.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +103,9 @@ def measure_saturation(D: int, scale: float, queries: int, generator: torch.Gene
     return Saturation(D, torch.special.entr(p).sum(-1).mean().item(), of_q, of_k)
 
 
-def claims_of(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequence[Saturation], samples: int) -> list[Claim]:
+def claims_of(
+    moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequence[Saturation], samples: int
+) -> list[Claim]:
     """Theory holds within sampling error; softmax saturates without the scale and does not with it."""
     mean_error = max(abs(m.mean - m.true_mean) / math.sqrt(m.true_variance / samples) for m in moments)
     variance_error = max(abs(m.variance / m.true_variance - 1) for m in moments)
@@ -152,9 +154,7 @@ def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequenc
     for rows, color, label in ((scaled, BLUE, "divided by √D"), (bare, RED, "not divided")):
         D = [row.D for row in rows]
         middle.plot(D, [row.entropy for row in rows], "o-", color=color, label=label)
-        low, median, high = (
-            [max(row.q_gradient[i], SMALLEST_SHOWN) for row in rows] for i in range(len(QUANTILES))
-        )
+        low, median, high = ([max(row.q_gradient[i], SMALLEST_SHOWN) for row in rows] for i in range(len(QUANTILES)))
         right.plot(D, median, "o-", color=color, label=f"{label}: median query")
         right.fill_between(D, low, high, color=color, alpha=0.2, linewidth=0, label="10 to 90 % of the queries")
     middle.axhline(math.log(KEYS), color="black", linestyle=":", label=f"all {KEYS} keys alike: log {KEYS}")
@@ -185,11 +185,11 @@ def run(args: argparse.Namespace) -> int:
     moments = [sample_moments(D, mu, s, args.samples, generator) for mu, s in LAWS for D in SIZES]
     bare = [measure_saturation(D, 1.0, args.queries, generator) for D in SIZES]
     scaled = [measure_saturation(D, 1 / math.sqrt(D), args.queries, generator) for D in SIZES]
-    text = table(
+    text = text_table(
         ("mu", "s", "D", "mean", "|mu|^2", "variance", "2 s^2|mu|^2 + D s^4"),
         [(m.mu, m.s, m.D, m.mean, m.true_mean, m.variance, m.true_variance) for m in moments],
     )
-    text += "\n\nEntropy (nats) and median gradient norms; 'bare' is without the scale\n" + table(
+    text += "\n\nEntropy (nats) and median gradient norms; 'bare' is without the scale\n" + text_table(
         ("D", "entropy", "bare", "of q", "bare", "of k", "bare"),
         [
             (b.D, a.entropy, b.entropy, a.q_gradient[1], b.q_gradient[1], a.k_gradient[1], b.k_gradient[1])

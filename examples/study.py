@@ -1,4 +1,4 @@
-"""What the studies share: claims with their limits, tables, and the files that a study leaves behind."""
+"""What the studies share: claims with their limits, and the files that a study leaves behind."""
 
 from __future__ import annotations
 
@@ -92,27 +92,6 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out rows under a header: words to the left, numbers (four digits) to the right.
-
-    Example:
-        >>> print(table(("D", "variance"), [(16, 15.98765), (1024, 1023.0)]))
-           D  variance
-          16     15.99
-        1024      1023
-    """
-    cells = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    left = [all(isinstance(cell, str) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in (list(header), *cells)
-    )
 
 
 def finish(name: str, text: str, claims: Sequence[Claim], figure: Figure, args: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ COMMANDS = {
     "study scaling": Command("linattn.examples.scaling", "why scores are divided by sqrt(D)"),
     "study argmax": Command("linattn.examples.argmax", "looking up the best key, and why it cannot learn"),
     "study kernels": Command("linattn.examples.kernels", "similarities that keep the denominator away from zero"),
-    "study karate": Command("linattn.examples.karate", "Zachary's karate club by graph convolution and graph attention"),
+    "study karate": Command("linattn.examples.karate", "Zachary's karate club by graph convolution and by attention"),
     "study accumulation": Command("linattn.examples.accumulation", "micro-batches under BatchNorm and LayerNorm"),
     "study depth": Command("linattn.examples.depth", "plain and residual networks of 20 and 56 layers"),
 }

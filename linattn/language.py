@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 import linattn
+from linattn import tracking
 from linattn.characters import Characters, Trigram, consecutive_windows, random_windows
 from linattn.errors import ArgumentError, CheckpointError, DataError, MissingExtraError
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.modules import LayerKind
-from linattn.tracking import TensorBoardTracker
 from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig, atomic_file, read_checkpoint
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
     parser.add_argument("--no-figure", action="store_true", help="do not draw curve.png, which needs matplotlib")
-    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard in the folder")
+    tracking.add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds, to see that all works")
 
 
@@ -177,8 +177,7 @@ def run(args: argparse.Namespace) -> int:
     trainer.on_record = lambda record: _print_record(record, trigram)
     if checkpoint is not None:
         trainer.restore(checkpoint, path)
-    if args.tensorboard:
-        trainer.tracker = TensorBoardTracker(out / "tensorboard", resumed_at=trainer.step if args.resume else None)
+    trainer.tracker = tracking.open_tracker(args, out, resumed_at=trainer.step if args.resume else None)
     _print_heading(settings, text, model, trigram)
 
     if not trainer.run():

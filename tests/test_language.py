@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from linattn import cli, language
+from linattn import cli, language, tracking
 from linattn.characters import Characters, Trigram
 from linattn.training import read_checkpoint
 
@@ -223,7 +223,7 @@ def test_the_tracker_gets_curve_and_hyperparameters(
         def close(self) -> None:
             calls.append("close")
 
-    monkeypatch.setattr(language, "TensorBoardTracker", Recorder)
+    monkeypatch.setattr(tracking, "TensorBoardTracker", Recorder)
     out = tmp_path / "run"
     assert train("--text", text, "--quick", "--out", out, "--tensorboard") == 0
     assert calls == ["scalars"] * 3 + ["figure", "hyperparameters", "close"]
