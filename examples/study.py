@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 import linattn
-from linattn.errors import ArgumentError, DataError, MissingExtraError
+from linattn.errors import DataError, MissingExtraError
 from linattn.training import atomic_file
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def positive(text: str) -> int:
 
 def _whole(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
-        raise ArgumentError(f"{text!r} was given; accepted: a whole number from {least} on")
+        # Of all errors argparse shows the words of this one only.
+        raise argparse.ArgumentTypeError(f"{text!r} was given; accepted: a whole number from {least} on")
     return int(text)
 
 

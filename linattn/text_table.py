@@ -16,7 +16,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """
     cells = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    left = [all(isinstance(cell, str) for cell in column) for column in zip(*rows, strict=True)]
+    left = [all(isinstance(row[index], str) for row in rows) for index in range(len(header))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if is_left else cell.rjust(width)
