@@ -93,10 +93,10 @@ def _one_step(start: nn.Module, images: Tensor, labels: Tensor, size: int) -> tu
     net = copy.deepcopy(start)
     optimizer = torch.optim.SGD(net.parameters(), lr=STEP)
     logits = []
-    for micro, its_labels in zip(images.split(size), labels.split(size), strict=True):
+    for micro, its_labels in zip(torch.split(images, size), torch.split(labels, size), strict=True):
         logits.append(net(micro))
         loss = F.cross_entropy(logits[-1], its_labels) * len(micro) / len(images)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     optimizer.step()
     with torch.no_grad():

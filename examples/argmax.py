@@ -80,7 +80,7 @@ def worked_example() -> Example:
         torch.tensor(rows, dtype=torch.float64).view(1, 1, -1, 3).requires_grad_() for rows in ([QUERY], KEYS, VALUES)
     )
     out = argmax_attention(q, k, v)
-    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    q_gradient, k_gradient, v_gradient = (g.norm().item() for g in torch.autograd.grad(out.sum(), (q, k, v)))
     distances, softmax_gradients = [], []
     for temperature in TEMPERATURES:
         soft = softmax_attention(q, k, v, scale=1 / temperature)
@@ -89,7 +89,9 @@ def worked_example() -> Example:
     return Example(
         (q @ k.mT).flatten().tolist(),
         out.flatten().tolist(),
-        *(gradient.norm().item() for gradient in gradients),
+        q_gradient,
+        k_gradient,
+        v_gradient,
         distances,
         softmax_gradients,
     )

@@ -72,7 +72,7 @@ def train(depth: int, residual: bool, digits: Digits, epochs: int, seed: int, wi
     order = torch.Generator().manual_seed(seed)
     losses, errors = [], []
     for _ in range(epochs):
-        loss_sum, wrong, batches = 0.0, 0, torch.randperm(TRAINING, generator=order).split(BATCH)
+        loss_sum, wrong, batches = 0.0, 0, torch.split(torch.randperm(TRAINING, generator=order), BATCH)
         for batch in batches:
             logits, labels = net(digits.images[batch]), digits.labels[batch]
             loss = F.cross_entropy(logits, labels)

@@ -72,6 +72,8 @@ class GraphConvolution(nn.Module):
     """tanh(A^ H W^T) with A^ = D~^-1/2 (A + I) D~^-1/2. Source: Kipf and Welling 2017, "Semi-supervised classification
     with graph convolutional networks"."""
 
+    propagation: Tensor
+
     def __init__(self, inputs: int, outputs: int, adjacency: Tensor) -> None:
         super().__init__()
         looped = adjacency + torch.eye(len(adjacency), dtype=adjacency.dtype)
@@ -88,6 +90,9 @@ class GraphAttention(nn.Module):
 
     Source: Velickovic et al. 2018, "Graph attention networks", here with products of queries and keys as in Eq. 6.
     """
+
+    neighbours: Tensor
+    names: Tensor
 
     def __init__(self, inputs: int, outputs: int, adjacency: Tensor) -> None:
         super().__init__()
@@ -107,7 +112,8 @@ class GraphAttention(nn.Module):
     def similarity(self, q: Tensor, k: Tensor) -> Tensor:
         """exp(q.k / sqrt(d)) between neighbours, 0 between others: a product of two kernels."""
         d = self.size
-        return (q[..., :d] @ k[..., :d].mT / d**0.5).exp() * (q[..., d:] @ k[..., d:].mT)
+        among_neighbours: Tensor = (q[..., :d] @ k[..., :d].mT / d**0.5).exp() * (q[..., d:] @ k[..., d:].mT)
+        return among_neighbours
 
 
 Layer = Callable[[int, int, Tensor], nn.Module]
@@ -205,7 +211,7 @@ def gradient_error(layer: Layer, seed: int) -> float:
                 flat[index] = original
                 differences.append((ends[0] - ends[1]) / (2 * EPSILON))
     central = torch.tensor(differences, dtype=torch.float64)
-    return ((gradient - central).norm() / (gradient.norm() + central.norm())).item()
+    return float((gradient - central).norm() / (gradient.norm() + central.norm()))
 
 
 def zachary() -> list[int]:
@@ -294,13 +300,13 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
     place = positions()
     labels, test = clubs(), held_out()
     for first, second in edges():
-        axes.plot(*place[[first, second]].T.tolist(), color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
+        axes.plot(*_columns(place[[first, second]]), color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
     for club, color in enumerate((BLUE, ORANGE)):
         for is_test, marker in ((False, "o"), (True, "s")):
             mask = (labels == club) & (test == is_test)
             where = "held out" if is_test else "in training"
             axes.scatter(
-                *place[mask].T.tolist(),
+                *_columns(place[mask]),
                 s=230,
                 color=color,
                 marker=marker,
@@ -308,15 +314,13 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
                 label=f"joined {CLUBS[club]}, {where}",
             )
     for member in range(MEMBERS):
-        axes.annotate(
-            str(member), place[member].tolist(), ha="center", va="center", fontsize=8, color="white", zorder=3
-        )
+        axes.annotate(str(member), _point(place[member]), ha="center", va="center", fontsize=8, color="white", zorder=3)
     for members, size, color, label in (
         (wrong, 450, "black", "convolution is wrong"),
         (by_zachary, 900, RED, "Zachary's own method is wrong"),
     ):
-        style = {"s": size, "facecolors": "none", "edgecolors": color, "linewidths": 2, "zorder": 4}
-        axes.scatter(*place[list(members)].T.tolist(), label=label, **style)
+        style: dict[str, Any] = {"s": size, "facecolors": "none", "edgecolors": color, "linewidths": 2, "zorder": 4}
+        axes.scatter(*_columns(place[list(members)]), label=label, **style)
     axes.set(title="78 friendships, two clubs\n(0 is Mr. Hi, 33 the officer)", xticks=[], yticks=[])
     axes.margins(0.1)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, markerscale=0.5)
@@ -326,14 +330,23 @@ def _draw_embedding(axes: Axes, name: str, result: Trained) -> None:
     labels = clubs()
     for club, color in enumerate((BLUE, ORANGE)):
         mask = labels == club
-        axes.scatter(*result.embedding[mask].T.tolist(), s=36, color=color, alpha=0.8, label=f"joined {CLUBS[club]}")
+        axes.scatter(*_columns(result.embedding[mask]), s=36, color=color, alpha=0.8, label=f"joined {CLUBS[club]}")
     for member in {*result.wrong, INSTRUCTOR, OFFICER}:
         note = f"{member} (wrong)" if member in result.wrong else str(member)
-        axes.annotate(note, result.embedding[member].tolist(), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        axes.annotate(note, _point(result.embedding[member]), xytext=(5, 5), textcoords="offset points", fontsize=9)
     axes.margins(0.18)
+    axes.locator_params(nbins=5)
     axes.set(title=f"{name}: embedding", xlabel="second layer, unit 1", ylabel="second layer, unit 2")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _columns(points: Tensor) -> tuple[list[float], list[float]]:
+    return points[:, 0].tolist(), points[:, 1].tolist()
+
+
+def _point(point: Tensor) -> tuple[float, float]:
+    return point[0].item(), point[1].item()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

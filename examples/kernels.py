@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,10 +160,13 @@ def compare_weights(keys: int, generator: torch.Generator) -> Weights:
     k, names = k[:, :, order], torch.eye(keys, dtype=torch.float64)[None, None]
     weights = {}
     for name in COMPARED:
-        sim = OF_SCORE[name]
-        out = kernel_attention(q, k, names, sim=lambda a, b, sim=sim: sim(a @ b.mT / math.sqrt(SIZE)))
+        out = kernel_attention(q, k, names, sim=partial(_scaled, OF_SCORE[name]))
         weights[name] = out.flatten()
     return Weights(scores, weights)
+
+
+def _scaled(sim: Callable[[Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
+    return sim(q @ k.mT / math.sqrt(SIZE))
 
 
 def claims_of(denominators: Sequence[Denominators], maps: Maps, weights: Weights) -> list[Claim]:
@@ -215,7 +219,8 @@ def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
         )
     attention.axvline(-1, color=GREY, linestyle=":", label="s = -1")
     attention.set(title="One query, the same keys", xlabel="score s of the key", ylabel="attention weight (%)")
-    attention.legend(loc="upper left")
+    attention.set(yscale="log", ylim=(1e-6, 100))
+    attention.legend(loc="lower right")
     for axes in (curves, misprint, bars, attention):
         axes.grid(alpha=0.3)
     return figure

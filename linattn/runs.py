@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS_NAME = "results.json"
-HIGHLIGHTED = 8
+HIGHLIGHTED = 7
 
 
 @dataclass(frozen=True)

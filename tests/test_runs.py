@@ -99,7 +99,7 @@ def test_with_very_many_runs_only_the_best_have_a_colour(folder: Path) -> None:
     figure = runs.draw(many)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(labels) == runs.HIGHLIGHTED + 1
-    assert labels[-1] == "192 others"
+    assert labels[-1] == "193 others"
 
 
 def test_a_run_without_checkpoint_has_a_row_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
