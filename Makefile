@@ -3,7 +3,7 @@
 # make bench    time the kernels (pytest --benchmark)
 # make gpu      device tests and the crossover on a CUDA device
 # make lint     ruff, formatting, import contract        make types    mypy
-# make docs     API pages into build/docs                make clean    remove what was generated
+# make docs     API pages into build/docs                make clean    remove builds and caches, not runs
 #
 # PYTHON names the interpreter (python3), VENV the environment (.venv). NOVENV=1 installs nothing and runs PYTHON as it
 # is, for machines without a network that already have torch and pytest. ARGS goes to pytest or to the crossover.
@@ -60,7 +60,7 @@ docs: $(READY)
 	$(PY) -m pdoc --docformat google --math -o build/docs linattn $(PUBLIC)
 
 clean:
-	rm -rf build dist runs .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf build dist .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 setup: $(READY)

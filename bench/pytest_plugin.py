@@ -19,7 +19,7 @@ from linattn.bench.memory import MemoryProbe
 from linattn.bench.results import Results, Row
 from linattn.testing import BUDGETS
 
-QUICK_BUDGET_S, QUICK_LIMIT_S = 0.6, 0.7
+QUICK_BUDGET_S, QUICK_LIMIT_S = 0.4, 0.6
 BUDGET_S, LIMIT_S = 3.0, 4.0
 
 

@@ -60,14 +60,29 @@ class Characters:
     def from_text(cls, text: str) -> Characters:
         """Encode a text; its last tenth is for validation."""
         alphabet = "".join(sorted(set(text)))
-        index = {character: token for token, character in enumerate(alphabet)}
-        tokens = torch.tensor([index[character] for character in text], dtype=torch.long)
+        tokens = _encode(text, alphabet)
         split = len(tokens) - max(1, int(len(tokens) * VALIDATION_SHARE))
         return cls(alphabet, tokens[:split], tokens[split:], hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+    def encode(self, text: str) -> Tensor:
+        """Text -> int64 tokens [T].
+
+        Raises:
+            DataError: a character that is not in the alphabet.
+        """
+        return _encode(text, self.alphabet)
 
     def decode(self, tokens: Tensor) -> str:
         """Tokens [T] -> text."""
         return "".join(self.alphabet[token] for token in tokens.tolist())
+
+
+def _encode(text: str, alphabet: str) -> Tensor:
+    index = {character: token for token, character in enumerate(alphabet)}
+    try:
+        return torch.tensor([index[character] for character in text], dtype=torch.long)
+    except KeyError as error:
+        raise DataError(f"the character {error} is not in the alphabet; accepted: {alphabet!r}") from error
 
 
 def random_windows(tokens: Tensor, count: int, length: int, *, seed: int, step: int) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from linattn import cost
 from linattn.checks import Form, Inputs
 from linattn.errors import BackendError, unknown_name
+from linattn.kernels.common.stateful import Plan
 from linattn.kernels.feature_map.ops import BACKENDS as FEATURE_MAP
 from linattn.kernels.quadratic.ops import BACKENDS as QUADRATIC
 from linattn.kernels.softmax.ops import BACKENDS as SOFTMAX
@@ -90,6 +91,12 @@ def choose_backend(op: str, backend: str, inputs: Inputs) -> str:
     if named in refused:
         raise BackendError(f"backend {named!r} cannot run this {op} attention: {refused[named]}; backend='auto' can")
     return named
+
+
+def plan(op: str, inputs: Inputs, form: Form, backend: str, return_state: bool, *, has_state: bool) -> Plan:
+    """How an op with a state is to be computed."""
+    chosen = choose_form(op, form, inputs, with_state=return_state or has_state)
+    return Plan(return_state, chosen, choose_backend(op, backend, inputs))
 
 
 def choose_form(op: str, form: Form, inputs: Inputs, with_state: bool) -> cost.Form:

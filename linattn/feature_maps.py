@@ -36,8 +36,7 @@ def mapped(q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool) -> tu
         raise ArgumentError(
             f"{feature_map!r} says positive=False: its similarities may be negative and need normalize=False"
         )
-    fq, fk = feature_map(q), feature_map(k)
-    _check_features(q, fq, fk, k)
+    fq, fk = _check_features(q, feature_map(q), feature_map(k), k)
     if autocasts(q.device.type):
         fq, fk = fq.to(q.dtype), fk.to(k.dtype)
     if fq.dtype != q.dtype or fk.dtype != k.dtype:
@@ -45,10 +44,15 @@ def mapped(q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool) -> tu
     return fq, fk, "identity"
 
 
-def _check_features(q: Tensor, fq: Tensor, fk: Tensor, k: Tensor) -> None:
-    fits = fq.dim() == fk.dim() == 4 and fq.shape[:3] == q.shape[:3] and fk.shape[:3] == k.shape[:3]
-    if not fits or fq.shape[3] != fk.shape[3] or fq.shape[3] == 0:
-        raise ShapeError(
-            "feature_map must turn [B, H, T, D] into [B, H, T, C] with one C >= 1 for q and k; given: "
-            f"q {tuple(q.shape)} -> {tuple(fq.shape)}, k {tuple(k.shape)} -> {tuple(fk.shape)}"
-        )
+def _check_features(q: Tensor, fq: object, fk: object, k: Tensor) -> tuple[Tensor, Tensor]:
+    def shapes(x: object) -> str:
+        return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+    if isinstance(fq, Tensor) and isinstance(fk, Tensor) and fq.dim() == fk.dim() == 4:
+        leading = fq.shape[:3] == q.shape[:3] and fk.shape[:3] == k.shape[:3]
+        if leading and fq.shape[3] == fk.shape[3] and fq.shape[3] > 0:
+            return fq, fk
+    raise ShapeError(
+        "feature_map must turn [B, H, T, D] into [B, H, T, C] with one C >= 1 for q and k; given: "
+        f"q {tuple(q.shape)} -> {shapes(fq)}, k {tuple(k.shape)} -> {shapes(fk)}"
+    )

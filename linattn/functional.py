@@ -34,15 +34,16 @@ from linattn.errors import ArgumentError, ShapeError, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap, mapped
 from linattn.kernels.common.allocation import accumulation_dtype
 from linattn.kernels.feature_map.autograd import feature_map as _feature_map
-from linattn.kernels.feature_map.ops import state_shapes as _feature_map_shapes
+from linattn.kernels.feature_map.contract import Options as FeatureMapOptions
+from linattn.kernels.feature_map.contract import state_shapes as _feature_map_shapes
 from linattn.kernels.general import autograd as _general
 from linattn.kernels.quadratic.autograd import quadratic as _quadratic
 from linattn.kernels.quadratic.autograd import row_sums as _quadratic_row_sums
-from linattn.kernels.quadratic.ops import state_shapes as _quadratic_shapes
+from linattn.kernels.quadratic.contract import Options as QuadraticOptions
+from linattn.kernels.quadratic.contract import state_shapes as _quadratic_shapes
 from linattn.kernels.softmax.autograd import softmax as _softmax
 from linattn.state import FeatureMapState, QuadraticState
 
-BACKEND_CHOOSES = 0  # chunk length
 TAYLOR = (1.0, 1.0, 0.5)
 
 
@@ -79,17 +80,9 @@ def softmax_attention(
     inputs = checks.check_inputs(
         q, k, v, is_causal=is_causal, key_mask=key_mask, q_offset=q_offset, enable_gqa=enable_gqa, cu_seqlens=cu_seqlens
     )
-    return _softmax(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-        is_causal=is_causal,
-        q_offset=inputs.q_offset,
-        scale=1 / math.sqrt(q.shape[3]) if scale is None else checks.checked_scale(scale),
-        backend=dispatch.choose_backend("softmax", backend, inputs),
-    )
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else checks.checked_scale(scale)
+    chosen = dispatch.choose_backend("softmax", backend, inputs)
+    return _softmax(*inputs.tensors, is_causal, inputs.q_offset, scale, chosen)
 
 
 @overload
@@ -159,23 +152,15 @@ def quadratic_attention(  # type: ignore[misc]  # the overloads only say what re
     checks.check_form(form, is_causal)
     shapes = _quadratic_shapes(inputs.sequences, k.shape[1], k.shape[3], v.shape[3])
     before = checks.check_state(initial_state, QuadraticState, shapes, accumulation_dtype(inputs.q.dtype), q.device)
-    out, state = _quadratic(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-        initial_state=before,
-        is_causal=is_causal,
-        q_offset=inputs.q_offset,
-        scale=checks.checked_scale(scale),
-        coefficients=checks.checked_coefficients(coefficients, normalize),
-        normalize=normalize,
-        return_state=return_state,
-        form=dispatch.choose_form("quadratic", form, inputs, return_state or bool(before)),
-        chunk_size=BACKEND_CHOOSES,
-        backend=dispatch.choose_backend("quadratic", backend, inputs),
+    options = QuadraticOptions(
+        is_causal,
+        inputs.q_offset,
+        checks.checked_scale(scale),
+        *checks.checked_coefficients(coefficients, normalize),
+        normalize,
     )
+    plan = dispatch.plan("quadratic", inputs, form, backend, return_state, has_state=bool(before))
+    out, state = _quadratic(*inputs.tensors, before, options, plan)
     return (out, QuadraticState(*state)) if return_state else out
 
 
@@ -242,23 +227,9 @@ def linear_attention(  # type: ignore[misc]  # the overloads only say what retur
     inputs = inputs._replace(q=fq, k=fk)
     shapes = _feature_map_shapes(inputs.sequences, k.shape[1], fk.shape[3], v.shape[3])
     before = checks.check_state(initial_state, FeatureMapState, shapes, accumulation_dtype(inputs.q.dtype), q.device)
-    out, state = _feature_map(
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-        initial_state=before,
-        is_causal=is_causal,
-        q_offset=inputs.q_offset,
-        scale=scale,
-        feature_map=name,
-        normalize=normalize,
-        return_state=return_state,
-        form=dispatch.choose_form("feature_map", form, inputs, return_state or bool(before)),
-        chunk_size=BACKEND_CHOOSES,
-        backend=dispatch.choose_backend("feature_map", backend, inputs),
-    )
+    options = FeatureMapOptions(is_causal, inputs.q_offset, scale, name, normalize)
+    plan = dispatch.plan("feature_map", inputs, form, backend, return_state, has_state=bool(before))
+    out, state = _feature_map(*inputs.tensors, before, options, plan)
     return (out, FeatureMapState(*state)) if return_state else out
 
 
@@ -426,8 +397,8 @@ def quadratic_condition(
     )
     c = checks.checked_coefficients(coefficients, normalize=True)
     scale = checks.checked_scale(scale)
-    bound = (abs(c[0]), abs(c[1]), abs(c[2]))
-    shared = (key_mask, cu_seqlens, is_causal, inputs.q_offset)
+    actual = QuadraticOptions(is_causal, inputs.q_offset, scale, *c, normalize=False)
+    bound = actual._replace(scale=abs(scale), c0=abs(c[0]), c1=abs(c[1]), c2=abs(c[2]))
     with torch.no_grad():
-        actual = _quadratic_row_sums(inputs.q, inputs.k, *shared, scale, c)
-        return _quadratic_row_sums(inputs.q.abs(), inputs.k.abs(), *shared, abs(scale), bound) / actual
+        sums = _quadratic_row_sums(inputs.q, inputs.k, key_mask, cu_seqlens, actual)
+        return _quadratic_row_sums(inputs.q.abs(), inputs.k.abs(), key_mask, cu_seqlens, bound) / sums

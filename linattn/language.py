@@ -44,15 +44,15 @@ class Settings:
     layer: LayerKind = "prenorm"
     layers: int = 4
     dim: int = 128
-    heads: int = 4
+    heads: int = 2
     kv_heads: int | None = None
-    qk_norm: bool = True
+    qk_norm: bool = False
     context: int = 256
     dropout: float = 0.0
-    batch: int = 16
+    batch: int = 8
     steps: int | None = None
     minutes: float | None = None
-    lr: float = 2e-3
+    lr: float = 4e-3
     weight_decay: float = 0.1
     validate_every: int = 250
     seed: int = 0
@@ -90,7 +90,7 @@ class Settings:
 
 
 DEFAULT_MINUTES = 10.0
-QUICK = Settings(layers=1, dim=32, heads=2, context=32, batch=8, steps=30, validate_every=15, sample=80)
+QUICK = Settings(layers=1, dim=32, context=32, steps=30, validate_every=15, sample=80)
 # What may differ between the sessions of one run: where it stops and what is made of it, not what is trained.
 CHANGEABLE = {"text", "steps", "minutes", "validate_every", "device", "sample"}
 
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qk-norm",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="bring queries and keys to root mean square 1 (default on)",
+        help="bring queries and keys to root mean square 1 (default off)",
     )
     add("context", int, "characters the model looks back on")
     add("dropout", float, "share of activations dropped in training")
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         _require_matplotlib()
 
     text = Characters.from_file(settings.text)
-    if checkpoint is not None and checkpoint["settings"]["sha256"] != text.sha256:
+    if checkpoint is not None and checkpoint["settings"].get("sha256") != text.sha256:
         raise CheckpointError(
             f"the checkpoint {path} was trained on another text than {settings.text}; accepted: the same text"
         )
@@ -185,7 +185,13 @@ def run(args: argparse.Namespace) -> int:
             trainer.tracker.close()
         print(f"stopped at step {trainer.step}; go on with: linattn train lm --out {out} --resume", file=sys.stderr)
         return 130
-    write_results(settings, text, model, trainer, trigram, out, figure=not args.no_figure)
+    try:
+        write_results(settings, text, model, trainer, trigram, out, figure=not args.no_figure)
+    except OSError as error:
+        raise CheckpointError(
+            f"the results in {out} cannot be written: {error}; the checkpoint is complete, "
+            f"write them again with: linattn train lm --out {out} --resume"
+        ) from error
     return 0
 
 
@@ -195,7 +201,9 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
     Raises:
         CheckpointError: the checkpoint is not of a language model, or options contradict it.
     """
-    kept = {name: value for name, value in checkpoint.get("settings", {}).items() if name != "sha256"}
+    kept = {
+        name: value for name, value in checkpoint.get("settings", {}).items() if name not in ("sha256", "environment")
+    }
     try:
         settings = Settings(**kept)
     except TypeError as error:
@@ -241,7 +249,8 @@ def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tu
             total += model.loss(windows).item() * len(windows)
         return total / len(validation)
 
-    kept = {**asdict(settings), "sha256": text.sha256}
+    # Taken before training: the working tree may move on meanwhile.
+    kept = {**asdict(settings), "sha256": text.sha256, "environment": _environment()}
     return model, Trainer(model, loss, validate, settings.training_config(), folder=out, settings=kept)
 
 
@@ -268,7 +277,7 @@ def write_results(
         "best_validation_loss": best.validation_loss,
         "trigram_validation_loss": trigram,
         "beats_trigram": last.validation_loss < trigram,
-        "environment": _environment(),
+        "environment": trainer.settings["environment"],
     }
     with atomic_file(out / "results.json") as file:
         file.write(json.dumps(results, indent=2).encode() + b"\n")
@@ -296,12 +305,13 @@ def write_results(
 
 
 def write_sample(settings: Settings, text: Characters, model: CausalLM) -> str:
-    """`settings.sample` characters that the model adds to the first line of the validation text, after that line."""
-    opening = text.decode(text.validation[: settings.context]).partition("\n")[0] + "\n"
-    start = text.validation[: len(opening)][None]
+    """The first whole line of the validation text and `settings.sample` characters that the model adds to it."""
+    opening = text.decode(text.validation[:1000])
+    whole = [line for line in opening.splitlines(keepends=True)[1:] if line.strip() and line.endswith("\n")]
+    prompt = whole[0] if whole else opening[0]
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(settings.seed)
-    tokens = model.generate(start.to(device), settings.sample, temperature=0.8, generator=generator)
+    tokens = model.generate(text.encode(prompt)[None].to(device), settings.sample, temperature=0.8, generator=generator)
     return text.decode(tokens[0].cpu())
 
 
@@ -317,7 +327,7 @@ def draw_curve(history: list[Record], trigram: float, kernel: str) -> Figure:
         (right, "wall time of training (minutes)", "seconds", 60),
     ):
         for lines, loss, style in (
-            (trained, "train_loss", {"color": "C0", "alpha": 0.5, "label": "training"}),
+            (trained, "train_loss", {"color": "C0", "alpha": 0.5, "label": "training, mean since the last point"}),
             (history, "validation_loss", {"color": "C1", "marker": ".", "label": "validation"}),
         ):
             axes.plot([getattr(r, name) / unit for r in lines], [getattr(r, loss) for r in lines], **style)
@@ -369,7 +379,7 @@ def _environment() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "linattn": linattn.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "device": device,
         "threads": torch.get_num_threads(),

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.kernels.feature_map.ops import state_shapes as feature_map_shapes
-from linattn.kernels.quadratic.ops import state_shapes as quadratic_shapes
+from linattn.kernels.feature_map.contract import state_shapes as feature_map_shapes
+from linattn.kernels.quadratic.contract import state_shapes as quadratic_shapes
 
 
 class QuadraticState(NamedTuple):

@@ -188,11 +188,12 @@ class Trainer:
 
         Raises:
             ArgumentError: the loss is no longer finite. The checkpoint is the last one before.
-            CheckpointError: the checkpoint cannot be written. The previous one is intact.
+            CheckpointError: the checkpoint or the history cannot be written. The previous ones are intact.
         """
         started = time.monotonic() - self.seconds
         with _stop_requests() as stop_requested, _ProgressBar() as bar:
             if not self.history:
+                bar.clear()
                 self._validate()
             self.model.train()
             while not self.finished:
@@ -241,14 +242,22 @@ class Trainer:
                     "accepted: settings under which it stays finite, such as a lower learning rate"
                 )
         self.history.append(record)
-        if self.folder is not None:
-            with atomic_file(self.folder / HISTORY_NAME) as file:
-                file.writelines(json.dumps(asdict(line)).encode() + b"\n" for line in self.history)
+        self._write_history()
         if self.tracker is not None:
             scalars = {"loss/validation": validation_loss, "learning_rate": rate, "seconds": self.seconds}
             self.tracker.scalars(self.step, scalars if train_loss is None else {**scalars, "loss/train": train_loss})
         if self.on_record is not None:
             self.on_record(record)
+
+    def _write_history(self) -> None:
+        if self.folder is None:
+            return
+        path = self.folder / HISTORY_NAME
+        try:
+            with atomic_file(path) as file:
+                file.writelines(json.dumps(asdict(record)).encode() + b"\n" for record in self.history)
+        except OSError as error:
+            raise CheckpointError(f"the history {path} cannot be written: {error}; an earlier one is intact") from error
 
     def save(self) -> None:
         """Write the checkpoint, if there is a folder. It replaces the previous one only when it is complete.
@@ -384,7 +393,7 @@ class _ProgressBar:
             with suppress(ImportError):
                 from tqdm import tqdm
 
-                self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed} {postfix}", leave=False)
+                self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}{postfix}", leave=False)
         return self
 
     def __exit__(self, *_: object) -> None:

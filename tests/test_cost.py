@@ -153,27 +153,34 @@ def test_cost_sums_forward_and_backward_and_cannot_be_changed() -> None:
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("form", ["direct", "chunked"])
 @pytest.mark.parametrize("D", [16, 20])
-def test_implemented_flops_are_those_of_the_reference_path(D: int, form: str, is_causal: bool, backward: bool) -> None:
+def test_implemented_flops_are_those_of_the_reference_path(
+    D: int, form: str, is_causal: bool, backward: bool, monkeypatch
+) -> None:
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
-    reference = pytest.importorskip("linattn.kernels.quadratic.reference")
-    N, M, chunk = 2048, 24, 64
-    q, k, v = (torch.randn(1, 2, N, size) for size in (D, D, M))
-    call = (q, k, v, None, None, [], is_causal, 0, 1.0, 1.0, 2.0, 1.0, True)
+    from linattn.kernels.common import tiles
+    from linattn.kernels.common.stateful import Plan
+    from linattn.kernels.quadratic import reference
+    from linattn.kernels.quadratic.contract import Options
+
+    H, N, M, chunk, tile = 2, 2048, 24, 64, 256
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", H * tile * tile)
+    q, k, v = (torch.randn(1, H, N, size) for size in (D, D, M))
+    options = Options(is_causal, 0, 1.0, 1.0, 2.0, 1.0, True)
+    call = (None, None, [], options, Plan(False, form, "reference", chunk))
 
     def baddbmm_flop(out, a, b, **_):
         return bmm_flop(a, b)
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop}) as counter:
-        out, row_sums, _, saved = reference.forward(*call, False, form, chunk)
+        out, row_sums, _, saved = reference.forward(q, k, v, *call)
         counted = counter.get_total_flops()
         if backward:
-            reference.backward(torch.ones_like(out), [], *call[:3], out, row_sums, saved, *call[3:], form, chunk)
+            reference.backward(torch.ones_like(out), [], q, k, v, out, row_sums, saved, *call)
             counted = counter.get_total_flops() - counted
-    sizes = dict(B=1, H=2, N=N, D=D, M=M, is_causal=is_causal, chunk=chunk, backward=backward)
-    # Two heads' scores fill the tiles at their longest.
-    expected = flops_implemented("quadratic", form, tile=1024, **sizes)
+    sizes = dict(B=1, H=H, N=N, D=D, M=M, is_causal=is_causal, chunk=chunk, backward=backward)
+    expected = flops_implemented("quadratic", form, tile=tile, **sizes)
     # Products of matrices only are counted, not the making of features; the first chunk and the last fold are left out.
     assert counted == pytest.approx(expected, rel=0.06)
 

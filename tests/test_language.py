@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -59,10 +60,10 @@ def test_a_quick_run_leaves_everything_behind(
     assert found["settings"]["kernel"] == kernel
     assert found["settings"]["text"] == "text.txt"
     assert found["environment"]["torch"] == torch.__version__
-    opening = characters.decode(characters.validation).partition("\n")[0]
+    line = characters.decode(characters.validation).split("\n")[1]
     sample = (out / "sample.txt").read_text()
-    assert sample.startswith(opening + "\n")
-    assert len(sample) == len(opening) + 1 + 80 + 1
+    assert sample.startswith(line + "\n")
+    assert len(sample) == len(line) + 1 + 80 + 1
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert f"{found['validation_loss']:.4f} nats" in printed
@@ -70,7 +71,7 @@ def test_a_quick_run_leaves_everything_behind(
 
 
 def test_a_trained_model_beats_the_trigram(text: Path, tmp_path: Path) -> None:
-    options = ("--layers", 2, "--dim", 32, "--heads", 2, "--context", 32, "--batch", 16, "--lr", 8e-3, "--sample", 0)
+    options = ("--layers", 2, "--dim", 32, "--context", 32, "--batch", 16, "--lr", 8e-3, "--sample", 0)
     out = tmp_path / "run"
     assert train("--text", text, *options, "--steps", 120, "--validate-every", 60, "--out", out, "--no-figure") == 0
     assert results(out)["beats_trigram"] is True
@@ -182,6 +183,21 @@ def test_mistakes_are_answered_in_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_disk_full_at_the_end_loses_nothing(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(language, "atomic_file", full_disk)
+        assert train("--text", text, "--quick", "--out", out, "--no-figure") == 2
+    assert "No space left on device; the checkpoint is complete" in capsys.readouterr().err
+    assert train("--out", out, "--resume", "--no-figure") == 0
+    assert results(out)["steps"] == 30
 
 
 def test_an_unreadable_checkpoint_is_named(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,15 @@ def test_train_loss_is_the_mean_since_the_line_before() -> None:
     assert trainer.history[2].train_loss == pytest.approx(sum(losses[6:]) / 3, rel=1e-6)
 
 
+def test_validation_is_in_evaluation_mode_and_training_is_not() -> None:
+    modes: dict[str, set[bool]] = {"train": set(), "validate": set()}
+    trainer = make(on_step=lambda step: modes["train"].add(trainer.model.training))
+    real = trainer.validate
+    trainer.validate = lambda: (modes["validate"].add(trainer.model.training), real())[1]
+    trainer.run()
+    assert modes == {"train": {True}, "validate": {False}}
+
+
 @pytest.mark.parametrize("stop", [1, 6, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, stop: int) -> None:
     whole = make()
@@ -120,8 +129,12 @@ def test_a_run_resumed_at_its_end_is_left_as_it_is(tmp_path: Path) -> None:
     assert again.step == 20
 
 
-def test_second_interrupt_stops_at_once_and_the_handler_comes_back(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
+def test_second_interrupt_stops_at_once_and_the_handler_comes_back(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    # A test run in the background may have been started with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupt_twice(step: int) -> None:
         if step == 2:
@@ -131,7 +144,7 @@ def test_second_interrupt_stops_at_once_and_the_handler_comes_back(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, on_step=interrupt_twice).run()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (tmp_path / CHECKPOINT_NAME).exists()
 
 
@@ -198,6 +211,17 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path: Path, monke
         trainer.run()
     assert str(tmp_path / CHECKPOINT_NAME) in str(caught.value)
     assert read_checkpoint(tmp_path / CHECKPOINT_NAME)["step"] == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT_NAME, HISTORY_NAME]
+
+
+def test_a_full_disk_leaves_the_previous_history_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_the_disk(step: int) -> None:
+        if step == 8:
+            monkeypatch.setattr(os, "fsync", full_disk)
+
+    with pytest.raises(CheckpointError, match="history.jsonl cannot be written: .*No space left"):
+        make(tmp_path, on_step=fill_the_disk).run()
+    assert len((tmp_path / HISTORY_NAME).read_text().splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT_NAME, HISTORY_NAME]
 
 

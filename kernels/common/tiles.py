@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -13,7 +14,8 @@ from torch import Tensor
 from .allocation import accumulation_dtype, empty_in_storage_order
 from .packed import sequence_bounds
 
-TILE_ELEMENTS = 1 << 21  # scores held at once: 8 MiB in fp32
+TILE_ELEMENTS = 1 << 18  # scores held at once: 1 MiB in fp32, which stays in a core's cache
+SHORTEST_TILE = 128  # below this the calls cost more than the arithmetic
 
 AnyTiles = TypeVar("AnyTiles", bound="Tiles")
 
@@ -73,9 +75,9 @@ class Tiles:
     # Cutting.
 
     def tile_length(self) -> int:
-        """The largest power of two in [64, 1024] whose square score tiles, over all heads, fit TILE_ELEMENTS."""
+        """The largest power of two in [SHORTEST_TILE, 1024] whose square tiles, over all heads, fit TILE_ELEMENTS."""
         length = 1024
-        while length > 64 and self.batch * self.groups * length * length > TILE_ELEMENTS:
+        while length > SHORTEST_TILE and self.batch * self.groups * length * length > TILE_ELEMENTS:
             length //= 2
         return length
 
@@ -205,6 +207,6 @@ def spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
         yield i, min(i + length, stop)
 
 
-def reciprocal(l: Tensor) -> Tensor:
-    """1 / l, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation. NaN stays NaN."""
-    return torch.where(l <= 0, 0, 1 / l)
+def divided(x: Tensor, l: Tensor) -> Tensor:
+    """x / l by rows, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation. NaN stays NaN."""
+    return x / l.masked_fill(l <= 0, math.inf)[..., None]

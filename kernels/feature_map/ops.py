@@ -1,49 +1,10 @@
-"""Schemas, fakes and backends of the feature-map ops."""
+"""The ops `linattn::feature_map_fwd` and `linattn::feature_map_bwd` (convention: kernels/common/stateful.py)."""
 
 from __future__ import annotations
 
-import torch
-
-from ..common.allocation import accumulation_dtype, empty_in_storage_order, empty_row_sums
-from ..common.registration import define
+from ..common.stateful import define_stateful
+from .contract import SCHEMA, Options, state_shapes
 
 BACKENDS = {"reference": "linattn.kernels.feature_map.reference"}
 
-# q, k: before the map, or features if feature_map is "identity".
-# initial_state, state: [n, f_sum, fv] (linattn/state.py) or [].
-# dstate, dinitial_state: the same without n. The rest as for the quadratic ops.
-_OPTIONS = "bool is_causal, SymInt q_offset, float scale, str feature_map, bool normalize"
-FORWARD = f"""feature_map_fwd(
-    Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, Tensor[] initial_state,
-    {_OPTIONS}, bool return_state, str form, SymInt chunk_size, str backend
-) -> (Tensor out, Tensor l, Tensor[] state, Tensor[] saved)"""
-BACKWARD = f"""feature_map_bwd(
-    Tensor dout, Tensor[] dstate, Tensor q, Tensor k, Tensor v, Tensor out, Tensor l, Tensor[] saved,
-    Tensor? key_mask, Tensor? cu_seqlens, Tensor[] initial_state,
-    {_OPTIONS}, str form, SymInt chunk_size, str backend
-) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dinitial_state)"""
-
-
-def state_shapes(sequences: int, Hkv: int, C: int, M: int) -> list[tuple[int, ...]]:
-    """Shapes of the canonical state's tensors, n first."""
-    return [(sequences,), (sequences, Hkv, C), (sequences, Hkv, C, M)]
-
-
-def _forward_fake(q, k, v, key_mask, cu_seqlens, initial_state, *options):
-    return_state = options[5]
-    state = []
-    if return_state:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        n, *sums = state_shapes(sequences, k.shape[1], k.shape[3], v.shape[3])
-        state = [k.new_empty(n, dtype=torch.int64)]
-        state += [k.new_empty(shape, dtype=accumulation_dtype(k.dtype)) for shape in sums]
-    return empty_in_storage_order(q, v.shape[3]), empty_row_sums(q), state, []
-
-
-def _backward_fake(dout, dstate, q, k, v, out, l, saved, key_mask, cu_seqlens, initial_state, *options):
-    gradients = [empty_in_storage_order(x, x.shape[3]) for x in (q, k, v)]
-    return *gradients, [x.new_empty(x.shape) for x in initial_state[1:]]
-
-
-define(FORWARD, _forward_fake, BACKENDS, "forward")
-define(BACKWARD, _backward_fake, BACKENDS, "backward")
+define_stateful("feature_map", Options, SCHEMA, state_shapes, BACKENDS)

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ..common.autograd import attend
+from ..common.stateful import Plan, attend
 from . import ops as ops  # registers the schemas
+from .contract import Options
+
+# (q, k, v, key_mask, cu_seqlens, initial_state, options, plan) -> out, state
+quadratic = functools.partial(attend, "quadratic")
 
 
-def quadratic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: tuple[Tensor, ...],
-    is_causal: bool,
-    q_offset: int,
-    scale: float,
-    coefficients: tuple[float, float, float],
-    normalize: bool,
-    return_state: bool,
-    form: str,
-    chunk_size: int,
-    backend: str,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    options = (is_causal, q_offset, scale, *coefficients, normalize)
-    return attend(
-        "quadratic", q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, form, chunk_size, backend
-    )
-
-
-def row_sums(
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    q_offset: int,
-    scale: float,
-    coefficients: tuple[float, float, float],
-) -> Tensor:
+def row_sums(q: Tensor, k: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options) -> Tensor:
     """The normaliser alone, `[B, H, T]`, from scores."""
-    options = (is_causal, q_offset, scale, *coefficients, False)
-    return torch.ops.linattn.quadratic_fwd(
-        q, k, k[..., :1], key_mask, cu_seqlens, [], *options, False, "direct", 0, "reference"
-    )[1]
+    how = Plan(return_state=False, form="direct", backend="reference")
+    arguments = (*options, how.return_state, how.form, how.chunk_size, how.backend)
+    return torch.ops.linattn.quadratic_fwd(q, k, k[..., :1], key_mask, cu_seqlens, [], *arguments)[1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..common.autograd import first_derivative_only
+from ..common.derivative import derivative_wanted, first_derivative_only
 from . import ops as ops  # registers the schemas
 
 
@@ -14,7 +14,6 @@ def softmax(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     is_causal: bool,
@@ -27,7 +26,7 @@ def softmax(
             q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     inputs = (q, k, v, key_mask, cu_seqlens, is_causal, q_offset, scale, backend)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if derivative_wanted(q, k, v):
         return Softmax.apply(*inputs)[0]
     return torch.ops.linattn.softmax_fwd(*inputs)[0]
 

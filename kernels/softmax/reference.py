@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common.allocation import empty_in_storage_order, empty_row_sums
-from ..common.tiles import Gradients, Outputs, Tiles, reciprocal, sequences, spans
+from ..common.tiles import Gradients, Outputs, Tiles, divided, sequences, spans
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
         length = tiles.tile_length()
         for i0, i1 in spans(0, tiles.Tq, length):
             acc, l, m = _rows_forward(tiles, i0, i1, length)
-            out[:, :, rows][:, :, i0:i1].copy_(tiles.unfold(acc * reciprocal(l)[..., None]))
+            out[:, :, rows][:, :, i0:i1].copy_(tiles.unfold(divided(acc, l)))
             lse[:, :, rows][:, :, i0:i1].copy_(tiles.unfold(m + l.log()))
     return out, lse
 

@@ -52,9 +52,10 @@ def stateful(request: pytest.FixtureRequest) -> Operation:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest tiles and chunks (64 rows and 32 keys), so that sequences of some hundred tokens cross several."""
+    """Small tiles and chunks (64 rows and 32 keys), so that sequences of some hundred tokens cross several."""
     if request.node.get_closest_marker("usual_tiles") is None:
         monkeypatch.setattr("linattn.kernels.common.tiles.TILE_ELEMENTS", 1)
+        monkeypatch.setattr("linattn.kernels.common.tiles.SHORTEST_TILE", 64)
         monkeypatch.setattr("linattn.kernels.common.polynomial.scan.CHUNK_ELEMENTS", 1)
 
 

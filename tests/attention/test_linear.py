@@ -108,3 +108,12 @@ def test_a_query_whose_features_are_all_zero_gives_zero_and_no_gradient() -> Non
         assert torch.equal(outputs[0][:, :, 3], torch.zeros_like(outputs[0][:, :, 3]))
         assert torch.equal(dq[:, :, 3], torch.zeros_like(dq[:, :, 3]))
         assert dk.isfinite().all() and dv.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_elu_plus_one_keeps_its_digits_far_below_zero(form: str) -> None:
+    """elu(x) + 1 is exp(x) there; adding 1 to its rounded difference from 1 would leave nothing at x = -18."""
+    q, k, v = make_inputs(keys=40, dtype=torch.float32)
+    k = k - 18
+    out = linattn.linear_attention(q, k, v, is_causal=True, form=form)
+    assert_close_to_truth(out, truth_linear(q, k, v, is_causal=True))

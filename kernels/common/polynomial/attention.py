@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..allocation import empty_row_sums
+from ..stateful import Plan
 from ..tiles import Gradients, Outputs, sequences, spans
 from . import direct, scan
 from .few_keys import FewKeyRows
@@ -20,16 +21,14 @@ def forward(
     out: Tensor,
     cu_seqlens: Tensor | None,
     initial_state: State,
-    return_state: bool,
-    form: str,
-    chunk_size: int,
+    plan: Plan,
 ) -> tuple[Tensor, State]:
     """Fill out; return row sums and the state after all keys (empty unless asked for)."""
     row_sums = empty_row_sums(problem.q)
     states = []
     for part, rows, i in sequences(problem, cu_seqlens):
         before = [x if i is None else x[i : i + 1] for x in initial_state]
-        states.append(_forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, return_state, form, chunk_size))
+        states.append(_forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, plan))
     return row_sums, joined(states)
 
 
@@ -41,17 +40,15 @@ def backward(
     dout: Tensor,
     out: Tensor,
     row_sums: Tensor,
-    form: str,
-    chunk_size: int,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     """Return dq, dk, dv and the gradients to the initial state (without n; empty if there was none)."""
     outputs = Outputs.empty(problem)
     dinitial = []
     for part, rows, i in sequences(problem, cu_seqlens):
         before, dafter = ([x if i is None else x[i : i + 1] for x in xs] for xs in (initial_state, dstate))
-        gradients, dbefore = _backward_one(
-            part, before, dafter, dout[:, :, rows], out[:, :, rows], row_sums[:, :, rows], form, chunk_size
-        )
+        whole = (dout[:, :, rows], out[:, :, rows], row_sums[:, :, rows])
+        gradients, dbefore = _backward_one(part, before, dafter, *whole, plan)
         dinitial.append(dbefore)
         outputs.store(rows, gradients)
     return *outputs, joined(dinitial)
@@ -68,44 +65,35 @@ def runs_direct(problem: Problem, form: str, initial_state: State) -> bool:
     return form == "direct" or too_few
 
 
-def chunk_length(problem: Problem, form: str, chunk_size: int) -> int:
-    return 1 if form == "recurrent" else chunk_size or scan.default_chunk(problem)
+def chunk_length(problem: Problem, plan: Plan) -> int:
+    return 1 if plan.form == "recurrent" else plan.chunk_size or scan.default_chunk(problem)
 
 
-def _forward_one(
-    problem: Problem, out: Tensor, row_sums: Tensor, before: State, return_state: bool, form: str, chunk_size: int
-) -> State:
+def _forward_one(problem: Problem, out: Tensor, row_sums: Tensor, before: State, plan: Plan) -> State:
     sums = KeySums(problem, before)
-    if runs_direct(problem, form, before):
-        direct.forward(problem, out, row_sums, sums if before else None)
-        if return_state:
+    if runs_direct(problem, plan.form, before):
+        direct.forward(problem, out, row_sums, sums)
+        if plan.return_state:
             for j0, j1 in spans(0, problem.Tk, scan.default_chunk(problem)):
                 sums.add(j0, j1)
     else:
-        scan.forward(problem, out, row_sums, sums, chunk_length(problem, form, chunk_size), keep=return_state)
-        few = FewKeyRows.find(problem, before[0] if before else None)
+        scan.forward(problem, out, row_sums, sums, chunk_length(problem, plan), keep=plan.return_state)
+        few = FewKeyRows.find(problem, before)
         if few:
             few.forward(out, row_sums)
-    return sums.canonical() if return_state else []
+    return sums.canonical() if plan.return_state else []
 
 
 def _backward_one(
-    problem: Problem,
-    before: State,
-    dafter: State,
-    dout: Tensor,
-    out: Tensor,
-    row_sums: Tensor,
-    form: str,
-    chunk_size: int,
+    problem: Problem, before: State, dafter: State, dout: Tensor, out: Tensor, row_sums: Tensor, plan: Plan
 ) -> tuple[Gradients, State]:
     sums, dsums = KeySums(problem, before), KeySumGradients(problem, dafter)
-    if runs_direct(problem, form, before):
+    if runs_direct(problem, plan.form, before):
         gradients = direct.backward(problem, dout, out, row_sums, sums, dsums)
     else:
-        few = FewKeyRows.find(problem, before[0] if before else None)
+        few = FewKeyRows.find(problem, before)
         others = few.others(dout) if few else dout
-        gradients = scan.backward(problem, others, out, row_sums, sums, dsums, chunk_length(problem, form, chunk_size))
+        gradients = scan.backward(problem, others, out, row_sums, sums, dsums, chunk_length(problem, plan))
         if few:
-            few.backward(dout, out, row_sums, gradients)
+            few.backward(dout, out, row_sums, gradients, dsums)
     return gradients, dsums.canonical() if before else []

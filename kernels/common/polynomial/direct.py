@@ -12,12 +12,12 @@ from .problem import Problem
 from .state import KeySumGradients, KeySums
 
 
-def forward(problem: Problem, out: Tensor, row_sums: Tensor, before: KeySums | None = None) -> None:
-    """Fill out and row_sums. `before` holds keys that precede all of this call's and that every row sees."""
+def forward(problem: Problem, out: Tensor, row_sums: Tensor, sums: KeySums) -> None:
+    """Fill out and row_sums. `sums` holds keys that precede all of this call's and that every row sees."""
     length = problem.tile_length()
     for i0, i1 in spans(0, problem.Tq, length):
         x = problem.queries(i0, i1)
-        acc, l = before.read(x) if before else problem.no_sums(x)
+        acc, l = sums.read(x) if sums.any else problem.no_sums(x)
         for j0, j1 in spans(0, problem.visible_keys(i1), length):
             add_tile(problem, x, i0, i1, j0, j1, acc, l)
         problem.store(out, row_sums, i0, i1, acc, l)

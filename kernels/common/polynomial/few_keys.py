@@ -23,8 +23,8 @@ from .state import KeySumGradients, KeySums
 class FewKeyRows:
     """The rows concerned and the small direct problem of their keys: the first 15 real ones of each batch element."""
 
-    def __init__(self, problem: Problem, key_mask: Tensor, few: Tensor) -> None:
-        self.few = few[:, None]
+    def __init__(self, problem: Problem, key_mask: Tensor, few: Tensor, before: list[Tensor]) -> None:
+        self.few, self.before = few[:, None], before
         self.Tq = int(few.any(0).nonzero().max()) + 1
         order = (~key_mask).to(torch.int8).argsort(dim=1, stable=True)
         self.index = order[:, : DIRECT_KEYS - 1]
@@ -41,8 +41,8 @@ class FewKeyRows:
         return self.index[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
 
     @staticmethod
-    def find(problem: Problem, n_before: Tensor | None) -> FewKeyRows | None:
-        """None if every row has seen at least 16 keys, or has none that stand in a state."""
+    def find(problem: Problem, before: list[Tensor]) -> FewKeyRows | None:
+        """None if every row has seen at least 16 keys, or some of them stand in the state `before` this call."""
         if problem.key_mask is None or problem.degree == 1:
             return None
         seen = problem.key_mask.cumsum(1)
@@ -52,15 +52,15 @@ class FewKeyRows:
         else:
             seen = seen[:, -1:].expand(-1, problem.Tq)
         few = seen < DIRECT_KEYS
-        if n_before is not None:
-            few = few & (n_before == 0)[:, None]
-        return FewKeyRows(problem, problem.key_mask, few) if few.any() else None
+        if before:
+            few = few & (before[0] == 0)[:, None]
+        return FewKeyRows(problem, problem.key_mask, few, before) if few.any() else None
 
     def forward(self, out: Tensor, row_sums: Tensor) -> None:
         """Overwrite the rows concerned."""
         out, row_sums, few = out[:, :, : self.Tq], row_sums[:, :, : self.Tq], self.few[:, :, : self.Tq]
         mine, sums = torch.empty_like(out), torch.empty_like(row_sums)
-        direct.forward(self.problem, mine, sums)
+        direct.forward(self.problem, mine, sums, KeySums(self.problem, self.before))
         out.copy_(torch.where(few[..., None], mine, out))
         row_sums.copy_(torch.where(few, sums, row_sums))
 
@@ -68,11 +68,15 @@ class FewKeyRows:
         """The gradient without the rows concerned."""
         return dout.masked_fill(self.few[..., None], 0)
 
-    def backward(self, dout: Tensor, out: Tensor, row_sums: Tensor, gradients: Gradients) -> None:
-        """Add the gradients of the rows concerned."""
+    def backward(
+        self, dout: Tensor, out: Tensor, row_sums: Tensor, gradients: Gradients, dsums: KeySumGradients
+    ) -> None:
+        """Add the gradients of the rows concerned; `dsums` are those to the sums before this call."""
         dout = dout[:, :, : self.Tq].masked_fill(~self.few[:, :, : self.Tq, None], 0)
-        nothing = KeySums(self.problem), KeySumGradients(self.problem)
-        mine = direct.backward(self.problem, dout, out[:, :, : self.Tq], row_sums[:, :, : self.Tq], *nothing)
+        sums, mine_sums = KeySums(self.problem, self.before), KeySumGradients(self.problem)
+        mine = direct.backward(self.problem, dout, out[:, :, : self.Tq], row_sums[:, :, : self.Tq], sums, mine_sums)
+        if mine_sums.any:
+            dsums.merge(mine_sums)
         gradients.dq[:, :, : self.Tq] += mine.dq
         B, Hkv = self.problem.k.shape[:2]
         for whole, part in ((gradients.dk, mine.dk), (gradients.dv, mine.dv)):

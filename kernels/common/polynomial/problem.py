@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..tiles import Tiles, reciprocal
+from ..tiles import Tiles, divided
 
 Coefficients = tuple[float, float, float]
 
@@ -43,7 +43,7 @@ class Problem(Tiles):
     def store(self, out: Tensor, row_sums: Tensor, i0: int, i1: int, acc: Tensor, l: Tensor) -> None:
         """Normalise a tile of sums and write it: out `[B, Hq, Tq, M]`, row_sums `[B, Hq, Tq]`."""
         if self.normalize:
-            acc = acc * reciprocal(l)[..., None]
+            acc = divided(acc, l)
         out[:, :, i0:i1].copy_(self.unfold(acc))
         row_sums[:, :, i0:i1].copy_(self.unfold(l))
 
@@ -52,7 +52,7 @@ class Problem(Tiles):
         do = self.fold(dout[:, :, i0:i1])
         if not self.normalize:
             return do, do.new_zeros(do.shape[:-1])
-        do = do * reciprocal(self.fold(row_sums[:, :, i0:i1]))[..., None]
+        do = divided(do, self.fold(row_sums[:, :, i0:i1]))
         return do, (do * self.fold(out[:, :, i0:i1])).sum(-1)
 
 

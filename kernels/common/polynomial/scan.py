@@ -32,8 +32,8 @@ class Step(NamedTuple):
 
 
 def default_chunk(problem: Problem) -> int:
-    """The largest power of two in [32, 512] for which the features of a chunk, over all heads, fit CHUNK_ELEMENTS."""
-    length = 512
+    """The largest power of two from 32 on for which the features of a chunk, over all heads, fit CHUNK_ELEMENTS."""
+    length = 256 if problem.is_causal else 512  # causal chunks pay for the scores inside
     per_row = problem.batch * problem.groups * features_for(problem.D, problem.degree).size
     while length > 32 and per_row * length > CHUNK_ELEMENTS:
         length //= 2

@@ -126,6 +126,13 @@ class KeySumGradients:
             self.kk.baddbmm_(dl.mT, x, alpha=-c2)
         self.any = True
 
+    def merge(self, other: KeySumGradients) -> None:
+        """Add what other rows made of the same sums."""
+        self.S += other.S
+        self.k_sum += other.k_sum
+        if self.problem.degree == 2:
+            self.kk += other.kk
+
     def key_gradient(self, j0: int, j1: int) -> tuple[Tensor, Tensor]:
         """Gradients to keys and values j0..j1, which `KeySums.add` folded in."""
         k, v = self.problem.keys(j0, j1), self.problem.values(j0, j1)

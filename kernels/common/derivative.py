@@ -1,0 +1,43 @@
+"""Ops with a first derivative only say so when somebody asks for the second."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from linattn.errors import DoubleBackwardError
+
+
+def derivative_wanted(*tensors: Tensor) -> bool:
+    """Whether a call has to go through an autograd.Function. If not, the op itself is called, which costs less.
+
+    In forward mode it has to as well: the Function refuses there, where the op would silently lose the tangent.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def first_derivative_only(op: str, gradients: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Make a second backward pass through `gradients` raise, instead of silently returning nothing."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return FirstDerivativeOnly.apply(op, len(gradients), *gradients, *of)
+    return gradients
+
+
+class FirstDerivativeOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(op, count, *tensors):
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise DoubleBackwardError(
+            f"{ctx.op} attention has a first derivative only; given: a backward pass through its gradients. "
+            "linattn.kernel_attention, with sim=lambda q, k: (1 + q @ k.mT) ** 2 for example, has all of them."
+        )
