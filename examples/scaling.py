@@ -98,7 +98,8 @@ def measure_saturation(D: int, scale: float, queries: int, generator: torch.Gene
     v, direction = (torch.randn(queries, 1, n, VALUE_SIZE, generator=generator) for n in (KEYS, 1))
     loss = (softmax_attention(q, k, v, scale=scale) * direction).sum()
     gradients = torch.autograd.grad(loss, (q, k))
-    p = (scale * q.detach() @ k.detach().mT).softmax(-1)
+    # Attention over unit vectors as values is the weights themselves.
+    p = softmax_attention(q.detach(), k.detach(), torch.eye(KEYS).expand(queries, 1, KEYS, KEYS), scale=scale)
     of_q, of_k = (g.flatten(1).norm(dim=1).quantile(torch.tensor(QUANTILES)).tolist() for g in gradients)
     return Saturation(D, torch.special.entr(p).sum(-1).mean().item(), of_q, of_k)
 
