@@ -31,7 +31,8 @@ from linattn.bench.measure import affordable, measure, useful_gflops
 from linattn.bench.memory import MemoryProbe
 from linattn.bench.results import Results, Row, resume
 from linattn.bench.timing import MIN_ROUNDS, side_by_side
-from linattn.errors import ArgumentError, DeviceError
+from linattn.environment import pick_device
+from linattn.errors import ArgumentError
 
 METHODS = (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED)
 
@@ -135,25 +136,6 @@ def summary(results: Results) -> str:
     for group, rows in tables.grouped(results.rows).items():
         lines += tables.crossing_lines(group, rows)
     return "\n".join(lines)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device that was named, else the GPU if there is one, else the CPU.
-
-    Raises:
-        DeviceError: it is not there, or is neither cpu nor cuda.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as problem:
-        raise DeviceError(f"--device got {name!r}; accepted: 'cpu', 'cuda', 'cuda:0', ...") from problem
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"--device got {name!r}; accepted: 'cpu', 'cuda', 'cuda:0', ...")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"--device got {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 class Bar(Protocol):

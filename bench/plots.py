@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from linattn.bench.environment import Environment
 from linattn.bench.results import Results, Row
 from linattn.bench.tables import Group, crossing_of, grouped
 from linattn.errors import DataError, MissingExtraError
+from linattn.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -260,15 +259,8 @@ def _title(figure: Figure, text: str, groups: Mapping[Group, Sequence[Row]], env
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        with os.fdopen(handle, "wb") as file:
+        with atomic_file(path) as file:
             figure.savefig(file, format="png")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     except OSError as problem:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise DataError(f"cannot write {path}: {problem}") from problem

@@ -12,11 +12,11 @@ import pytest
 
 from linattn.bench import tables
 from linattn.bench.cases import DTYPES, SDPA, Method, Problem
-from linattn.bench.crossover import pick_device
 from linattn.bench.environment import describe
 from linattn.bench.measure import affordable, measure
 from linattn.bench.memory import MemoryProbe
 from linattn.bench.results import Results, Row
+from linattn.environment import pick_device
 from linattn.testing import BUDGETS
 
 QUICK_BUDGET_S, QUICK_LIMIT_S = 0.4, 0.6

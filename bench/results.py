@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from linattn.bench.cases import Method, Problem
 from linattn.bench.environment import Environment
 from linattn.errors import DataError
+from linattn.files import atomic_file
 
 SCHEMA = 1
 
@@ -163,15 +163,8 @@ def _rounded(value: object) -> object:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with atomic_file(path) as file:
+            file.write(text.encode())
     except OSError as problem:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise DataError(f"cannot write {path}: {problem}") from problem

@@ -14,7 +14,7 @@ import torch
 
 import linattn
 from linattn.errors import DataError, MissingExtraError
-from linattn.training import atomic_file
+from linattn.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

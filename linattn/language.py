@@ -9,24 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-import linattn
 from linattn import tracking
 from linattn.characters import Characters, Trigram, consecutive_windows, random_windows
+from linattn.environment import describe, pick_device
 from linattn.errors import ArgumentError, CheckpointError, DataError, MissingExtraError
+from linattn.files import atomic_file
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.modules import LayerKind
-from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig, atomic_file, read_checkpoint
+from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig, read_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,10 +132,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("device", str, "auto, cpu, cuda, ...")
     add("sample", int, "characters to write into sample.txt at the end; 0 for none")
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/lm-KERNEL)")
-    parser.add_argument(
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint in the folder; options are kept unless given"
     )
-    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
+    start.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
     parser.add_argument("--no-figure", action="store_true", help="do not draw curve.png, which needs matplotlib")
     tracking.add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds, to see that all works")
@@ -172,8 +171,8 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(
             f"the checkpoint {path} was trained on another text than {settings.text}; accepted: the same text"
         )
-    trigram = Trigram(text.train, len(text.alphabet)).loss(text.validation)
     model, trainer = prepare(settings, text, out)
+    trigram = Trigram(text.train, len(text.alphabet)).loss(text.validation)
     trainer.on_record = lambda record: _print_record(record, trigram)
     if checkpoint is not None:
         trainer.restore(checkpoint, path)
@@ -224,16 +223,19 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
 
 
 def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tuple[CausalLM, Trainer]:
-    """Model and trainer for these settings, seeded and on their device, at step 0."""
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
+    """Model and trainer for these settings, seeded and on their device, at step 0.
+
+    Raises:
+        ArgumentError: settings of which no model can be made, or a context longer than a part of the text.
+        DeviceError: the device is not there.
+    """
+    longest = min(len(text.train), len(text.validation)) - 1
+    if settings.context > longest:
         raise ArgumentError(
-            f"device={name!r} was given; accepted: auto, or a device that torch knows, such as cpu or cuda"
-        ) from error
+            f"context={settings.context} was given for a text with {len(text.train)} characters to train on and "
+            f"{len(text.validation)} to validate; accepted: at most {longest}, or a longer text"
+        )
+    device = pick_device(settings.device)
     torch.manual_seed(settings.seed)
     model = CausalLM(settings.model_config(len(text.alphabet))).to(device)
     validation = consecutive_windows(text.validation, settings.context).to(device)
@@ -250,7 +252,7 @@ def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tu
         return total / len(validation)
 
     # Taken before training: the working tree may move on meanwhile.
-    kept = {**asdict(settings), "sha256": text.sha256, "environment": _environment()}
+    kept = {**asdict(settings), "sha256": text.sha256, "environment": asdict(describe(device))}
     return model, Trainer(model, loss, validate, settings.training_config(), folder=out, settings=kept)
 
 
@@ -285,7 +287,7 @@ def write_results(
         sample = write_sample(settings, text, model)
         with atomic_file(out / "sample.txt") as file:
             file.write(sample.encode() + b"\n")
-    if figure or trainer.tracker is not None:
+    if figure:
         drawing = draw_curve(trainer.history, trigram, settings.kernel)
         with atomic_file(out / "curve.png") as file:
             drawing.savefig(file, format="png", dpi=150)
@@ -373,28 +375,3 @@ def _require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train", "drawing the curve (leave it out with --no-figure)") from error
-
-
-def _environment() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "linattn": linattn.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this runs from; None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from linattn import feature_maps, functional
 from linattn.errors import ArgumentError, ShapeError, unknown_name
 from linattn.feature_maps import FeatureMap
+from linattn.kernels.feature_map.maps import NON_NEGATIVE
 
 LayerKind = Literal["prenorm", "course"]
 
 POLYNOMIAL_KERNELS = ("quadratic", "taylor")
+FORMS = ("direct", "chunked", "recurrent")
 KERNELS = ("softmax", *POLYNOMIAL_KERNELS, *feature_maps.NAMES)
 
 
@@ -83,7 +85,8 @@ class Attention(nn.Module):
         **options: passed on to `linattn.functional.attention`, such as `normalize`, `coefficients`, `backend`.
 
     Raises:
-        ArgumentError: an unknown kernel, sizes that do not divide, an odd `head_dim` with `rotary`, a form for softmax.
+        ArgumentError: an unknown kernel or form, "identity" without normalize=False, "recurrent" without `is_causal`,
+            a form for softmax, sizes that do not divide, an odd `head_dim` with `rotary`.
         ShapeError: in the call, an input that is not [B, T, dim].
 
     Complexity of a call: the projections take O(B T dim^2), the attention what `linattn.cost` says for its kernel and
@@ -129,6 +132,16 @@ class Attention(nn.Module):
             )
         if isinstance(kernel, str) and kernel not in KERNELS:
             raise unknown_name("kernel", kernel, KERNELS)
+        if kernel in feature_maps.NAMES and kernel not in NON_NEGATIVE and options.get("normalize", True):
+            named = [name for name in KERNELS if name not in feature_maps.NAMES or name in NON_NEGATIVE]
+            raise ArgumentError(
+                f"kernel={kernel!r} was given, whose similarities may be negative and need normalize=False; "
+                f"accepted with normalize=True: {', '.join(map(repr, named))}"
+            )
+        if form is not None and form not in FORMS:
+            raise unknown_name("form", form, FORMS)
+        if form == "recurrent" and not is_causal and kernel != "softmax":
+            raise ArgumentError(f"form={form!r} was given without is_causal=True; accepted: 'direct' or 'chunked'")
         if kernel == "softmax":
             if form is not None:
                 raise ArgumentError(

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linattn.errors import ArgumentError, CheckpointError, DataError, MissingExtraError
+from linattn.files import atomic_file
 from linattn.text_table import text_table
-from linattn.training import CHECKPOINT_NAME, HISTORY_NAME, Record, atomic_file, read_checkpoint
+from linattn.training import CHECKPOINT_NAME, HISTORY_NAME, Record, read_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,8 +83,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"... and {len(found) - args.top} more")
     if not args.no_figure:
         figure = draw(found)
-        with atomic_file(args.figure) as file:
-            figure.savefig(file, format="png", dpi=120)
+        try:
+            with atomic_file(args.figure) as file:
+                figure.savefig(file, format="png", dpi=120)
+        except OSError as error:
+            raise DataError(
+                f"{args.figure} cannot be written: {error}; accepted: --figure in a folder to write"
+            ) from error
         print(f"\n{args.figure}")
     return 0
 

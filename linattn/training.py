@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -19,12 +18,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linattn.errors import ArgumentError, CheckpointError
+from linattn.files import atomic_file
 from linattn.tracking import Tracker
 
 CHECKPOINT_FORMAT = 1
@@ -45,7 +45,7 @@ class TrainingConfig:
         weight_decay: decoupled decay of matrices; vectors (gains, biases) are not decayed.
         betas: of AdamW.
         clip: largest norm of the whole gradient.
-        validate_every: steps between validations; a checkpoint is written at each.
+        validate_every: steps between validations; a checkpoint is written at each, and one before the first step.
 
     Raises:
         ArgumentError: neither or non-positive limits, shares outside [0, 1], rates, norms and intervals that are not
@@ -188,11 +188,13 @@ class Trainer:
 
         Raises:
             ArgumentError: the loss is no longer finite. The checkpoint is the last one before.
-            CheckpointError: the checkpoint or the history cannot be written. The previous ones are intact.
+            CheckpointError: the checkpoint or the history cannot be written. A previous one is intact.
         """
         started = time.monotonic() - self.seconds
         with _stop_requests() as stop_requested, _ProgressBar() as bar:
             if not self.history:
+                # At once: from here on a killed run can be resumed, and the run that was here before cannot.
+                self.save()
                 bar.clear()
                 self._validate()
             self.model.train()
@@ -257,7 +259,8 @@ class Trainer:
             with atomic_file(path) as file:
                 file.writelines(json.dumps(asdict(record)).encode() + b"\n" for record in self.history)
         except OSError as error:
-            raise CheckpointError(f"the history {path} cannot be written: {error}; an earlier one is intact") from error
+            kept = _what_is_kept("history", path)
+            raise CheckpointError(f"the history {path} cannot be written: {error}; {kept}") from error
 
     def save(self) -> None:
         """Write the checkpoint, if there is a folder. It replaces the previous one only when it is complete.
@@ -316,9 +319,15 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
-    except (OSError, RuntimeError) as error:  # torch wraps some failed writes in a RuntimeError
-        kept = "the previous checkpoint is intact" if path.is_file() else "there is no earlier one"
-        raise CheckpointError(f"the checkpoint {path} cannot be written: {error}; {kept}") from error
+    except (OSError, RuntimeError) as error:
+        # A failed write within torch ends in a RuntimeError about torch's own source; the system's is its context.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        kept = _what_is_kept("checkpoint", path)
+        raise CheckpointError(f"the checkpoint {path} cannot be written: {cause}; {kept}") from error
+
+
+def _what_is_kept(what: str, path: Path) -> str:
+    return f"the previous {what} is intact" if path.is_file() else "there is no earlier one"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -334,7 +343,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"there is no checkpoint {path}; accepted: a folder in which training was started before"
         ) from error
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        cause = str(error).partition("\n")[0]
+        damaged = "it is damaged or not a checkpoint of linattn"
+        cause = error.strerror or damaged if isinstance(error, OSError) else damaged
         raise CheckpointError(
             f"the checkpoint {path} cannot be read: {cause}; accepted: a complete file written by this trainer"
         ) from error
@@ -342,25 +352,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         given = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"the checkpoint {path} has format {given!r}; accepted: {CHECKPOINT_FORMAT}")
     return content
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write into that appears under `path` complete or not at all.
-
-    It is written beside its destination, flushed to the disk, then moved over it. On an error `path` is untouched and
-    nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_ctrl_c_from_outside_saves_and_exits_130(text: Path, tmp_path: Path) -> 
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 60
-        while not (out / "checkpoint.pt").exists():
+        while not (out / "history.jsonl").exists() or len((out / "history.jsonl").read_text().splitlines()) < 2:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
@@ -168,10 +168,14 @@ def test_a_finished_run_is_not_overwritten_unasked(
         (("--resume",), "there is no checkpoint"),
         (("--text", "TEXT", "--kernel", "quadratc"), "Did you mean 'quadratic'"),
         (("--text", "TEXT", "--heads", "3"), "dim=32 and heads=3"),
-        (("--text", "TEXT", "--context", "100000"), "accepted: at least 100001"),
+        (("--text", "TEXT", "--context", "100000"), "context=100000 was given for a text with"),
+        (("--text", "TEXT", "--context", "1000"), "to validate; accepted: at most 761"),
+        (("--text", "TEXT", "--form", "chunkd"), "unknown form 'chunkd'; accepted: 'chunked', 'direct', 'recurrent'"),
+        (("--text", "TEXT", "--kernel", "identity"), "kernel='identity' was given"),
         (("--text", "TEXT", "--batch", "0"), "batch=0"),
         (("--text", "TEXT", "--seed", "-1"), "seed=-1"),
         (("--text", "TEXT", "--device", "abacus"), "device='abacus'"),
+        (("--text", "TEXT", "--device", "cuda:99"), "device='cuda:99' was given; accepted: 'auto', 'cpu', 'cuda'"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(
@@ -179,10 +183,17 @@ def test_mistakes_are_answered_in_one_line(
 ) -> None:
     given = [str(text) if option == "TEXT" else option for option in options]
     assert train(*given, "--quick", "--out", tmp_path / "run") == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train("--out", tmp_path, "--resume", "--overwrite")
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_a_disk_full_at_the_end_loses_nothing(
@@ -254,3 +265,23 @@ def test_the_tracker_gets_curve_and_hyperparameters(
     assert len(lines["validation"].get_xdata()) == 3
     low, high = left.get_ylim()
     assert all(low < loss < high for loss in [*trigram.get_ydata(), *lines["validation"].get_ydata()[1:]])
+
+
+def test_a_tracker_without_a_figure_needs_no_matplotlib(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Recorder:
+        def __init__(self, folder: Path, resumed_at: int | None) -> None: ...
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: calls.append(name)
+
+    monkeypatch.setattr(tracking, "TensorBoardTracker", Recorder)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = tmp_path / "run"
+    assert train("--text", text, "--quick", "--out", out, "--tensorboard", "--no-figure") == 0
+    assert calls == ["scalars"] * 3 + ["hyperparameters", "close"]
+    assert not (out / "curve.png").exists()

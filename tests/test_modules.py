@@ -249,3 +249,22 @@ def test_bad_input_and_unknown_layer_are_named() -> None:
 def test_unknown_kernel_is_named() -> None:
     with pytest.raises(ArgumentError, match="Did you mean 'quadratic'"):
         Attention(8, 2, kernel="quadratc")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": "quadratic", "form": "chunkd"}, "unknown form 'chunkd'; accepted: .*Did you mean 'chunked'"),
+        ({"kernel": "quadratic", "form": "auto"}, "unknown form 'auto'"),
+        ({"kernel": "quadratic", "form": "recurrent"}, "form='recurrent' was given without is_causal=True"),
+        ({"kernel": "identity"}, "kernel='identity' was given, .* accepted with normalize=True: 'softmax'"),
+    ],
+)
+def test_names_are_checked_when_the_layer_is_made(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Attention(8, 2, **options)
+
+
+def test_identity_is_accepted_without_normalisation() -> None:
+    layer = Attention(8, 2, kernel="identity", normalize=False, is_causal=True)
+    assert layer(torch.randn(1, 5, 8)).shape == (1, 5, 8)

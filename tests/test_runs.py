@@ -92,6 +92,15 @@ def test_the_figure_shows_every_run_and_names_the_best(folder: Path, tmp_path: P
     assert target.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_that_cannot_be_written_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="draws")
+    (tmp_path / "file").touch()
+    assert cli.main(["runs", str(folder), "--figure", str(tmp_path / "file" / "figure.png")]) == 2
+    assert str(tmp_path / "file" / "figure.png") in capsys.readouterr().err
+
+
 def test_with_very_many_runs_only_the_best_have_a_colour(folder: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws")
     one = runs.find(folder)[0]

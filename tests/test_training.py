@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from linattn import training
 from linattn.errors import ArgumentError, CheckpointError, MissingExtraError
+from linattn.files import atomic_file
 from linattn.tracking import TensorBoardTracker
 from linattn.training import (
     CHECKPOINT_NAME,
     HISTORY_NAME,
     Trainer,
     TrainingConfig,
-    atomic_file,
     read_checkpoint,
     write_checkpoint,
 )
@@ -145,7 +145,31 @@ def test_second_interrupt_stops_at_once_and_the_handler_comes_back(
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, on_step=interrupt_twice).run()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not (tmp_path / CHECKPOINT_NAME).exists()
+    assert read_checkpoint(tmp_path / CHECKPOINT_NAME)["step"] == 0
+
+
+def test_a_run_killed_in_its_first_step_leaves_its_own_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / CHECKPOINT_NAME
+    write_checkpoint(path, {"settings": {"width": "of an earlier run"}})
+
+    class Killed(BaseException):
+        pass
+
+    trainer = make(tmp_path)
+
+    def kill() -> float:
+        raise Killed
+
+    trainer.validate = kill
+    with pytest.raises(Killed):
+        trainer.run()
+    assert read_checkpoint(path)["settings"] == {"width": 8}
+    whole = make()
+    assert whole.run()
+    again = make()
+    again.restore(read_checkpoint(path), path)
+    assert again.run()
+    assert outcome(again) == outcome(whole)
 
 
 def test_minutes_are_counted_over_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +243,9 @@ def test_a_full_disk_leaves_the_previous_history_intact(tmp_path: Path, monkeypa
         if step == 8:
             monkeypatch.setattr(os, "fsync", full_disk)
 
-    with pytest.raises(CheckpointError, match="history.jsonl cannot be written: .*No space left"):
+    with pytest.raises(CheckpointError, match="history.jsonl cannot be written: .*No space left") as caught:
         make(tmp_path, on_step=fill_the_disk).run()
+    assert "the previous history is intact" in str(caught.value)
     assert len((tmp_path / HISTORY_NAME).read_text().splitlines()) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT_NAME, HISTORY_NAME]
 
@@ -253,7 +278,7 @@ def test_errors_of_the_system_while_writing_become_checkpoint_errors(
     path = tmp_path / CHECKPOINT_NAME
     real = Path.open
     monkeypatch.setattr(Path, "open", lambda self, mode="r": real(Path("/dev/full"), mode, buffering=0))
-    with pytest.raises(CheckpointError, match="there is no earlier one"):
+    with pytest.raises(CheckpointError, match="written: .*No space left on device; there is no earlier one"):
         write_checkpoint(path, {"weights": torch.zeros(10_000)})
     assert list(tmp_path.iterdir()) == []
 
@@ -303,6 +328,11 @@ def test_unreadable_checkpoints_are_named(tmp_path: Path, monkeypatch: pytest.Mo
         read_checkpoint(path)
     assert "accepted" in str(caught.value)
     assert "\n" not in str(caught.value)
+    if kind in ("empty", "truncated", "text", "rubbish", "code"):
+        assert "cannot be read: it is damaged or not a checkpoint of linattn" in str(caught.value)
+        assert caught.value.__cause__ is not None
+    if kind == "folder":
+        assert "Is a directory" in str(caught.value)
     assert not (tmp_path / "harm").exists()
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from linattn.bench.cases import QUADRATIC_CHUNKED, SDPA, Problem
-from linattn.bench.environment import describe, device_slug
+from linattn.bench.environment import describe, measured_sources
 from linattn.bench.results import Results, Row, resume
+from linattn.environment import device_slug
 from linattn.errors import DataError
 
 PROBLEM = Problem(64, 8, 8)
@@ -124,3 +125,11 @@ def test_environment_is_complete_and_serialisable(environment) -> None:
     assert data["torch"] == torch.__version__
     assert re.fullmatch(r"cpu-\d+core-[a-z0-9]+", data["slug"])
     assert device_slug(torch.device("cpu")) == data["slug"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["functional", "dispatch", "checks", "feature_maps", "cost", "cases", "measure", "timing", "reference", "ops"],
+)
+def test_fingerprint_covers_what_is_measured_and_how(name: str) -> None:
+    assert f"{name}.py" in {path.name for path in measured_sources()}
