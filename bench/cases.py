@@ -46,7 +46,8 @@ class Problem:
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES)
         if min(self.N, self.D, self.M, self.B, self.H) < 1:
-            raise ArgumentError(f"sizes got {self!r}; accepted: integers of at least 1")
+            sizes = ", ".join(f"{name}={getattr(self, name)}" for name in ("N", "D", "M", "B", "H"))
+            raise ArgumentError(f"sizes got {sizes}; accepted: integers of at least 1")
 
     def __str__(self) -> str:
         causal = "causal" if self.is_causal else "non-causal"

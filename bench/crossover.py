@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ArgumentError(f"--threads got {args.threads}; accepted: integers of at least 1")
         torch.set_num_threads(args.threads)
+    if args.heads < 1:
+        raise ArgumentError(f"--heads got {args.heads}; accepted: integers of at least 1")
     plan = _plan(args)
     dtypes = args.dtype or (["fp32", "bf16"] if device.type == "cuda" else ["fp32"])
     settings: dict[str, object] = {

@@ -43,6 +43,9 @@ DPI = 160
 def draw_all(results: Results, folder: Path) -> list[Path]:
     """Draw both figures of every dtype, direction, batch and number of heads in the results.
 
+    They are `time.png` and `nstar.png` where there is one of these only, else named after it:
+    `time-fp32-forward-b1-h4.png` and so on.
+
     Returns:
         the files written.
 
@@ -52,11 +55,11 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     """
     parts: dict[str, dict[Group, list[Row]]] = {}
     for group, rows in grouped(results.rows).items():
-        parts.setdefault(f"{group.dtype}-{group.direction}-b{group.B}-h{group.H}.png", {})[group] = rows
+        parts.setdefault(f"{group.dtype}-{group.direction}-b{group.B}-h{group.H}", {})[group] = rows
     written = []
-    for suffix, groups in parts.items():
-        for stem, draw in (("time", draw_time), ("crossover", draw_crossover)):
-            path = folder / f"{stem}-{suffix}"
+    for part, groups in parts.items():
+        for stem, draw in (("time", draw_time), ("nstar", draw_crossover)):
+            path = folder / (f"{stem}.png" if len(parts) == 1 else f"{stem}-{part}.png")
             _save(draw(groups, results.environment), path)
             written.append(path)
     return written
@@ -74,7 +77,8 @@ def draw_time(groups: Mapping[Group, Sequence[Row]], environment: Environment) -
     """Time against N, one column a head size, non-causal above causal: medians, 20-80 % bands, N* as markers."""
     heads = sorted({group.D for group in groups})
     masks = sorted({group.is_causal for group in groups})
-    figure = _new_figure(3.5 * len(heads) + 0.5, 3.0 * len(masks) + 1.3)
+    # Legend and title need some width however few the columns are.
+    figure = _new_figure(max(9.0, 3.5 * len(heads) + 0.5), 3.0 * len(masks) + 1.3)
     grid = figure.subplots(len(masks), len(heads), sharex="col", sharey="row", squeeze=False)
     for group, rows in groups.items():
         axes = grid[masks.index(group.is_causal)][heads.index(group.D)]

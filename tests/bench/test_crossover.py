@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from linattn import cli
 from linattn.bench import crossover, plots, tables
 from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
 from linattn.bench.results import Results, Row
-from linattn.errors import MissingExtraError
+from linattn.environment import pick_device
+from linattn.errors import ArgumentError, MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["crossover", "--quick", "--sizes", "4", "--longest", "256", "--heads", "1", "--device", "cpu"]
@@ -28,10 +30,10 @@ def test_run_writes_tables_results_and_figures(tmp_path, capsys) -> None:
     assert cli.main([*TINY, "--out", str(tmp_path)]) == 0
     output = capsys.readouterr()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "crossover-fp32-forward-b1-h1.png",
+        "nstar.png",
         "results.csv",
         "results.json",
-        "time-fp32-forward-b1-h1.png",
+        "time.png",
     ]
     assert all(path.stat().st_size > 10_000 for path in tmp_path.glob("*.png"))
     results = Results.load(tmp_path / "results.json")
@@ -42,7 +44,7 @@ def test_run_writes_tables_results_and_figures(tmp_path, capsys) -> None:
     assert all(row.error < 1e-5 and row.peak_mib is not None for row in results.rows)
     assert "4 problems on cpu-" in output.err
     assert "D=4 non-causal fp32: N*" in output.out
-    assert output.out.rstrip().endswith("crossover-fp32-forward-b1-h1.png")
+    assert output.out.rstrip().endswith("nstar.png")
 
 
 def test_rerun_measures_only_what_is_missing(tmp_path, monkeypatch) -> None:
@@ -93,6 +95,7 @@ def test_refinement_is_measured_once(tmp_path, monkeypatch) -> None:
         (["--device", "tpu"], "'tpu'"),
         (["--device", "cuda:99"], "cuda"),
         (["--threads", "0"], "--threads got 0"),
+        (["--heads", "0"], "--heads got 0; accepted: integers of at least 1"),
     ],
 )
 def test_bad_options_are_one_line(extra, message, tmp_path, capsys) -> None:
@@ -149,7 +152,7 @@ def test_markers_are_hollow_where_not_bracketed(tmp_path) -> None:
     def markers(chunked) -> list[tuple[str, bool]]:
         rows = rows_of(16, {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: N * N / 2, QUADRATIC_CHUNKED: chunked})
         groups = tables.grouped(rows)
-        environment = crossover.describe(crossover.pick_device("cpu"))
+        environment = crossover.describe(pick_device("cpu"))
         (axes,) = plots.draw_time(groups, environment).axes
         return [
             (line.get_marker(), line.get_markerfacecolor() != "white")
@@ -160,3 +163,36 @@ def test_markers_are_hollow_where_not_bracketed(tmp_path) -> None:
     assert markers(lambda N: 140 * N) == [("o", True), ("D", True)]
     assert markers(lambda N: 300 * N) == [("o", True), ("D", False)]
     assert markers(lambda N: 3000 * N) == []
+
+
+def power_rows(*, heads: int = 1) -> list[Row]:
+    times = {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: 2 * N * N, QUADRATIC_CHUNKED: lambda N: 300 * N}
+    return [dataclasses.replace(row, problem=dataclasses.replace(row.problem, H=heads)) for row in rows_of(16, times)]
+
+
+def test_figures_have_short_names_unless_there_are_several(tmp_path) -> None:
+    environment = crossover.describe(pick_device("cpu"))
+
+    def names(rows: list[Row]) -> list[str]:
+        return [path.name for path in plots.draw_all(Results("crossover", environment, {}, rows), tmp_path)]
+
+    assert names(power_rows()) == ["time.png", "nstar.png"]
+    assert names(power_rows() + power_rows(heads=2)) == [
+        "time-fp32-forward-b1-h1.png",
+        "nstar-fp32-forward-b1-h1.png",
+        "time-fp32-forward-b1-h2.png",
+        "nstar-fp32-forward-b1-h2.png",
+    ]
+
+
+def test_nothing_of_a_figure_with_one_head_size_is_cut_off() -> None:
+    figure = plots.draw_time(tables.grouped(power_rows()), crossover.describe(pick_device("cpu")))
+    figure.draw_without_rendering()
+    for part in (*figure.legends, *figure.texts):
+        box = part.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, part
+
+
+def test_a_size_below_one_is_named() -> None:
+    with pytest.raises(ArgumentError, match="sizes got N=64, D=8, M=8, B=1, H=0; accepted"):
+        Problem(64, 8, 8, H=0)
