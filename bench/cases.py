@@ -11,6 +11,7 @@ from torch import Tensor
 
 import linattn
 from linattn.bench.peers import PEERS
+from linattn.cost import Form
 from linattn.errors import ArgumentError, unknown_name
 from linattn.testing import make_inputs
 
@@ -76,7 +77,7 @@ class Method:
 
     name: str
     op: str
-    form: str
+    form: Form
     backend: str = "auto"
 
     @property

@@ -50,6 +50,8 @@ def check_inputs(
     cu_seqlens: Tensor | None = None,
 ) -> Inputs:
     """Check q `[B, H, T, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, M]` and how they meet; apply autocast."""
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     q, k, v = check_dtypes(q, k, v)
     check_shapes(q, k, v, enable_gqa)
     check_key_mask(key_mask, k)
@@ -57,23 +59,29 @@ def check_inputs(
     return Inputs(q, k, v, key_mask, cu_seqlens, is_causal, checked_offset(is_causal, q_offset, q.shape[2], k.shape[2]))
 
 
+def check_flag(name: str, value: object) -> None:
+    if value is not True and value is not False:
+        raise ArgumentError(f"{name} must be True or False; given: {value!r}")
+
+
 def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    accepted = ", ".join(map(str, DTYPES))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} must be a tensor; given: {type(x).__name__}")
+        if x.dtype not in DTYPES or x.layout != torch.strided:
+            raise DtypeError(f"{name} must be a dense tensor of {accepted}; given: {x.dtype}, {x.layout}")
     if not q.device == k.device == v.device:
         raise DeviceError(f"q, k and v must be on one device; given: q {q.device}, k {k.device}, v {v.device}")
     device = q.device.type
-    if autocasts(device):
+    if autocasts(device) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
         dtype = torch.get_autocast_dtype(device)
-        if torch.float64 not in (q.dtype, k.dtype, v.dtype):
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
         raise DtypeError(
-            f"q, k and v must have one dtype outside autocast; given: q {q.dtype}, k {k.dtype}, v {v.dtype}"
+            "q, k and v must have one dtype (autocast gives them one, except to float64); given: "
+            f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
         )
-    if q.dtype not in DTYPES:
-        raise DtypeError(f"accepted dtypes: {', '.join(map(str, DTYPES))}; given: {q.dtype}")
     return q, k, v
 
 
@@ -145,8 +153,8 @@ def checked_offset(is_causal: bool, q_offset: int | None, T: int, Tk: int) -> in
                 f"T={T}, Tk={Tk}. q_offset={Tk - T} aligns the last query with the last key"
             )
         return 0
-    if not isinstance(q_offset, int | torch.SymInt) or isinstance(q_offset, bool):
-        raise ArgumentError(f"q_offset must be an integer; given: {q_offset!r}")
+    if not isinstance(q_offset, int | torch.SymInt) or isinstance(q_offset, bool) or not abs(q_offset) < 2**62:
+        raise ArgumentError(f"q_offset must be an int below 2^62; given: {q_offset!r}")
     if not is_causal and q_offset != 0:
         raise ArgumentError(
             f"q_offset has a meaning only with is_causal=True; given: q_offset={q_offset}, is_causal=False"
@@ -156,7 +164,7 @@ def checked_offset(is_causal: bool, q_offset: int | None, T: int, Tk: int) -> in
 
 def checked_scale(scale: float) -> float:
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < math.inf:  # NaN fails too
-        raise ArgumentError(f"scale must be a finite number; given: {scale!r}")
+        raise ArgumentError(f"scale must be a finite int or float; given: {scale!r}")
     return float(scale)
 
 
@@ -201,6 +209,8 @@ def check_state(
         raise StateError(f"initial_state must be a {kind.__name__}; given: {type(state).__name__}")
     for name, x, shape in zip(kind._fields, state, shapes, strict=True):  # type: ignore[attr-defined]
         expected = torch.int64 if name == "n" else dtype
+        if not isinstance(x, Tensor):
+            raise StateError(f"initial_state.{name} must be a tensor; given: {x!r}")
         if tuple(x.shape) != tuple(shape):
             raise StateError(f"initial_state.{name} must be {tuple(shape)} for these inputs; given: {tuple(x.shape)}")
         if x.dtype != expected:

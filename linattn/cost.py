@@ -142,7 +142,7 @@ def flops(
         320000
     """
     _check(kernel, form, D, M, is_causal)
-    K = N if keys is None else keys
+    K = _key_count(N, keys, is_causal)
     score, value = (6, 4) if backward else (2, 2)
     if form == "direct":
         twice_pairs = (2 * (K - N) + N) * N if is_causal else 2 * N * K
@@ -174,7 +174,7 @@ def flops_implemented(
     features are padded (`padded_feature_count`) and cost one multiply each to make; its normaliser uses a D x D matrix.
     """
     _check(kernel, form, D, M, is_causal)
-    K = N if keys is None else keys
+    K = _key_count(N, keys, is_causal)
     score, value = (6, 4) if backward else (2, 2)
     if form == "direct":
         twice_pairs = (2 * (K - N) + N + tile) * N if is_causal else 2 * N * K
@@ -293,6 +293,16 @@ def crossover(
 
 def _features(kernel: Kernel, D: int, features: int | None) -> int:
     return feature_count(D) if kernel == "quadratic" else D if features is None else features
+
+
+def _key_count(N: int, keys: int | None, is_causal: bool) -> int:
+    if keys is None:
+        return N
+    if is_causal and keys < N:
+        raise ArgumentError(
+            f"causal cost got N={N}, keys={keys}; accepted: queries are the last N of the keys, keys >= N"
+        )
+    return keys
 
 
 def _linear_implemented(kernel: Kernel, D: int, M: int, features: int | None) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 from linattn import cost
 from linattn.checks import Form, Inputs
@@ -25,10 +26,25 @@ CHUNKED_MARGIN = 1.3
 """How much longer than by flops alone a sequence must be for the chunked reference to win (bench/results, CPU)."""
 
 
-class _Chosen(threading.local):
-    """A thread-local and not a ContextVar: that would break fullgraph compilation."""
+class Choice(NamedTuple):
+    """What was decided about one call."""
 
-    backend = "auto"
+    inputs: Inputs
+    backend: str
+    form: cost.Form
+    with_state: bool
+
+
+class _Chosen(threading.local):
+    """A thread-local and not a ContextVar: that would break fullgraph compilation.
+
+    An attribute of the instance and not of the class, where compiled code would not notice that it changes.
+    """
+
+    def __init__(self) -> None:
+        self.backend = "auto"
+        self.choice: Choice | None = None
+        self.notes = False
 
 
 _chosen = _Chosen()
@@ -56,6 +72,21 @@ def use_backend(backend: str) -> Iterator[None]:
         _chosen.backend = before
 
 
+@contextmanager
+def noting() -> Iterator[Callable[[], Choice]]:
+    """Remember what is decided about the calls inside; yields a function that returns the last decision."""
+    _chosen.notes = True
+    try:
+        yield lambda: cast(Choice, _chosen.choice)
+    finally:
+        _chosen.notes, _chosen.choice = False, None
+
+
+def _note(inputs: Inputs, backend: str, form: cost.Form, with_state: bool) -> None:
+    if _chosen.notes:
+        _chosen.choice = Choice(inputs, backend, form, with_state)
+
+
 def backends(op: str) -> dict[str, str]:
     """The backends of an op ("softmax", "quadratic", "feature_map") and whether each can run on this machine."""
     if op not in BACKENDS:
@@ -76,6 +107,8 @@ def refusals(op: str, inputs: Inputs) -> dict[str, str]:
         reasons.append("q_offset != 0")
     if inputs.q.shape[3] != inputs.v.shape[3]:
         reasons.append("D != M, which takes memory N x N there")
+    if any(x.stride(3) != 1 for x in inputs[:3]):
+        reasons.append("a last stride other than 1, which takes memory N x N there")
     return {"torch": ", ".join(reasons)} if reasons else {}
 
 
@@ -93,10 +126,18 @@ def choose_backend(op: str, backend: str, inputs: Inputs) -> str:
     return named
 
 
-def plan(op: str, inputs: Inputs, form: Form, backend: str, return_state: bool, *, has_state: bool) -> Plan:
+def plan(op: str, inputs: Inputs, form: Form, backend: str, with_state: bool) -> Plan:
     """How an op with a state is to be computed."""
-    chosen = choose_form(op, form, inputs, with_state=return_state or has_state)
-    return Plan(return_state, chosen, choose_backend(op, backend, inputs))
+    chosen = Plan(choose_form(op, form, inputs, with_state), choose_backend(op, backend, inputs))
+    _note(inputs, chosen.backend, cast(cost.Form, chosen.form), with_state)
+    return chosen
+
+
+def softmax_backend(backend: str, inputs: Inputs) -> str:
+    """What computes a softmax call; it has no other form than the direct one."""
+    chosen = choose_backend("softmax", backend, inputs)
+    _note(inputs, chosen, "direct", with_state=False)
+    return chosen
 
 
 def choose_form(op: str, form: Form, inputs: Inputs, with_state: bool) -> cost.Form:
@@ -104,9 +145,14 @@ def choose_form(op: str, form: Form, inputs: Inputs, with_state: bool) -> cost.F
     if form != "auto":
         return form
     T, Tk, sequences = inputs.q.shape[2], inputs.k.shape[2], inputs.sequences // inputs.q.shape[0]
-    # T x Tk scores cost as much as a square of the harmonic mean's length; packed sequences count with their mean
-    # length.
+    # `effective_length`, multiplied out so that symbolic sizes stay integers.
     return "chunked" if 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, inputs, with_state) else "direct"
+
+
+def effective_length(inputs: Inputs) -> float:
+    """The side of a square of as many scores: T = Tk, or the harmonic mean of both; of a mean packed sequence."""
+    T, Tk, sequences = inputs.q.shape[2], inputs.k.shape[2], inputs.sequences // inputs.q.shape[0]
+    return 2 * T * Tk / ((T + Tk) * sequences)
 
 
 def chunked_from(op: str, inputs: Inputs, with_state: bool) -> float:

@@ -14,7 +14,9 @@ FeatureMap = str | Callable[[Tensor], Tensor]
 NAMES = tuple(MAPS)
 
 
-def mapped(q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool) -> tuple[Tensor, Tensor, str]:
+def mapped(
+    q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, str]:
     """Return q and k and the name of the map that the kernel still has to apply ("identity" once a callable was).
 
     A callable gets `[B, H, T, D]` and returns `[B, H, T, C]`. If it has an attribute `positive` that is False it is
@@ -36,6 +38,8 @@ def mapped(q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool) -> tu
         raise ArgumentError(
             f"{feature_map!r} says positive=False: its similarities may be negative and need normalize=False"
         )
+    if key_mask is not None:  # padding may hold NaN, which would reach the gradients of a map's parameters
+        k = k.masked_fill(~key_mask[:, None, :, None], 0)
     fq, fk = _check_features(q, feature_map(q), feature_map(k), k)
     if autocasts(q.device.type):
         fq, fk = fq.to(q.dtype), fk.to(k.dtype)

@@ -15,7 +15,9 @@ same dtype. Sums are accumulated in fp32 (fp64 for fp64 inputs). Arguments that 
                    "auto" takes the faster one for this length (`explain` says which), so rounding changes there
     backend        "auto" always finds a path; a named backend runs or raises BackendError
 
-Raises, all before any kernel runs: ShapeError, DtypeError, DeviceError, ArgumentError, StateError, BackendError.
+Raises, before any kernel runs (what a `sim` or a callable feature map returns is checked when it does): ShapeError,
+DtypeError, DeviceError, ArgumentError, StateError, BackendError. There is no rule for `torch.func.vmap`: batch by B
+and H.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from linattn.checks import Form
 from linattn.errors import ArgumentError, ShapeError, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap, mapped
 from linattn.kernels.common.allocation import accumulation_dtype
+from linattn.kernels.common.packed import sequence_bounds
 from linattn.kernels.feature_map.autograd import feature_map as _feature_map
 from linattn.kernels.feature_map.contract import Options as FeatureMapOptions
 from linattn.kernels.feature_map.contract import state_shapes as _feature_map_shapes
@@ -44,7 +47,34 @@ from linattn.kernels.quadratic.contract import state_shapes as _quadratic_shapes
 from linattn.kernels.softmax.autograd import softmax as _softmax
 from linattn.state import FeatureMapState, QuadraticState
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 TAYLOR = (1.0, 1.0, 0.5)
+
+
+class StatefulKeywords(TypedDict, total=False):
+    """What the operations with a state take, for type checkers; `return_state` stands apart: it decides the result."""
+
+    is_causal: bool
+    scale: float
+    normalize: bool
+    key_mask: Tensor | None
+    q_offset: int | None
+    enable_gqa: bool
+    cu_seqlens: Tensor | None
+    form: Form
+    backend: str
+
+
+class QuadraticKeywords(StatefulKeywords, total=False):
+    coefficients: Sequence[float]
+    initial_state: QuadraticState | None
+
+
+class LinearKeywords(StatefulKeywords, total=False):
+    feature_map: FeatureMap
+    initial_state: FeatureMapState | None
 
 
 def softmax_attention(
@@ -81,23 +111,22 @@ def softmax_attention(
         q, k, v, is_causal=is_causal, key_mask=key_mask, q_offset=q_offset, enable_gqa=enable_gqa, cu_seqlens=cu_seqlens
     )
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else checks.checked_scale(scale)
-    chosen = dispatch.choose_backend("softmax", backend, inputs)
-    return _softmax(*inputs.tensors, is_causal, inputs.q_offset, scale, chosen)
+    return _softmax(*inputs.tensors, is_causal, inputs.q_offset, scale, dispatch.softmax_backend(backend, inputs))
 
 
 @overload
 def quadratic_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[False] = False, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[False] = False, **options: Unpack[QuadraticKeywords]
 ) -> Tensor: ...
 @overload
 def quadratic_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[True], **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[True], **options: Unpack[QuadraticKeywords]
 ) -> tuple[Tensor, QuadraticState]: ...
 @overload
 def quadratic_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_state: bool, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: bool, **options: Unpack[QuadraticKeywords]
 ) -> Tensor | tuple[Tensor, QuadraticState]: ...
-def quadratic_attention(  # type: ignore[misc]  # the overloads only say what return_state changes
+def quadratic_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -159,24 +188,24 @@ def quadratic_attention(  # type: ignore[misc]  # the overloads only say what re
         *checks.checked_coefficients(coefficients, normalize),
         normalize,
     )
-    plan = dispatch.plan("quadratic", inputs, form, backend, return_state, has_state=bool(before))
-    out, state = _quadratic(*inputs.tensors, before, options, plan)
+    plan = dispatch.plan("quadratic", inputs, form, backend, return_state or bool(before))
+    out, state = _quadratic(*inputs.tensors, before, options, return_state, plan)
     return (out, QuadraticState(*state)) if return_state else out
 
 
 @overload
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[False] = False, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[False] = False, **options: Unpack[LinearKeywords]
 ) -> Tensor: ...
 @overload
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[True], **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: Literal[True], **options: Unpack[LinearKeywords]
 ) -> tuple[Tensor, FeatureMapState]: ...
 @overload
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_state: bool, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_state: bool, **options: Unpack[LinearKeywords]
 ) -> Tensor | tuple[Tensor, FeatureMapState]: ...
-def linear_attention(  # type: ignore[misc]  # the overloads only say what return_state changes
+def linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -200,8 +229,8 @@ def linear_attention(  # type: ignore[misc]  # the overloads only say what retur
 
     Args:
         feature_map: "elu+1", "relu", "relu2" (relu squared), "exp", "identity" (only with normalize=False), or a
-            callable or
-            module that turns `[B, H, T, D]` into non-negative features `[B, H, T, C]`; its parameters get gradients.
+            callable or module that turns `[B, H, T, D]` into features `[B, H, T, C]`; parameters get gradients. With
+            normalize=True phi(q).phi(k) is trusted to be non-negative, unless it has an attribute `positive` = False.
         scale: factor of the similarity; without effect when normalize=True, and then it must be positive.
         normalize: divide by l. A row with l <= 0 (possible with "relu") gives 0 and zero gradient.
         The rest: see the top of this module.
@@ -223,13 +252,13 @@ def linear_attention(  # type: ignore[misc]  # the overloads only say what retur
     scale = checks.checked_scale(scale)
     if normalize and scale <= 0:
         raise ArgumentError(f"normalize=True needs a positive scale, or the similarity is negative; given: {scale}")
-    fq, fk, name = mapped(inputs.q, inputs.k, feature_map, normalize)
+    fq, fk, name = mapped(inputs.q, inputs.k, feature_map, normalize, key_mask)
     inputs = inputs._replace(q=fq, k=fk)
     shapes = _feature_map_shapes(inputs.sequences, k.shape[1], fk.shape[3], v.shape[3])
     before = checks.check_state(initial_state, FeatureMapState, shapes, accumulation_dtype(inputs.q.dtype), q.device)
     options = FeatureMapOptions(is_causal, inputs.q_offset, scale, name, normalize)
-    plan = dispatch.plan("feature_map", inputs, form, backend, return_state, has_state=bool(before))
-    out, state = _feature_map(*inputs.tensors, before, options, plan)
+    plan = dispatch.plan("feature_map", inputs, form, backend, return_state or bool(before))
+    out, state = _feature_map(*inputs.tensors, before, options, return_state, plan)
     return (out, FeatureMapState(*state)) if return_state else out
 
 
@@ -245,8 +274,9 @@ def kernel_attention(
             ArgumentError on CPU and an asynchronous assertion on CUDA. Its parameters get gradients.
         is_causal: query i sees keys j <= i.
 
-    A row whose similarities are all 0 gives 0. Complexity: O(T Tk) calls of sim's cost, memory O(T (D + M)) and one
-    tile: tiles are recomputed in the backward pass. Can be differentiated any number of times. Source: Tsai et al.
+    A row whose similarities are all 0 gives 0. `sim` also sees pairs that is_causal hides: an overflow there makes
+    gradients NaN. Complexity: O(T Tk) calls of sim's cost, memory O(T (D + M)) and one tile: tiles are recomputed in
+    the backward pass. Can be differentiated any number of times; compiled once for each length. Source: Tsai et al.
     2019, "Transformer dissection"; Katharopoulos et al. 2020.
 
     Example:
@@ -284,8 +314,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "softmax", **opt
 
     Args:
         kernel: "softmax", "quadratic", "taylor" (the quadratic kernel with coefficients (1, 1, 0.5) and scale
-            1/sqrt(D)), or the
-            name of a feature map: "elu+1", "relu", "relu2", "exp", "identity".
+            1/sqrt(D)), or the name of a feature map: "elu+1", "relu", "relu2", "exp", "identity".
         options: those of `softmax_attention`, `quadratic_attention` or `linear_attention`, with their defaults.
 
     Example:
@@ -300,44 +329,52 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "softmax", **opt
 def explain(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "quadratic", **options: Any) -> dispatch.Explanation:
     """What `attention(q, k, v, kernel=kernel, **options)` would run, why, what was refused, and what it should cost.
 
+    Raises what the call would raise. The predicted cost counts a causal call as if the last query were aligned with the
+    last key, and packed sequences as if they were equally long.
+
     Example:
         >>> q = k = v = torch.empty(1, 4, 16384, 64)
         >>> explain(q, k, v, kernel="quadratic", is_causal=True).form
         'chunked'
     """
-    _, op, defaults = _resolve(kernel, q, options)
+    function, op, defaults = _resolve(kernel, q, options)
     options = {**defaults, **options}
-    shared = ("is_causal", "key_mask", "q_offset", "enable_gqa", "cu_seqlens")
-    inputs = checks.check_inputs(q, k, v, **{name: options[name] for name in shared if name in options})
-    if op == "feature_map":
-        fq, fk, _ = mapped(inputs.q, inputs.k, options["feature_map"], options.get("normalize", True))
-        inputs = inputs._replace(q=fq, k=fk)
-    backend = dispatch.choose_backend(op, options.get("backend", "auto"), inputs)
-    form: cost.Form = "direct"
-    reason = "softmax has no state to go through"
-    if op != "softmax":
-        asked = options.get("form", "auto")
-        checks.check_form(asked, inputs.is_causal)
-        with_state = bool(options.get("return_state")) or options.get("initial_state") is not None
-        form = dispatch.choose_form(op, asked, inputs, with_state)
-        since = dispatch.chunked_from(op, inputs, with_state)
-        reason = (
-            f"form={asked!r} was asked for" if asked != "auto" else f"the chunked form pays from N = {since:.0f} on"
-        )
-    B, H, T, D = inputs.q.shape
+    checks.check_dtypes(q, k, v)
+    if isinstance(options.get("cu_seqlens"), Tensor):
+        sequence_bounds(options["cu_seqlens"], q.shape[2])
+    with torch.no_grad(), dispatch.noting() as last_choice:  # run without data: all checks and decisions, no arithmetic
+        function(*map(_without_data, (q, k, v)), **{name: _without_data(value) for name, value in options.items()})
+        inputs, backend, form, with_state = last_choice()
+    asked, length = options.get("form", "auto"), dispatch.effective_length(inputs)
+    if op == "softmax":
+        reason = "softmax has no state to go through"
+    elif asked != "auto":
+        reason = f"form={asked!r} was asked for"
+    else:
+        reason = f"chunked pays from N = {dispatch.chunked_from(op, inputs, with_state):.0f} on; here N = {length:.0f}"
+    packed = inputs.sequences // q.shape[0]
+    T, Tk = q.shape[2] // packed, k.shape[2] // packed
     predicted = cost.attention_cost(
         op,
         form,
-        B=B,
-        H=H,
+        B=inputs.sequences,
+        H=q.shape[1],
         N=T,
-        D=D,
+        D=q.shape[3],
         M=v.shape[3],
-        keys=k.shape[2],
+        keys=max(T, Tk) if inputs.is_causal else Tk,
         is_causal=inputs.is_causal,
-        itemsize=inputs.q.itemsize,
+        itemsize=q.itemsize,
     )
     return dispatch.Explanation(kernel, op, backend, form, reason, dispatch.refusals(op, inputs), predicted)
+
+
+def _without_data(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, QuadraticState | FeatureMapState):
+        return type(value)(*(_without_data(x) for x in value))
+    return value
 
 
 def _resolve(kernel: str, q: Tensor, options: dict[str, Any]) -> tuple[Callable[..., Any], cost.Kernel, dict[str, Any]]:
@@ -358,7 +395,8 @@ def _resolve(kernel: str, q: Tensor, options: dict[str, Any]) -> tuple[Callable[
         entry = (linear_attention, "feature_map", {"feature_map": kernel})
     else:
         raise unknown_name("kernel", kernel, ("softmax", "quadratic", "taylor", *NAMES))
-    accepted = [name for name, p in inspect.signature(entry[0]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    keywords = [name for name, p in inspect.signature(entry[0]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    accepted = [name for name in keywords if name != "feature_map"]  # the kernel's name has said that
     for name in options:
         if name not in accepted:
             raise unknown_name(f"option of kernel {kernel!r}", name, accepted)
@@ -384,8 +422,8 @@ def quadratic_condition(
     with |c0|, |c1|, |c2| in the numerator.
 
     The relative error of row i is about kappa_i times the rounding unit. kappa is near 1 for positive scores and grows
-    without bound as the scores of a row approach -1, where (1 + s)^2 vanishes. Infinite for a row that sees no key.
-    Not differentiable. Complexity: time O(T Tk D), memory O(T).
+    without bound as the scores of a row approach -1, where (1 + s)^2 vanishes. Infinite for a row whose sum
+    vanishes or that sees no key. Not differentiable. Complexity: time O(T Tk D), memory O(T).
 
     Example:
         >>> q = torch.ones(1, 1, 1, 2)
@@ -401,4 +439,5 @@ def quadratic_condition(
     bound = actual._replace(scale=abs(scale), c0=abs(c[0]), c1=abs(c[1]), c2=abs(c[2]))
     with torch.no_grad():
         sums = _quadratic_row_sums(inputs.q, inputs.k, key_mask, cu_seqlens, actual)
-        return _quadratic_row_sums(inputs.q.abs(), inputs.k.abs(), key_mask, cu_seqlens, bound) / sums
+        bounds = _quadratic_row_sums(inputs.q.abs(), inputs.k.abs(), key_mask, cu_seqlens, bound)
+    return (bounds / sums).masked_fill(sums <= 0, math.inf)

@@ -23,7 +23,7 @@ OPERATIONS = ("softmax", "quadratic", "feature_map")
 
 # The modules that each extra of pyproject.toml brings to users.
 EXTRAS = {
-    "bench": ("pytest", "pytest_benchmark", "matplotlib", "tqdm"),
+    "bench": ("pytest", "matplotlib", "tqdm"),
     "train": ("tqdm", "matplotlib"),
     "tracking": ("tensorboard", "wandb", "matplotlib"),
     "triton": ("triton",),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from linattn.errors import StateError
 from linattn.kernels.feature_map.contract import state_shapes as feature_map_shapes
 from linattn.kernels.quadratic.contract import state_shapes as quadratic_shapes
 
@@ -41,7 +42,7 @@ class QuadraticState(NamedTuple):
 
     def merge(self, other: QuadraticState) -> QuadraticState:
         """The state after the keys of both."""
-        return QuadraticState(*(a + b for a, b in zip(self, other, strict=True)))
+        return QuadraticState(*_added(self, other))
 
     @staticmethod
     def empty(
@@ -72,7 +73,7 @@ class FeatureMapState(NamedTuple):
 
     def merge(self, other: FeatureMapState) -> FeatureMapState:
         """The state after the keys of both."""
-        return FeatureMapState(*(a + b for a, b in zip(self, other, strict=True)))
+        return FeatureMapState(*_added(self, other))
 
     @staticmethod
     def empty(
@@ -82,3 +83,14 @@ class FeatureMapState(NamedTuple):
         n, *sums = feature_map_shapes(B, Hkv, C, M)
         zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape in sums)
         return FeatureMapState(torch.zeros(n, dtype=torch.int64, device=device), *zeros)
+
+
+def _added(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> list[Tensor]:
+    if type(a) is not type(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        given = " and ".join(f"{type(state).__name__} {[tuple(x.shape) for x in state]}" for state in (a, b))
+        raise StateError(f"merge adds two states of one kind and shape; given: {given}")
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+# So that `torch.load` reads a saved state with its default weights_only=True.
+torch.serialization.add_safe_globals([QuadraticState, FeatureMapState])

@@ -168,16 +168,16 @@ def test_implemented_flops_are_those_of_the_reference_path(
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", H * tile * tile)
     q, k, v = (torch.randn(1, H, N, size) for size in (D, D, M))
     options = Options(is_causal, 0, 1.0, 1.0, 2.0, 1.0, True)
-    call = (None, None, [], options, Plan(False, form, "reference", chunk))
+    call, plan = (None, None, [], options), Plan(form, "reference", chunk)
 
     def baddbmm_flop(out, a, b, **_):
         return bmm_flop(a, b)
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop}) as counter:
-        out, row_sums, _, saved = reference.forward(q, k, v, *call)
+        out, row_sums, _, saved = reference.forward(q, k, v, *call, False, True, plan)
         counted = counter.get_total_flops()
         if backward:
-            reference.backward(torch.ones_like(out), [], q, k, v, out, row_sums, saved, *call)
+            reference.backward(torch.ones_like(out), [], q, k, v, out, row_sums, saved, *call, [True] * 4, plan)
             counted = counter.get_total_flops() - counted
     sizes = dict(B=1, H=H, N=N, D=D, M=M, is_causal=is_causal, chunk=chunk, backward=backward)
     expected = flops_implemented("quadratic", form, tile=tile, **sizes)

@@ -15,6 +15,7 @@ import torch
 
 from linattn import cli, language, tracking
 from linattn.characters import Characters, Trigram
+from linattn.environment import describe
 from linattn.training import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +47,7 @@ def test_a_quick_run_leaves_everything_behind(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kernel: str
 ) -> None:
     out = tmp_path / "run"
-    assert train("--text", text, "--kernel", kernel, "--quick", "--out", out) == 0
+    assert train("--text", text, "--kernel", kernel, "--quick", "--device", "cpu", "--out", out) == 0
     names = {"checkpoint.pt", "history.jsonl", "curve.png", "sample.txt", "results.json"}
     assert {path.name for path in out.iterdir()} == names
 
@@ -60,6 +61,7 @@ def test_a_quick_run_leaves_everything_behind(
     assert found["settings"]["kernel"] == kernel
     assert found["settings"]["text"] == "text.txt"
     assert found["environment"]["torch"] == torch.__version__
+    assert found["environment"]["device"] == describe(torch.device(found["settings"]["device"])).device
     line = characters.decode(characters.validation).split("\n")[1]
     sample = (out / "sample.txt").read_text()
     assert sample.startswith(line + "\n")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from linattn import training
 from linattn.errors import ArgumentError, CheckpointError, MissingExtraError
-from linattn.files import atomic_file
 from linattn.tracking import TensorBoardTracker
 from linattn.training import (
     CHECKPOINT_NAME,
@@ -343,18 +342,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         make(width=9).restore(read_checkpoint(path), path)
     with pytest.raises(CheckpointError, match="optimizer"):
         make().restore({k: v for k, v in read_checkpoint(path).items() if k != "optimizer"}, path)
-
-
-def test_atomic_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file"
-    with atomic_file(path) as file:
-        file.write(b"one")
-        assert not path.exists()
-    with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
-        file.write(b"two")
-        1 / 0  # noqa: B018
-    assert path.read_bytes() == b"one"
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:

@@ -19,6 +19,14 @@ def derivative_wanted(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def distinct(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same tensors as separate objects: a compiled autograd.Function refuses one tensor given twice."""
+    if torch.compiler.is_compiling():
+        k = k.view_as(k) if k is q else k
+        v = v.view_as(v) if v is q or v is k else v
+    return q, k, v
+
+
 def first_derivative_only(op: str, gradients: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Make a second backward pass through `gradients` raise, instead of silently returning nothing."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

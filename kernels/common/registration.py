@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,15 +23,20 @@ def define(schema: str, fake: Callable[..., Any], run: Callable[..., Any]) -> No
 
     def guarded(*arguments: Any) -> Any:
         device = next(x for x in arguments if isinstance(x, torch.Tensor)).device.type
-        with torch.no_grad():  # derivatives are the business of autograd.py, also inside a backward pass
-            if torch.is_autocast_enabled(device):  # inputs were cast already; sums inside stay in full precision
-                with torch.autocast(device, enabled=False):
-                    return run(*arguments)
+        # Derivatives are the business of autograd.py, also inside a backward pass. Inputs were autocast already.
+        with torch.no_grad(), full_precision(device):
             return run(*arguments)
 
     _library.define(schema)
     _library.impl(name, guarded, "CompositeExplicitAutograd")
     torch.library.register_fake(f"linattn::{name}", fake, lib=_library)
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast inside: sums stay in the accumulation dtype."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def implementation(backends: dict[str, str], backend: str) -> Any:

@@ -7,5 +7,5 @@ import functools
 from ..common.stateful import attend
 from . import ops as ops  # registers the schemas
 
-# (q, k, v, key_mask, cu_seqlens, initial_state, options, plan) -> out, state
+# (q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, plan) -> out, state
 feature_map = functools.partial(attend, "feature_map")

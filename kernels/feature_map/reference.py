@@ -36,11 +36,13 @@ def forward(
     cu_seqlens: Tensor | None,
     initial_state: State,
     options: Options,
+    return_state: bool,
+    save: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, State, State]:
     out = empty_in_storage_order(q, v.shape[3])
     problem = _problem(q, k, v, key_mask, options)
-    return out, *attention.forward(problem, out, cu_seqlens, initial_state, plan), []
+    return out, *attention.forward(problem, out, cu_seqlens, initial_state, return_state, plan), []
 
 
 def backward(
@@ -56,10 +58,13 @@ def backward(
     cu_seqlens: Tensor | None,
     initial_state: State,
     options: Options,
+    wanted: list[bool],
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     problem = _problem(q, k, v, key_mask, options)
-    dphi_q, dphi_k, dv, dinitial = attention.backward(problem, cu_seqlens, initial_state, dstate, dout, out, l, plan)
+    dphi_q, dphi_k, dv, dinitial = attention.backward(
+        problem, cu_seqlens, initial_state, dstate, dout, out, l, wanted[3], plan
+    )
     dq, dk = _pullback(options.feature_map, dphi_q, q), _pullback(options.feature_map, dphi_k, k)
     if key_mask is not None:  # padding may hold NaN, where the map has no slope
         dk.masked_fill_(~key_mask[:, None, :, None], 0)

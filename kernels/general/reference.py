@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linattn.errors import ArgumentError, ShapeError
 
+from ..common.registration import full_precision
 from ..common.tiles import Tiles, spans
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +51,8 @@ def _tile(sim: Similarity, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | Non
     _check_non_negative(p)
     accumulate = torch.promote_types(p.dtype, torch.float32)
     p = p.to(accumulate)
-    return p @ v.to(accumulate), p.sum(-1)
+    with full_precision(p.device.type):
+        return p @ v.to(accumulate), p.sum(-1)
 
 
 def _check_non_negative(p: Tensor) -> None:
@@ -69,6 +71,12 @@ class Argmax(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision(q.device.type):  # rounded scores tie where exact ones do not
+            index = Argmax.best_keys(q, k, v)
+        return v.gather(2, index[..., None].expand(*index.shape, v.shape[3])), index
+
+    @staticmethod
+    def best_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tiles = Tiles(q, k, v, None, False, 0, 1.0)
         length = tiles.tile_length()
         index = torch.empty(q.shape[:3], dtype=torch.int64, device=q.device)
@@ -81,7 +89,7 @@ class Argmax(torch.autograd.Function):
                 winner = torch.where(score > best, j + j0, winner)
                 best = torch.maximum(best, score)
             index[:, :, i0:i1] = tiles.unfold(winner)
-        return v.gather(2, index[..., None].expand(*index.shape, v.shape[3])), index
+        return index
 
     @staticmethod
     def setup_context(ctx, inputs, output):

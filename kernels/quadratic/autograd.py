@@ -11,12 +11,12 @@ from ..common.stateful import Plan, attend
 from . import ops as ops  # registers the schemas
 from .contract import Options
 
-# (q, k, v, key_mask, cu_seqlens, initial_state, options, plan) -> out, state
+# (q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, plan) -> out, state
 quadratic = functools.partial(attend, "quadratic")
 
 
 def row_sums(q: Tensor, k: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options) -> Tensor:
     """The normaliser alone, `[B, H, T]`, from scores."""
-    how = Plan(return_state=False, form="direct", backend="reference")
-    arguments = (*options, how.return_state, how.form, how.chunk_size, how.backend)
+    plan = Plan("direct", "reference")
+    arguments = (*options, False, False, plan.form, plan.chunk_size, plan.backend)
     return torch.ops.linattn.quadratic_fwd(q, k, k[..., :1], key_mask, cu_seqlens, [], *arguments)[1]

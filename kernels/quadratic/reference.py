@@ -31,11 +31,13 @@ def forward(
     cu_seqlens: Tensor | None,
     initial_state: State,
     options: Options,
+    return_state: bool,
+    save: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, State, State]:
     out = empty_in_storage_order(q, v.shape[3])
     problem = _problem(q, k, v, key_mask, options)
-    return out, *attention.forward(problem, out, cu_seqlens, initial_state, plan), []
+    return out, *attention.forward(problem, out, cu_seqlens, initial_state, return_state, plan), []
 
 
 def backward(
@@ -51,7 +53,8 @@ def backward(
     cu_seqlens: Tensor | None,
     initial_state: State,
     options: Options,
+    wanted: list[bool],
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     problem = _problem(q, k, v, key_mask, options)
-    return attention.backward(problem, cu_seqlens, initial_state, dstate, dout, out, l, plan)
+    return attention.backward(problem, cu_seqlens, initial_state, dstate, dout, out, l, wanted[3], plan)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..common.derivative import derivative_wanted, first_derivative_only
+from ..common.derivative import derivative_wanted, distinct, first_derivative_only
 from . import ops as ops  # registers the schemas
 
 
@@ -25,10 +25,10 @@ def softmax(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    inputs = (q, k, v, key_mask, cu_seqlens, is_causal, q_offset, scale, backend)
+    options = (key_mask, cu_seqlens, is_causal, q_offset, scale, backend)
     if derivative_wanted(q, k, v):
-        return Softmax.apply(*inputs)[0]
-    return torch.ops.linattn.softmax_fwd(*inputs)[0]
+        return Softmax.apply(*distinct(q, k, v), *options)[0]
+    return torch.ops.linattn.softmax_fwd(q, k, v, *options)[0]
 
 
 class Softmax(torch.autograd.Function):

@@ -81,14 +81,14 @@ def _op_arguments(name: str, case: str, layout: Layout) -> tuple[Any, ...]:
         collect = truth_quadratic_state if operation == "quadratic" else truth_feature_state
         state = [t.float() if t.is_floating_point() else t for t in collect(k, v)]
     options = (True, 0, 0.5, *kind, True)
-    forward = (q, k, v, key_mask, cu_seqlens, state, *options, case == "stateful", form, 0, "reference")
+    forward = (q, k, v, key_mask, cu_seqlens, state, *options, case == "stateful", True, form, 0, "reference")
     if direction == "fwd":
         return forward
     out, row_sums, final, saved = getattr(torch.ops.linattn, f"{operation}_fwd")(*forward)
     upstream = [torch.randn_like(t) for t in final[1:]]
     return (
-        torch.randn_like(out), upstream, q, k, v, out, row_sums, saved, key_mask, cu_seqlens, state, *options, form, 0,
-        "reference",
+        torch.randn_like(out), upstream, q, k, v, out, row_sums, saved, key_mask, cu_seqlens, state, *options, [True] * 4,
+        form, 0, "reference",
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_any_chunk_size_gives_the_same(form: str, chunk_size: int) -> None:
     linattn.quadratic_attention(q, k, v)
     options = (True, 0, 1.0, 1.0, 2.0, 1.0, True)
     out, row_sums, state, saved = torch.ops.linattn.quadratic_fwd(
-        q, k, v, None, None, [], *options, True, form, chunk_size, "reference"
+        q, k, v, None, None, [], *options, True, True, form, chunk_size, "reference"
     )
     assert_close_to_truth(out, truth_quadratic(q, k, v, is_causal=True))
     for actual, expected in zip(state[1:], truth_quadratic_state(k, v)[1:], strict=True):
@@ -140,7 +140,8 @@ def test_any_chunk_size_gives_the_same(form: str, chunk_size: int) -> None:
     expected = torch.autograd.grad(truth_quadratic(*leaves, is_causal=True), leaves, upstream)
     zeros = [torch.zeros_like(t) for t in state[1:]]
     *actual, initial = torch.ops.linattn.quadratic_bwd(
-        upstream, zeros, q, k, v, out, row_sums, saved, None, None, [], *options, form, chunk_size, "reference"
+        *(upstream, zeros, q, k, v, out, row_sums, saved, None, None, []),
+        *(*options, [True] * 4, form, chunk_size, "reference"),
     )
     assert initial == []
     for a, e in zip(actual, expected, strict=True):

@@ -38,7 +38,13 @@ def load_rows(problem: Problem, dout: Tensor, out: Tensor, row_sums: Tensor, i0:
 
 
 def backward(
-    problem: Problem, dout: Tensor, out: Tensor, row_sums: Tensor, sums: KeySums, dsums: KeySumGradients
+    problem: Problem,
+    dout: Tensor,
+    out: Tensor,
+    row_sums: Tensor,
+    sums: KeySums,
+    dsums: KeySumGradients,
+    want_initial: bool,
 ) -> Gradients:
     """Return dq, dk, dv. `sums` holds keys before this call's; `dsums` starts as the gradients to the sums after it
     and ends as those to the sums before it."""
@@ -52,7 +58,8 @@ def backward(
         dx = torch.zeros_like(rows.x)
         if sums.any:
             dx += sums.query_gradient(rows.x, rows.do, rows.delta)
-            dsums.add(rows.x, rows.do, rows.delta)
+            if want_initial:
+                dsums.add(rows.x, rows.do, rows.delta)
         for j0, j1 in spans(0, problem.visible_keys(i1), length):
             add_tile_gradients(problem, rows, j0, j1, dx, gradients)
         gradients.add_query(i0, i1, dx, problem.scale)

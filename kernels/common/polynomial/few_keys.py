@@ -43,9 +43,12 @@ class FewKeyRows:
     @staticmethod
     def find(problem: Problem, before: list[Tensor]) -> FewKeyRows | None:
         """None if every row has seen at least 16 keys, or some of them stand in the state `before` this call."""
-        if problem.key_mask is None or problem.degree == 1:
+        if problem.degree == 1 or (problem.key_mask is None and not before):
             return None
-        seen = problem.key_mask.cumsum(1)
+        key_mask = problem.key_mask
+        if key_mask is None:  # a state may be empty: then its rows are as poor in keys as those under a mask
+            key_mask = torch.ones(problem.k.shape[0], problem.Tk, dtype=torch.bool, device=problem.k.device)
+        seen = key_mask.cumsum(1)
         if problem.is_causal:
             last = torch.arange(problem.Tq, device=seen.device) + problem.q_offset
             seen = seen[:, last.clamp(0, problem.Tk - 1)].masked_fill(last < 0, 0)
@@ -54,7 +57,7 @@ class FewKeyRows:
         few = seen < DIRECT_KEYS
         if before:
             few = few & (before[0] == 0)[:, None]
-        return FewKeyRows(problem, problem.key_mask, few, before) if few.any() else None
+        return FewKeyRows(problem, key_mask, few, before) if few.any() else None
 
     def forward(self, out: Tensor, row_sums: Tensor) -> None:
         """Overwrite the rows concerned."""
@@ -74,7 +77,8 @@ class FewKeyRows:
         """Add the gradients of the rows concerned; `dsums` are those to the sums before this call."""
         dout = dout[:, :, : self.Tq].masked_fill(~self.few[:, :, : self.Tq, None], 0)
         sums, mine_sums = KeySums(self.problem, self.before), KeySumGradients(self.problem)
-        mine = direct.backward(self.problem, dout, out[:, :, : self.Tq], row_sums[:, :, : self.Tq], sums, mine_sums)
+        rows = (dout, out[:, :, : self.Tq], row_sums[:, :, : self.Tq])
+        mine = direct.backward(self.problem, *rows, sums, mine_sums, want_initial=True)
         if mine_sums.any:
             dsums.merge(mine_sums)
         gradients.dq[:, :, : self.Tq] += mine.dq

@@ -22,13 +22,15 @@ class Problem(Tiles):
     def similarity(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         """p(s) of a tile, and dp/ds (None where it is the constant c1).
 
-        Degree 2 is evaluated as c2 (s + b)^2 + r, which cannot turn negative by rounding where the polynomial touches
-        zero.
+        To normalise, degree 2 is evaluated as c2 (s + b)^2 + r, which cannot turn negative by rounding where the
+        polynomial touches zero. Otherwise its root may be far from all scores, and the square would lose their digits.
         """
         c0, c1, c2 = self.coefficients
         s = x @ k.mT
         if self.degree == 1:
             return s.mul_(c1), None
+        if not self.normalize:
+            return (c2 * s + c1) * s + c0, s.mul_(2 * c2).add_(c1)
         b, r = complete_square(self.coefficients)
         t = s.add_(b)
         p = t.square()
@@ -57,7 +59,7 @@ class Problem(Tiles):
 
 
 def complete_square(coefficients: Coefficients) -> tuple[float, float]:
-    """b and r of c0 + c1 s + c2 s^2 = c2 (s + b)^2 + r; an r within rounding of zero is zero."""
+    """b and r of c0 + c1 s + c2 s^2 = c2 (s + b)^2 + r; an r that is negative by rounding only is zero."""
     c0, c1, c2 = coefficients
     r = c0 - c1 * c1 / (4 * c2)
-    return c1 / (2 * c2), 0.0 if abs(r) <= 1e-12 * abs(c0) else r
+    return c1 / (2 * c2), max(r, 0.0) if abs(r) <= 1e-9 * abs(c0) else r

@@ -85,9 +85,10 @@ def backward(
     sums: KeySums,
     dsums: KeySumGradients,
     chunk: int,
+    want_initial: bool,
 ) -> Gradients:
-    """Return dq, dk, dv. `sums` starts as before the call; `dsums` starts as the gradients to the sums after it and
-    ends as those to the sums before it."""
+    """Return dq, dk, dv. `sums` starts as before the call; `dsums` starts as the gradients to the sums after it and,
+    if these are wanted, ends as those to the sums before it."""
     steps = schedule(problem, chunk)
     last_read = read_by_later_rows(steps)
     gradients = Gradients.zeros(problem)
@@ -97,14 +98,16 @@ def backward(
             gradients.add_query(i0, i1, sums.query_gradient(rows.x, rows.do, rows.delta), problem.scale)
         if j1 > j0 and index < last_read:
             sums.add(j0, j1)
-    for i0, i1, j0, j1 in reversed(steps):  # uphill: keys learn what later rows made of them
+    first_fold = next((index for index, step in enumerate(steps) if step.j1 > step.j0), 0)
+    for index, (i0, i1, j0, j1) in reversed(list(enumerate(steps))):  # uphill: keys learn what later rows made of them
         if j1 > j0 and dsums.any:
             gradients.add_key(j0, j1, *dsums.key_gradient(j0, j1))
         if i1 > i0:
             rows = load_rows(problem, dout, out, row_sums, i0, i1)
             if j1 > j0:
                 add_chunk_gradients(problem, rows, j0, j1, gradients)
-            dsums.add(rows.x, rows.do, rows.delta)
+            if want_initial or index > first_fold:
+                dsums.add(rows.x, rows.do, rows.delta)
     return gradients
 
 
