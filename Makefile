@@ -23,8 +23,8 @@ READY := $(abspath $(VENV))/.ready
 endif
 
 NATIVE := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.hpp kernels/*/*.cpp kernels/*/*.hpp)
-PUBLIC := $(patsubst linattn/%.py,linattn.%,$(filter-out linattn/_%,$(wildcard linattn/*.py))) $(addprefix linattn.,autoencoders rnn bench)
-ROOMS := kernels autoencoders rnn bench
+PUBLIC := $(patsubst linattn/%.py,linattn.%,$(filter-out linattn/_%,$(wildcard linattn/*.py))) $(addprefix linattn.,autoencoders rnn bench examples)
+ROOMS := kernels autoencoders rnn bench examples
 
 .PHONY: demo test bench gpu lint contract types docs clean setup tree
 .DEFAULT_GOAL := test

@@ -31,6 +31,13 @@ COMMANDS = {
     "explain": Command("linattn.explain_command", "which backend and form a call would take, why, and at what cost"),
     "crossover": Command("linattn.bench.crossover", "measure from which length on the linear form is the faster one"),
     "train lm": Command("linattn.language", "train a character language model on a text file"),
+    "runs": Command("linattn.runs", "list training runs and compare their histories, in a table and a figure"),
+    "study scaling": Command("linattn.examples.scaling", "why scores are divided by sqrt(D)"),
+    "study argmax": Command("linattn.examples.argmax", "looking up the best key, and why it cannot learn"),
+    "study kernels": Command("linattn.examples.kernels", "similarities that keep the denominator away from zero"),
+    "study karate": Command("linattn.examples.karate", "Zachary's karate club by graph convolution and by attention"),
+    "study accumulation": Command("linattn.examples.accumulation", "micro-batches under BatchNorm and LayerNorm"),
+    "study depth": Command("linattn.examples.depth", "plain and residual networks of 20 and 56 layers"),
 }
 
 

@@ -25,6 +25,7 @@ OPERATIONS = ("softmax", "quadratic", "feature_map")
 EXTRAS = {
     "bench": ("pytest", "matplotlib", "tqdm"),
     "train": ("tqdm", "matplotlib"),
+    "tracking": ("tensorboard", "wandb", "matplotlib"),
     "triton": ("triton",),
 }
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from linattn import tracking
 from linattn.characters import Characters, Trigram, consecutive_windows, random_windows
 from linattn.environment import describe, pick_device
 from linattn.errors import ArgumentError, CheckpointError, DataError, MissingExtraError
 from linattn.files import atomic_file
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.modules import LayerKind
-from linattn.tracking import TensorBoardTracker
 from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig, read_checkpoint
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     start.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
     parser.add_argument("--no-figure", action="store_true", help="do not draw curve.png, which needs matplotlib")
-    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard in the folder")
+    tracking.add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds, to see that all works")
 
 
@@ -176,8 +176,7 @@ def run(args: argparse.Namespace) -> int:
     trainer.on_record = lambda record: _print_record(record, trigram)
     if checkpoint is not None:
         trainer.restore(checkpoint, path)
-    if args.tensorboard:
-        trainer.tracker = TensorBoardTracker(out / "tensorboard", resumed_at=trainer.step if args.resume else None)
+    trainer.tracker = tracking.open_tracker(args, out, resumed_at=trainer.step if args.resume else None)
     _print_heading(settings, text, model, trigram)
 
     if not trainer.run():

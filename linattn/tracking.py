@@ -1,8 +1,14 @@
-"""Experiment tracking: where a trainer sends scalars, figures and hyper-parameters. Off unless a tracker is given."""
+"""Experiment tracking: where a trainer sends scalars, figures and hyper-parameters. Off unless a tracker is given.
+
+A command that trains calls `add_arguments` for the flags `--tensorboard` and `--wandb` and `open_tracker` for what was
+asked for. `linattn runs` compares runs without either.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,11 +71,111 @@ class TensorBoardTracker:
         self._writer.add_figure(name, figure, step, close=False)
 
     def hyperparameters(self, values: Mapping[str, object], results: Mapping[str, float]) -> None:
-        shown = {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in values.items()
-        }
         # run_name="." keeps them in this run's folder; the default would open a second run beside it.
-        self._writer.add_hparams(shown, dict(results), run_name=".")
+        self._writer.add_hparams(_plain(values), dict(results), run_name=".")
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WandbTracker:
+    """Writes a Weights & Biases run into `FOLDER/wandb`, offline: no account is needed and nothing is sent.
+
+    `wandb sync FOLDER/wandb/offline-run-*` uploads it, if and when somebody wants that. A session that resumes a run
+    becomes a run of its own in the same group, which is named after the folder.
+
+    Args:
+        folder: of the run; its name is the run's name.
+        project: under which a later upload files the run.
+
+    Raises:
+        MissingExtraError: the package wandb is not installed.
+    """
+
+    def __init__(self, folder: str | Path, *, project: str = "linattn") -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingExtraError("wandb", "tracking", "logging to Weights & Biases") from error
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._image = wandb.Image
+        self._run: Any = wandb.init(
+            mode="offline",
+            project=project,
+            name=folder.name,
+            group=folder.name,
+            dir=folder,
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def figure(self, step: int, name: str, figure: Figure) -> None:
+        self._run.log({name: self._image(figure)}, step=step)
+
+    def hyperparameters(self, values: Mapping[str, object], results: Mapping[str, float]) -> None:
+        self._run.config.update(_plain(values))
+        self._run.summary.update(dict(results))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackers:
+    """Several trackers as one: each gets everything, in order."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self.trackers = tuple(trackers)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.scalars(step, values)
+
+    def figure(self, step: int, name: str, figure: Figure) -> None:
+        for tracker in self.trackers:
+            tracker.figure(step, name, figure)
+
+    def hyperparameters(self, values: Mapping[str, object], results: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.hyperparameters(values, results)
+
+    def close(self) -> None:
+        # The others are closed even when one fails.
+        with ExitStack() as stack:
+            for tracker in reversed(self.trackers):
+                stack.callback(tracker.close)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that a command which trains has for tracking."""
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard in the folder of the run")
+    parser.add_argument(
+        "--wandb",
+        action="store_true",
+        help="log to Weights & Biases in the folder of the run, offline: nothing is sent",
+    )
+
+
+def open_tracker(args: argparse.Namespace, folder: Path, *, resumed_at: int | None = None) -> Tracker | None:
+    """The tracker that the flags of `add_arguments` ask for, or None.
+
+    Args:
+        folder: of the run.
+        resumed_at: step from which a resumed run goes on.
+
+    Raises:
+        MissingExtraError: a package that was asked for is not installed.
+    """
+    trackers: list[Tracker] = []
+    if args.tensorboard:
+        trackers.append(TensorBoardTracker(folder / "tensorboard", resumed_at=resumed_at))
+    if args.wandb:
+        trackers.append(WandbTracker(folder))
+    return Trackers(trackers) if len(trackers) > 1 else next(iter(trackers), None)
+
+
+def _plain(values: Mapping[str, object]) -> dict[str, bool | int | float | str]:
+    """Settings as both services take them: anything but numbers and strings by its name."""
+    return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in values.items()}

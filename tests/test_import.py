@@ -30,7 +30,7 @@ def test_import_adds_no_heavy_module_to_those_that_torch_loads() -> None:
 
 
 def test_rooms_import_at_the_repository_root() -> None:
-    rooms = ["kernels", "rnn", "autoencoders", "bench"]
+    rooms = ["kernels", "rnn", "autoencoders", "bench", "examples"]
     done = fresh_python("; ".join(f"import linattn.{room}; print(linattn.{room}.__file__)" for room in rooms))
     assert done.returncode == 0, done.stderr
     assert [Path(line) for line in done.stdout.splitlines()] == [ROOT / room / "__init__.py" for room in rooms]

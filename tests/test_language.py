@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from linattn import cli, language
+from linattn import cli, language, tracking
 from linattn.characters import Characters, Trigram
 from linattn.environment import describe
 from linattn.training import read_checkpoint
@@ -252,7 +252,7 @@ def test_the_tracker_gets_curve_and_hyperparameters(
         def close(self) -> None:
             calls.append("close")
 
-    monkeypatch.setattr(language, "TensorBoardTracker", Recorder)
+    monkeypatch.setattr(tracking, "TensorBoardTracker", Recorder)
     out = tmp_path / "run"
     assert train("--text", text, "--quick", "--out", out, "--tensorboard") == 0
     assert calls == ["scalars"] * 3 + ["figure", "hyperparameters", "close"]
@@ -280,7 +280,7 @@ def test_a_tracker_without_a_figure_needs_no_matplotlib(
         def __getattr__(self, name: str) -> Any:
             return lambda *_: calls.append(name)
 
-    monkeypatch.setattr(language, "TensorBoardTracker", Recorder)
+    monkeypatch.setattr(tracking, "TensorBoardTracker", Recorder)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = tmp_path / "run"

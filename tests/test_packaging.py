@@ -22,7 +22,7 @@ import linattn
 from linattn import info
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("autoencoders", "bench", "kernels", "rnn")
+ROOMS = ("autoencoders", "bench", "examples", "kernels", "rnn")
 
 
 def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> str:

@@ -1,0 +1,19 @@
+"""Studies: one short script each, over library code, offline, in under 2 minutes on 2 cores.
+
+    linattn study NAME              or, from a checkout, python examples/NAME.py
+
+Each prints a table and leaves `figure.png` and `result.json` (its claims, the measured values, the limits) in
+`runs/studies/NAME`. The exit status is 0 when every claim held and 1 when one did not.
+
+    scaling         why the scores are divided by sqrt(D)
+    argmax          looking up the best key, and why it cannot learn
+    kernels         which similarities keep the denominator away from zero; the exact quadratic feature map
+    karate          Zachary's karate club, by graph convolution and by graph attention
+    accumulation    micro-batches under BatchNorm and LayerNorm; the loop that forgets zero_grad()
+    depth           plain and residual networks of 20 and 56 layers
+
+    study.py        what they share: claims, figures, result files
+    karate_club.py  the 78 friendships and both clubs
+    digits.py       scikit-learn's handwritten digits as tensors
+    convnets.py     the convolutional networks of `accumulation` and `depth`
+"""
