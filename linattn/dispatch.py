@@ -23,7 +23,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "feature_map": tuple(FEATURE_MAP),
 }
 CHUNKED_OVERHEAD = {False: 200, True: 1000}
-"""By is_causal: how many tokens longer than by flops alone a sequence must be for the chunked quadratic reference to win.
+"""By is_causal: how much longer than by flops alone a sequence must be for the chunked quadratic reference to win.
 Measured for D = 16, 32, 64 on CPU: bench/results/cpu-2core-avx512, N* against our direct form."""
 
 
