@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 
 import pytest
 import torch
@@ -249,10 +247,3 @@ def test_autocast(kind: type[Autoencoder]) -> None:
 def test_bad_input(build: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
-
-
-@pytest.mark.parametrize("module", ["autoencoder", "corruption", "synthetic"])
-def test_examples_in_docstrings(module: str) -> None:
-    results = doctest.testmod(importlib.import_module(f"linattn.autoencoders.{module}"))
-    assert results.attempted > 0
-    assert results.failed == 0

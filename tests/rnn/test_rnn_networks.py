@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 
 import pytest
 import torch
@@ -344,10 +342,3 @@ def test_bad_states(net: nn.Module, initial: object, error: type[Exception], mes
 def test_bad_arguments(build: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
-
-
-@pytest.mark.parametrize("module", ["layers", "stacks", "regression", "scalar"])
-def test_examples_in_docstrings(module: str) -> None:
-    results = doctest.testmod(importlib.import_module(f"linattn.rnn.{module}"))
-    assert results.attempted > 0
-    assert results.failed == 0
