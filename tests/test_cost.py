@@ -7,7 +7,6 @@ import math
 
 import pytest
 
-from linattn import cost
 from linattn.cost import (
     attention_cost,
     crossover,
