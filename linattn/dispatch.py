@@ -114,8 +114,7 @@ def refusals(op: str, inputs: Inputs) -> dict[str, str]:
 
 
 def choose_backend(op: str, backend: str, inputs: Inputs) -> str:
-    """The backend named by the call, by `use_backend`, or the first that can run these inputs. The reference always
-    can."""
+    """The backend that the call or `use_backend` names, or the first that can run it; the reference always can."""
     named = _chosen.backend if backend == "auto" else backend
     refused = refusals(op, inputs)
     if named == "auto":

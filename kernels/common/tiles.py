@@ -150,8 +150,10 @@ class Tiles:
 
 
 class Gradients(NamedTuple):
-    """What a backward pass fills, in the accumulation dtype: dq `[B*Hkv, G, Tq, D]`, dk `[B*Hkv, Tk, D]`, dv `[B*Hkv,
-    Tk, M]`."""
+    """What a backward pass fills, in the accumulation dtype.
+
+    dq `[B*Hkv, G, Tq, D]`, dk `[B*Hkv, Tk, D]`, dv `[B*Hkv, Tk, M]`.
+    """
 
     dq: Tensor
     dk: Tensor
