@@ -297,7 +297,8 @@ def argmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out_i = v_j,    j = argmax_j q_i.k_j    (the first of equals)
 
     The limit of softmax attention at falling temperature. Its gradient to q and k is zero wherever it exists, so
-    queries and keys cannot learn; values can. Complexity: time O(T Tk D), memory O(T M) and one tile.
+    queries and keys cannot learn; values can. NaN scores never win. Complexity: time O(T Tk D), memory O(T M) and one
+    tile; compiled once for each length.
 
     Example:
         >>> k = torch.tensor([[1.0, 2, 0], [0, 3, 4], [5, 0, 0], [0, 0, 1]]).view(1, 1, 4, 3)

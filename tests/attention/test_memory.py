@@ -60,8 +60,8 @@ def _peaks(name: str, lengths: tuple[int, ...], **options: object) -> list[float
 @pytest.mark.parametrize(("name", "options", "lengths"), [
     ("quadratic_attention", {"form": "chunked"}, (8192, 16384, 32768)),
     ("linear_attention", {"form": "chunked"}, (8192, 16384, 32768)),
-    ("quadratic_attention", {"form": "direct"}, (2048, 4096, 8192)),
-    ("softmax_attention", {"backend": "reference"}, (2048, 4096, 8192)),
+    ("quadratic_attention", {"form": "direct"}, (8192, 16384, 32768)),
+    ("softmax_attention", {"backend": "reference"}, (8192, 16384, 32768)),
     ("kernel_attention", {}, (2048, 4096, 8192)),
 ], ids=["quadratic chunked", "linear chunked", "quadratic direct", "softmax", "kernel"])  # fmt: skip
 def test_grows_linearly(name: str, options: dict[str, str], lengths: tuple[int, ...]) -> None:
