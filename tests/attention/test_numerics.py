@@ -244,3 +244,31 @@ def test_the_taylor_similarity_is_never_below_one_half(form: str) -> None:
     sims = linattn.quadratic_attention(q, one, one, **options).flatten()
     assert sims.min().item() == pytest.approx(0.5, abs=1e-12) == sims[10].item(), "s = -1 is the minimum"
     assert torch.allclose(sims, 1 + scores + scores**2 / 2)
+
+
+def test_why_rows_of_few_keys_are_computed_from_their_scores() -> None:
+    """The experiment behind the rule of 16 keys (kernels/quadratic/README.md): the same rows read from a state."""
+    draws, D = 400, 64
+    q, k, v = (torch.randn(draws, 1, 20, D, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    truth = truth_quadratic(q.double(), k.double(), v.double(), is_causal=True, scale=D**-0.5)
+    out = linattn.quadratic_attention(q, k, v, is_causal=True, scale=D**-0.5, form="recurrent")
+    nothing, unseen = torch.zeros(draws, 1, 1, D), torch.zeros(draws, 1, dtype=torch.bool)
+
+    def errors(rows: torch.Tensor, i: int) -> torch.Tensor:
+        expected = truth[:, :, i : i + 1]
+        return ((rows - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+
+    read, computed = [], []
+    for i in range(20):
+        row = q[:, :, i : i + 1]
+        _, state = linattn.quadratic_attention(row, k[:, :, : i + 1], v[:, :, : i + 1], return_state=True)
+        through_state = linattn.quadratic_attention(
+            row, nothing, nothing, key_mask=unseen, initial_state=state, scale=D**-0.5, form="chunked"
+        )
+        read.append(errors(through_state, i))
+        computed.append(errors(out[:, :, i : i + 1], i))
+    first_three = torch.stack(read[:3])
+    assert 0.05 < (first_three > 1e-5).any(0).double().mean() < 0.3
+    assert first_three.max() > 1e-2
+    assert max(e.max() for e in read[15:]) < 1e-5
+    assert max(e.max() for e in computed) < 1e-5
