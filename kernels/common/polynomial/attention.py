@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..allocation import empty_row_sums
+from ..allocation import empty_in_storage_order, empty_row_sums
 from ..stateful import Plan
 from ..tiles import Gradients, Outputs, sequences, spans
 from . import direct, scan
@@ -16,39 +18,69 @@ from .state import KeySumGradients, KeySums
 State = list[Tensor]
 
 
-def forward(
-    problem: Problem, out: Tensor, cu_seqlens: Tensor | None, initial_state: State, return_state: bool, plan: Plan
-) -> tuple[Tensor, State]:
-    """Fill out; return row sums and the state after all keys (empty unless asked for)."""
-    row_sums = empty_row_sums(problem.q)
-    states = []
-    for part, rows, i in sequences(problem, cu_seqlens):
-        before = _of_sequence(initial_state, i)
-        states.append(_forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, return_state, plan))
-    return row_sums, joined(states)
+class Reference:
+    """The backend "reference" of an op with a state (contract: kernels/common/stateful.py); it saves nothing.
 
+    `problem_of(q, k, v, key_mask, options)` says what similarity the op's options stand for. Where it maps q and k,
+    `pullback(options, dphi, x)` takes a gradient to what it made of x on to x.
+    """
 
-def backward(
-    problem: Problem,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    dstate: State,
-    dout: Tensor,
-    out: Tensor,
-    row_sums: Tensor,
-    want_initial: bool,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, State]:
-    """Return dq, dk, dv and the gradients to the initial state (without n; empty if there was none)."""
-    outputs = Outputs.empty(problem)
-    dinitial = []
-    for part, rows, i in sequences(problem, cu_seqlens):
-        states = (_of_sequence(initial_state, i), _of_sequence(dstate, i))
-        whole = (dout[:, :, rows], out[:, :, rows], row_sums[:, :, rows])
-        gradients, dbefore = _backward_one(part, *states, *whole, want_initial and bool(initial_state), plan)
-        dinitial.append(dbefore)
-        outputs.store(rows, gradients)
-    return *outputs, joined(dinitial)
+    def __init__(self, problem_of: Callable[..., Problem], pullback: Callable[..., Tensor] | None = None) -> None:
+        self.problem_of, self.pullback = problem_of, pullback
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        initial_state: State,
+        options: tuple,
+        return_state: bool,
+        save: bool,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor, State, State]:
+        problem = self.problem_of(q, k, v, key_mask, options)
+        out, row_sums = empty_in_storage_order(q, v.shape[3]), empty_row_sums(q)
+        states = []
+        for part, rows, i in sequences(problem, cu_seqlens):
+            before = _of_sequence(initial_state, i)
+            states.append(_forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, return_state, plan))
+        return out, row_sums, joined(states), []
+
+    def backward(
+        self,
+        dout: Tensor,
+        dstate: State,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        l: Tensor,
+        saved: State,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        initial_state: State,
+        options: tuple,
+        wanted: list[bool],
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        problem = self.problem_of(q, k, v, key_mask, options)
+        outputs, want_initial = Outputs.empty(problem), wanted[3] and bool(initial_state)
+        dinitial = []
+        for part, rows, i in sequences(problem, cu_seqlens):
+            states = (_of_sequence(initial_state, i), _of_sequence(dstate, i))
+            whole = (dout[:, :, rows], out[:, :, rows], l[:, :, rows])
+            gradients, dbefore = _backward_one(part, *states, *whole, want_initial, plan)
+            dinitial.append(dbefore)
+            outputs.store(rows, gradients)
+        dq, dk, dv = outputs
+        if self.pullback is not None:
+            dq, dk = self.pullback(options, dq, q), self.pullback(options, dk, k)
+            if key_mask is not None:  # padding may hold NaN, where a map has no slope
+                dk.masked_fill_(~key_mask[:, None, :, None], 0)
+        return dq, dk, dv, joined(dinitial)
 
 
 def _of_sequence(state: State, i: int | None) -> State:
@@ -107,4 +139,4 @@ def _backward_one(
         gradients = scan.backward(problem, others, out, row_sums, sums, dsums, chunk, want_initial)
         if few:
             few.backward(dout, out, row_sums, gradients, dsums)
-    return gradients, dsums.canonical() if want_initial else []
+    return gradients, dsums.canonical_sums() if want_initial else []

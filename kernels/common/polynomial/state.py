@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,44 +13,73 @@ from .features import features_for
 from .problem import Problem
 
 
-class KeySums:
-    """What every query needs to know of the keys seen so far.
+class Sums(abc.ABC):
+    """The layout that sums over keys and the gradients to them share.
 
-    S `[batch, F, M]` sums phi(k) v^T; the row sum needs no feature map: it comes from n `[B]`, the sum of k and the
-    sum of k k^T.
+    S `[batch, F, M]` belongs to phi(k) v^T, k_sum to k and kk to k k^T. Canonical sums are the tensors of a state
+    without n: k_sum, kk, v_sum, kv, kkv, or f_sum, fv.
     """
 
-    def __init__(self, problem: Problem, canonical: list[Tensor] | tuple[Tensor, ...] = ()) -> None:
-        """Start from the canonical state `canonical` (its tensors with n first), or from no keys."""
+    def __init__(self, problem: Problem, canonical: Sequence[Tensor]) -> None:
         self.problem = problem
         self.features = features_for(problem.D, problem.degree)
         self.weights = self.features.weights(problem.coefficients, problem.zeros(0))
-        B, H, D, M = problem.k.shape[0], problem.batch, problem.D, problem.M
-        self.any = bool(canonical)  # whether there is anything to read
-        self.n = canonical[0].clone() if canonical else problem.k.new_zeros(B, dtype=torch.int64)
-        self.k_sum = canonical[1].reshape(H, D).clone() if canonical else problem.zeros(H, D)
-        if problem.degree == 1:
-            if canonical:
-                self.S.copy_(canonical[2].reshape(H, D, M))
+        self.any = bool(canonical)  # whether there is anything in them
+        H, D, M = problem.batch, problem.D, problem.M
+        self.k_sum = canonical[0].reshape(H, D).clone() if canonical else problem.zeros(H, D)
+        if problem.degree == 2:
+            self.kk = canonical[1].reshape(H, D, D).clone() if canonical else problem.zeros(H, D, D)
+        if not canonical:
             return
-        self.kk = canonical[2].reshape(H, D, D).clone() if canonical else problem.zeros(H, D, D)
-        if canonical:
-            self.S[:, 0] = canonical[3].reshape(H, M)
-            self.S[:, self.features.linear] = canonical[4].reshape(H, D, M)
-            self.features.unpack(canonical[5].reshape(H, -1, M), self.S)
+        if problem.degree == 1:
+            self.S.copy_(canonical[1].reshape(H, D, M))
+        else:
+            self.S[:, 0] = canonical[2].reshape(H, M)
+            self.S[:, self.features.linear] = canonical[3].reshape(H, D, M)
+            self._set_products(canonical[4].reshape(H, -1, M))
 
     @functools.cached_property
     def S(self) -> Tensor:
         """Made at first use: the direct form without states never needs it."""
         return self.problem.zeros(self.problem.batch, self.features.size, self.problem.M)
 
-    def canonical(self) -> list[Tensor]:
-        """The sums in the canonical layout that every backend shares: n, k_sum, kk, v_sum, kv, kkv or n, f_sum, fv."""
+    def canonical_sums(self) -> list[Tensor]:
+        """Copies of the canonical sums."""
         B, Hkv = self.problem.k.shape[:2]
         sums = [self.k_sum, self.S]
         if self.problem.degree == 2:
-            sums = [self.k_sum, self.kk, self.S[:, 0], self.S[:, self.features.linear], self.features.pack(self.S)]
-        return [self.n.clone()] + [x.reshape(B, Hkv, *x.shape[1:]).clone() for x in sums]
+            sums = [self.k_sum, self.kk, self.S[:, 0], self.S[:, self.features.linear], self._products()]
+        return [x.reshape(B, Hkv, *x.shape[1:]).clone() for x in sums]
+
+    @abc.abstractmethod
+    def _set_products(self, canonical: Tensor) -> None:
+        """Fill the products in S from canonical ones `[batch, D(D+1)/2, M]`."""
+
+    @abc.abstractmethod
+    def _products(self) -> Tensor:
+        """The products in S as canonical ones."""
+
+
+class KeySums(Sums):
+    """What every query needs to know of the keys seen so far.
+
+    The row sum needs no feature map: it comes from n `[B]`, k_sum and kk.
+    """
+
+    def __init__(self, problem: Problem, state: Sequence[Tensor] = ()) -> None:
+        """Start from a canonical state, n first, or from no keys."""
+        super().__init__(problem, state[1:])
+        self.n = state[0].clone() if state else problem.k.new_zeros(problem.k.shape[0], dtype=torch.int64)
+
+    def canonical(self) -> list[Tensor]:
+        """The state that every backend shares, n first."""
+        return [self.n.clone(), *self.canonical_sums()]
+
+    def _set_products(self, canonical: Tensor) -> None:
+        self.features.unpack(canonical, self.S)
+
+    def _products(self) -> Tensor:
+        return self.features.pack(self.S)
 
     def add(self, j0: int, j1: int) -> None:
         """Fold keys j0..j1 in."""
@@ -80,41 +111,20 @@ class KeySums:
         return dx - delta[..., None] * dl
 
 
-class KeySumGradients:
-    """Gradients to the sums over keys, gathered from the rows that read them and handed on to the keys folded in
-    before."""
+class KeySumGradients(Sums):
+    """Gradients to the sums over keys: gathered from rows that read them, handed on to the keys folded in before.
 
-    def __init__(self, problem: Problem, canonical: list[Tensor] | tuple[Tensor, ...] = ()) -> None:
-        """Start from gradients to a returned canonical state (without n), or from none."""
-        self.problem = problem
-        self.features = features_for(problem.D, problem.degree)
-        self.weights = self.features.weights(problem.coefficients, problem.zeros(0))
-        H, D, M = problem.batch, problem.D, problem.M
-        self.any = bool(canonical)  # whether there is anything to hand on
-        self.k_sum = canonical[0].reshape(H, D).clone() if canonical else problem.zeros(H, D)
-        if problem.degree == 1:
-            if canonical:
-                self.S += canonical[1].reshape(H, D, M)
-            return
-        self.kk = canonical[1].reshape(H, D, D).clone() if canonical else problem.zeros(H, D, D)
-        if canonical:
-            self.S[:, 0] = canonical[2].reshape(H, M)
-            self.S[:, self.features.linear] = canonical[3].reshape(H, D, M)
-            self.features.pack_adjoint(canonical[4].reshape(H, -1, M), self.S)
+    Start from gradients to a returned canonical state (without n), or from none.
+    """
 
-    @functools.cached_property
-    def S(self) -> Tensor:
-        """Made at first use: the direct form without states never needs it."""
-        return self.problem.zeros(self.problem.batch, self.features.size, self.problem.M)
+    def __init__(self, problem: Problem, canonical: Sequence[Tensor] = ()) -> None:
+        super().__init__(problem, canonical)
 
-    def canonical(self) -> list[Tensor]:
-        """Gradients to an initial canonical state, without n."""
-        B, Hkv = self.problem.k.shape[:2]
-        sums = [self.k_sum, self.S]
-        if self.problem.degree == 2:
-            products = self.features.unpack_adjoint(self.S)
-            sums = [self.k_sum, self.kk, self.S[:, 0], self.S[:, self.features.linear], products]
-        return [x.reshape(B, Hkv, *x.shape[1:]).clone() for x in sums]
+    def _set_products(self, canonical: Tensor) -> None:
+        self.features.pack_adjoint(canonical, self.S)
+
+    def _products(self) -> Tensor:
+        return self.features.unpack_adjoint(self.S)
 
     def add(self, x: Tensor, do: Tensor, delta: Tensor) -> None:
         """Rows x read the sums: what `KeySums.query_gradient` is to x, this is to the sums."""
