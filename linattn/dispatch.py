@@ -8,19 +8,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import torch
+from torch import Tensor
+
 from linattn import cost
 from linattn.checks import Form, Inputs
 from linattn.errors import BackendError, unknown_name
+from linattn.kernels.common.backend import Backend, Call, anything
+from linattn.kernels.common.registration import implementation
 from linattn.kernels.common.stateful import Plan
 from linattn.kernels.feature_map.ops import BACKENDS as FEATURE_MAP
 from linattn.kernels.quadratic.ops import BACKENDS as QUADRATIC
 from linattn.kernels.softmax.ops import BACKENDS as SOFTMAX
 
 # In the order in which "auto" tries them.
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "softmax": ("torch", *SOFTMAX),
-    "quadratic": tuple(QUADRATIC),
-    "feature_map": tuple(FEATURE_MAP),
+BACKENDS: dict[str, dict[str, Backend]] = {
+    "softmax": {
+        "torch": Backend("torch.nn.functional", anything, "torch.nn.functional.scaled_dot_product_attention"),
+        **SOFTMAX,
+    },
+    "quadratic": QUADRATIC,
+    "feature_map": FEATURE_MAP,
 }
 CHUNKED_OVERHEAD = {False: 200, True: 1000}
 """By is_causal: how much longer than by flops alone a sequence must be for the chunked quadratic reference to win.
@@ -44,6 +52,7 @@ class _Chosen(threading.local):
 
     def __init__(self) -> None:
         self.backend = "auto"
+        self.device = ""
         self.choice: Choice | None = None
         self.notes = False
 
@@ -74,31 +83,43 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def noting() -> Iterator[Callable[[], Choice]]:
-    """Remember what is decided about the calls inside; yields a function that returns the last decision."""
-    _chosen.notes = True
+def noting(device: str) -> Iterator[Callable[[], Choice]]:
+    """Remember what is decided about the calls inside, as if their tensors were on `device`; yields a function that
+    returns the last decision."""
+    _chosen.notes, _chosen.device = True, device
     try:
         yield lambda: cast(Choice, _chosen.choice)
     finally:
-        _chosen.notes, _chosen.choice = False, None
-
-
-def _note(inputs: Inputs, backend: str, form: cost.Form, with_state: bool) -> None:
-    if _chosen.notes:
-        _chosen.choice = Choice(inputs, backend, form, with_state)
+        _chosen.notes, _chosen.device, _chosen.choice = False, "", None
 
 
 def backends(op: str) -> dict[str, str]:
     """The backends of an op ("softmax", "quadratic", "feature_map") and whether each can run on this machine."""
     if op not in BACKENDS:
         raise unknown_name("operation", op, BACKENDS)
-    return dict.fromkeys(BACKENDS[op], "available")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    states = {}
+    for name, backend in BACKENDS[op].items():
+        call = Call("cpu" if name == "native" else device, torch.float32, 64, 64, "direct", named=True)
+        states[name] = backend.refusal(call) or "available"
+    return states
 
 
-def refusals(op: str, inputs: Inputs) -> dict[str, str]:
+def refusals(op: str, inputs: Inputs, form: Form, with_state: bool) -> dict[str, str]:
     """Why a backend of `op` cannot run these inputs, for those that cannot."""
-    if op != "softmax":
-        return {}
+    found = {name: _refusal(op, name, inputs, _form(op, name, form, inputs, with_state), True) for name in BACKENDS[op]}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _refusal(op: str, backend: str, inputs: Inputs, form: cost.Form, named: bool) -> str:
+    if backend == "torch":
+        return _beyond_torch(inputs)
+    device = _chosen.device or inputs.q.device.type
+    call = Call(device, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3], form, named)
+    return BACKENDS[op][backend].refusal(call)
+
+
+def _beyond_torch(inputs: Inputs) -> str:
     reasons = []
     if inputs.key_mask is not None:
         reasons.append("key_mask: a row without keys must give 0, not NaN")
@@ -110,43 +131,49 @@ def refusals(op: str, inputs: Inputs) -> dict[str, str]:
         reasons.append("D != M, which takes memory N x N there")
     if any(x.stride(3) != 1 for x in inputs[:3]):
         reasons.append("a last stride other than 1, which takes memory N x N there")
-    return {"torch": ", ".join(reasons)} if reasons else {}
-
-
-def choose_backend(op: str, backend: str, inputs: Inputs) -> str:
-    """The backend that the call or `use_backend` names, or the first that can run it; the reference always can."""
-    named = _chosen.backend if backend == "auto" else backend
-    refused = refusals(op, inputs)
-    if named == "auto":
-        return next(name for name in BACKENDS[op] if name not in refused)
-    if named not in BACKENDS[op]:
-        raise unknown_name(f"backend of {op} attention", named, ("auto", *BACKENDS[op]), BackendError)
-    if named in refused:
-        raise BackendError(f"backend {named!r} cannot run this {op} attention: {refused[named]}; backend='auto' can")
-    return named
+    return ", ".join(reasons)
 
 
 def plan(op: str, inputs: Inputs, form: Form, backend: str, with_state: bool) -> Plan:
-    """How an op with a state is to be computed."""
-    chosen = Plan(choose_form(op, form, inputs, with_state), choose_backend(op, backend, inputs))
-    _note(inputs, chosen.backend, cast(cost.Form, chosen.form), with_state)
+    """How an op is to be computed: on the backend that the call or `use_backend` names, or else on the first that can;
+    the reference always can."""
+    asked = _chosen.backend if backend == "auto" else backend
+    if asked != "auto" and asked not in BACKENDS[op]:
+        raise unknown_name(f"backend of {op} attention", asked, ("auto", *BACKENDS[op]), BackendError)
+    chosen = None
+    for name in BACKENDS[op] if asked == "auto" else (asked,):
+        suited = _form(op, name, form, inputs, with_state)
+        refused = _refusal(op, name, inputs, suited, asked != "auto")
+        if not refused:
+            chosen = Plan(suited, name)
+            break
+        if asked != "auto":
+            raise BackendError(f"backend {name!r} cannot run this {op} attention: {refused}; backend='auto' can")
+    assert chosen is not None
+    if _chosen.notes:
+        _chosen.choice = Choice(inputs, chosen.backend, cast(cost.Form, chosen.form), with_state)
     return chosen
 
 
 def softmax_backend(backend: str, inputs: Inputs) -> str:
     """What computes a softmax call; it has no other form than the direct one."""
-    chosen = choose_backend("softmax", backend, inputs)
-    _note(inputs, chosen, "direct", with_state=False)
-    return chosen
+    return plan("softmax", inputs, "direct", backend, with_state=False).backend
 
 
-def choose_form(op: str, form: Form, inputs: Inputs, with_state: bool) -> cost.Form:
+def _form(op: str, backend: str, form: Form, inputs: Inputs, with_state: bool) -> cost.Form:
     """Direct below the length where the linear form begins to pay, chunked from there on."""
     if form != "auto":
         return form
     T, Tk, sequences = inputs.q.shape[2], inputs.k.shape[2], inputs.sequences // inputs.q.shape[0]
     # `effective_length`, multiplied out so that symbolic sizes stay integers.
-    return "chunked" if 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, inputs, with_state) else "direct"
+    longer = 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, backend, inputs, with_state)
+    return "chunked" if longer else "direct"
+
+
+def describe(op: str, backend: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: cost.Form) -> str:
+    """The kernels that a call runs, and their configuration."""
+    chosen = BACKENDS[op][backend]
+    return chosen.runs or str(implementation(BACKENDS[op], backend).describe(q, k, v, is_causal, form))
 
 
 def effective_length(inputs: Inputs) -> float:
@@ -155,8 +182,9 @@ def effective_length(inputs: Inputs) -> float:
     return 2 * T * Tk / ((T + Tk) * sequences)
 
 
-def chunked_from(op: str, inputs: Inputs, with_state: bool) -> float:
-    """The length from which the chunked form is the faster one. A call with a state computes the sums anyway."""
+def chunked_from(op: str, backend: str, inputs: Inputs, with_state: bool) -> float:
+    """The length from which the chunked form of a backend is the faster one. A call with a state computes the sums
+    anyway."""
     D, M = inputs.q.shape[3], inputs.v.shape[3]
     if op == "feature_map":
         length = 2 * D * M / (D + M) * (2 if inputs.is_causal else 1)
@@ -171,7 +199,7 @@ class Explanation:
 
     Attributes:
         kernel: the public name. op: the operation behind it.
-        backend, form: what was chosen. reason: why this form.
+        backend, form: what was chosen. reason: why this form. runs: the kernels and their configuration.
         refused: backends that cannot run these inputs, and why.
         cost: predicted flops, bytes and memory of the chosen form.
     """
@@ -181,6 +209,7 @@ class Explanation:
     backend: str
     form: str
     reason: str
+    runs: str
     refused: dict[str, str]
     cost: cost.Cost
 
@@ -188,6 +217,7 @@ class Explanation:
         lines = [
             f"{self.kernel}: {self.form} form on backend '{self.backend}'",
             f"  why      {self.reason}",
+            f"  runs     {self.runs}",
             f"  cost     {self.cost.flops / 1e9:.3g} GFLOP ({self.cost.flops_implemented / 1e9:.3g} as implemented), "
             f"{self.cost.bytes_moved / 2**20:.3g} MiB moved, {self.cost.memory_bytes / 2**20:.3g} MiB held",
         ]

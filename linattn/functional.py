@@ -343,16 +343,20 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "quadratic", **opt
     checks.check_dtypes(q, k, v)
     if isinstance(options.get("cu_seqlens"), Tensor):
         sequence_bounds(options["cu_seqlens"], q.shape[2])
-    with torch.no_grad(), dispatch.noting() as last_choice:  # run without data: all checks and decisions, no arithmetic
+    asked: Form = options.get("form", "direct" if op == "softmax" else "auto")
+    # Run without data: all checks and decisions, no arithmetic.
+    with torch.no_grad(), dispatch.noting(q.device.type) as last_choice:
         function(*map(_without_data, (q, k, v)), **{name: _without_data(value) for name, value in options.items()})
         inputs, backend, form, with_state = last_choice()
-    asked, length = options.get("form", "auto"), dispatch.effective_length(inputs)
+        refused = dispatch.refusals(op, inputs, asked, with_state)
+    length = dispatch.effective_length(inputs)
     if op == "softmax":
         reason = "softmax has no state to go through"
     elif asked != "auto":
         reason = f"form={asked!r} was asked for"
     else:
-        reason = f"chunked pays from N = {dispatch.chunked_from(op, inputs, with_state):.0f} on; here N = {length:.0f}"
+        pays = dispatch.chunked_from(op, backend, inputs, with_state)
+        reason = f"chunked pays from N = {pays:.0f} on; here N = {length:.0f}"
     packed = inputs.sequences // q.shape[0]
     T, Tk = q.shape[2] // packed, k.shape[2] // packed
     predicted = cost.attention_cost(
@@ -367,7 +371,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "quadratic", **opt
         is_causal=inputs.is_causal,
         itemsize=q.itemsize,
     )
-    return dispatch.Explanation(kernel, op, backend, form, reason, dispatch.refusals(op, inputs), predicted)
+    runs = dispatch.describe(op, backend, q, k, v, inputs.is_causal, form)
+    return dispatch.Explanation(kernel, op, backend, form, reason, runs, refused, predicted)
 
 
 def _without_data(value: Any) -> Any:

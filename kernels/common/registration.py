@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .backend import Backend
+
 _library = torch.library.Library("linattn", "DEF")
 
 
@@ -39,6 +41,6 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def implementation(backends: dict[str, str], backend: str) -> Any:
+def implementation(backends: dict[str, Backend], backend: str) -> Any:
     """The module behind a backend's name, imported when first called."""
-    return importlib.import_module(backends[backend])
+    return importlib.import_module(backends[backend].module)

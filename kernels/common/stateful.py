@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .allocation import accumulation_dtype, empty_in_storage_order, empty_row_sums
+from .backend import Backend
 from .derivative import derivative_wanted, distinct, first_derivative_only
 from .registration import define, implementation
 
@@ -49,7 +50,7 @@ class StatefulOp:
     """By backend, for those that save: shapes from (q, k, v, cu_seqlens, plan), which traced code needs beforehand."""
 
     def __init__(
-        self, name: str, options: type, schema: str, state_shapes: StateShapes, backends: dict[str, str]
+        self, name: str, options: type, schema: str, state_shapes: StateShapes, backends: dict[str, Backend]
     ) -> None:
         """`schema` declares the fields of `options`, a NamedTuple, in order; `state_shapes(sequences, Hkv, D, M)`."""
         self.options, self.state_shapes, self.backends = options, state_shapes, backends
@@ -101,7 +102,9 @@ class StatefulOp:
 OPS: dict[str, StatefulOp] = {}
 
 
-def define_stateful(name: str, options: type, schema: str, state_shapes: StateShapes, backends: dict[str, str]) -> None:
+def define_stateful(
+    name: str, options: type, schema: str, state_shapes: StateShapes, backends: dict[str, Backend]
+) -> None:
     OPS[name] = StatefulOp(name, options, schema, state_shapes, backends)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from ..common.allocation import empty_in_storage_order, empty_row_sums
+from ..common.backend import Backend, anything
 from ..common.registration import define, implementation
 
-BACKENDS = {"reference": "linattn.kernels.softmax.reference"}
+# In the order in which "auto" tries them, after PyTorch's own.
+BACKENDS = {"reference": Backend("linattn.kernels.softmax.reference", anything, "plain PyTorch")}
 
 # lse: log-sum-exp of the scores of each row [B, H, T], -inf for a row that sees no key.
 _OPTIONS = "Tensor? key_mask, Tensor? cu_seqlens, bool is_causal, SymInt q_offset, float scale, str backend"
