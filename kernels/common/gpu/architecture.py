@@ -1,0 +1,47 @@
+"""Which row of a configuration table applies: by GPU architecture."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from ..backend import INTERPRETED
+
+KNOWN = ("sm_80", "sm_90", "sm_100", "gfx942", "consumer", "interpreter")
+"""consumer: 99 KB of shared memory a program (sm_86, sm_89, sm_120), and whatever else has no row of its own.
+interpreter: small tiles, so that short sequences cross several."""
+
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def as_architecture(name: str) -> Iterator[None]:
+    """Choose configurations as on this architecture, whatever the device."""
+    assert name in KNOWN, f"{name} is not one of {KNOWN}"
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def architecture(device: torch.device) -> str:
+    """The name, out of KNOWN, under which a device's configurations are filed."""
+    if _forced:
+        return _forced[-1]
+    if INTERPRETED:
+        return "interpreter"
+    return _of_device(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _of_device(index: int) -> str:
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(index)
+        name = f"sm_{major}{minor}"
+    return name if name in KNOWN else "consumer"

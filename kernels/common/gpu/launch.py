@@ -1,0 +1,67 @@
+"""The one place where kernels are launched, or recorded instead.
+
+A launcher can be run on meta tensors inside `recording()`: its launches are then collected and not executed, which is
+how the static report compiles, without a GPU, exactly what would run on one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backend import INTERPRETED
+
+
+class Launch(NamedTuple):
+    """A kernel, how many programs of it, and with what."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches made inside instead of executing them."""
+    _recorded.append([])
+    try:
+        yield _recorded[-1]
+    finally:
+        _recorded.pop()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any) -> None:
+    """Run `kernel` on `grid`; `arguments` are its parameters by name, constants included."""
+    if _recorded:
+        _recorded[-1].append(Launch(kernel, grid, arguments, num_warps, num_stages))
+    elif INTERPRETED:
+        _interpret(kernel, grid, arguments)
+    else:
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def _interpret(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Triton's interpreter computes with bf16 and fp16 wrongly, or in their own precision. So kernels see fp32 tensors
+    that hold the same values, round where they say so (`numerics.rounded`), and what they wrote is rounded once more."""
+    low = {n: x for n, x in arguments.items() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)}
+    memory = {name: _memory(x).float() for name, x in low.items()}
+    wide = {name: flat.as_strided(low[name].shape, low[name].stride()) for name, flat in memory.items()}
+    kernel[grid](**{**arguments, **wide})
+    for name, x in low.items():
+        if not torch.equal(wide[name].to(x.dtype), x):
+            _memory(x).copy_(memory[name])
+
+
+def _memory(x: Tensor) -> Tensor:
+    """All elements between the first and the last of x, as they lie: x may repeat some and step over others."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((extent,), (1,))
