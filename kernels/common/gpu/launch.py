@@ -51,7 +51,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: in
 
 def _interpret(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Triton's interpreter computes with bf16 and fp16 wrongly, or in their own precision. So kernels see fp32 tensors
-    that hold the same values, round where they say so (`numerics.rounded`), and what they wrote is rounded once more."""
+    that hold the same values, round where they say so (`numerics.rounded`), and what they wrote is rounded again."""
     low = {n: x for n, x in arguments.items() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)}
     memory = {name: _memory(x).float() for name, x in low.items()}
     wide = {name: flat.as_strided(low[name].shape, low[name].stride()) for name, flat in memory.items()}
