@@ -22,7 +22,7 @@ PY := $(abspath $(VENV))/bin/python
 READY := $(abspath $(VENV))/.ready
 endif
 
-NATIVE := CMakeLists.txt $(wildcard kernels/*.cpp kernels/*.hpp kernels/*/*.cpp kernels/*/*.hpp)
+NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/*,kernels/$(depth).cpp kernels/$(depth).hpp))
 PUBLIC := $(patsubst linattn/%.py,linattn.%,$(filter-out linattn/_%,$(wildcard linattn/*.py))) $(addprefix linattn.,autoencoders rnn bench examples)
 ROOMS := kernels autoencoders rnn bench examples
 

@@ -1,11 +1,15 @@
 // linattn._native: the only file that knows nanobind.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <string>
 
-#include "machine.hpp"
+#include "common/native/capability.hpp"
+#include "common/native/machine.hpp"
+#include "common/native/problem.hpp"
 
 namespace nb = nanobind;
 
@@ -46,10 +50,37 @@ nb::dict build_info() {
     return info;
 }
 
+using linattn::Index;
+
+// Address, then the strides of B, H and T, in elements.
+using Tensor = std::array<Index, 4>;
+
+template <class T>
+T* pointer(Index address) {
+    return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
+}
+
+linattn::Rows rows(const Tensor& t) { return {pointer<void>(t[0]), t[1], t[2], t[3]}; }
+
+// kernels/common/cpu.py calls this, and keeps the tensors alive.
+void make_problem(linattn::Problem* self, int dtype, const std::array<Index, 7>& sizes, const Tensor& q, const Tensor& k,
+                  const Tensor& v, Index key_mask, Index cu_seqlens, Index sequences, bool is_causal, Index q_offset,
+                  double scale, bool normalize, int threads) {
+    const auto [B, H, Hkv, Tq, Tk, D, M] = sizes;
+    new (self) linattn::Problem{static_cast<linattn::Dtype>(dtype), B, H, Hkv, Tq, Tk, D, M, rows(q), rows(k), rows(v),
+                                pointer<bool>(key_mask), pointer<Index>(cu_seqlens), sequences, is_causal, q_offset,
+                                static_cast<float>(scale), normalize, threads};
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
-    module.doc() = "Native part of linattn: answers questions about the machine.";
+    module.doc() = "Native part of linattn: the CPU kernels, and what there is to know about the machine.";
+    module.def("capability", [] { return linattn::name(linattn::capability()); },
+               "The instruction set that kernels run on: LINATTN_CPU_CAPABILITY, or the best that this machine has.");
+    module.def("capabilities", &linattn::capabilities, "What LINATTN_CPU_CAPABILITY accepts on this machine.");
+    nb::class_<linattn::Problem>(module, "Problem", "An attention call, as every op takes it.")
+        .def("__init__", &make_problem);
     module.def("instruction_sets", &linattn::instruction_sets,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");

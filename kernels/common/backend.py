@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -74,7 +75,14 @@ def _native_absent() -> str:
         return "the native module is not built: `linattn info` says why"
     package = importlib.import_module("linattn").__version__
     built = extension.build_info()["version"]
-    return "" if built == package else f"the native module was built for linattn {built}, this is {package}"
+    if built != package:
+        return f"the native module was built for linattn {built}, this is {package}"
+    try:
+        extension.capability()
+    except ValueError as error:
+        warnings.warn(f"linattn runs without its native kernels: {error}", stacklevel=2)
+        return str(error)
+    return ""
 
 
 NATIVE_ABSENT = _native_absent()

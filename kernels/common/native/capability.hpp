@@ -1,0 +1,22 @@
+// Which of the compiled instruction sets runs: the best that the machine has, or the one that LINATTN_CPU_CAPABILITY names.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace linattn {
+
+// In order: each one also has everything before it. portable: 128-bit vectors of the base architecture (SSE2, NEON).
+// amx: AVX-512 throughout, and bf16 products by tiles.
+enum class Capability { portable, avx2, avx512, amx };
+
+// What the process computes with. Read once, at the first call. Throws std::invalid_argument when the variable names
+// something unknown or something this machine lacks.
+Capability capability();
+
+const char* name(Capability capability);
+
+// The names of all that this machine can run, worst first.
+std::vector<std::string> capabilities();
+
+}  // namespace linattn

@@ -1,0 +1,134 @@
+// Vectors of floats by compiler extensions: the same source for every instruction set.
+//
+// Only for sources that are compiled once for each instruction set. The build defines for them
+//   LINATTN_ISA           the namespace that holds everything they define
+//   LINATTN_WIDTH         floats in a vector
+//   LINATTN_ACCUMULATORS  vectors that a matrix product may keep in registers
+// Whatever such a source calls must be in that namespace (or be a builtin): an inline function shared between
+// translation units, std::min included, may be linked from the one with the larger instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "problem.hpp"
+
+#if !defined(LINATTN_ISA) || !defined(LINATTN_WIDTH) || !defined(LINATTN_ACCUMULATORS)
+#error "simd.hpp is for sources that are compiled once for each instruction set"
+#endif
+
+#define LINATTN_INLINE inline __attribute__((always_inline))
+
+namespace linattn::LINATTN_ISA {
+
+constexpr int width = LINATTN_WIDTH;
+constexpr int accumulators = LINATTN_ACCUMULATORS;
+
+using Vec = float __attribute__((vector_size(4 * LINATTN_WIDTH)));
+using Lanes = std::int32_t __attribute__((vector_size(4 * LINATTN_WIDTH)));
+using Words = std::uint32_t __attribute__((vector_size(4 * LINATTN_WIDTH)));
+using Halves = std::uint16_t __attribute__((vector_size(2 * LINATTN_WIDTH)));
+using Float16s = _Float16 __attribute__((vector_size(2 * LINATTN_WIDTH)));
+
+struct Bf16 {
+    std::uint16_t bits;
+};
+struct Fp16 {
+    _Float16 value;
+};
+
+template <class T>
+LINATTN_INLINE T least(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+LINATTN_INLINE T most(T a, T b) {
+    return a < b ? b : a;
+}
+
+LINATTN_INLINE Vec splat(float x) { return Vec{} + x; }
+
+LINATTN_INLINE Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+LINATTN_INLINE Vec load(const Bf16* p) {
+    Halves h;
+    std::memcpy(&h, p, sizeof h);
+    return reinterpret_cast<Vec>(__builtin_convertvector(h, Words) << 16);
+}
+LINATTN_INLINE Vec load(const Fp16* p) {
+    Float16s h;
+    std::memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, Vec);
+}
+
+LINATTN_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+LINATTN_INLINE void store(Bf16* p, Vec v) {
+    const Words bits = reinterpret_cast<Words>(v);
+    const Words nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words nan = reinterpret_cast<Words>(v != v);
+    const Halves h = __builtin_convertvector((nearest_even & ~nan) | (nan & 0x7fc0), Halves);
+    std::memcpy(p, &h, sizeof h);
+}
+LINATTN_INLINE void store(Fp16* p, Vec v) {
+    const Float16s h = __builtin_convertvector(v, Float16s);
+    std::memcpy(p, &h, sizeof h);
+}
+
+// The first n < width elements; the other lanes are 0.
+template <class T>
+LINATTN_INLINE Vec load_first(const T* p, int n) {
+    T padded[width] = {};
+    std::memcpy(padded, p, n * sizeof(T));
+    return load(padded);
+}
+template <class T>
+LINATTN_INLINE void store_first(T* p, Vec v, int n) {
+    T whole[width];
+    store(whole, v);
+    std::memcpy(p, whole, n * sizeof(T));
+}
+
+LINATTN_INLINE Lanes lane_numbers() {
+    Lanes lanes;
+    for (int i = 0; i < width; ++i) lanes[i] = i;
+    return lanes;
+}
+
+// v in lanes below n, 0 in the others, whatever they hold.
+LINATTN_INLINE Vec first_lanes(Vec v, int n) {
+    return reinterpret_cast<Vec>(reinterpret_cast<Lanes>(v) & (lane_numbers() < n));
+}
+
+LINATTN_INLINE float sum(Vec v) {
+    float total = 0;
+    for (int i = 0; i < width; ++i) total += v[i];
+    return total;
+}
+
+// exp(x), relative error below 2e-7; 0 below -87, infinity above 88.7, NaN for NaN.
+LINATTN_INLINE Vec exp(Vec x) {
+    const Vec capped = x > 89.0f ? splat(89.0f) : x;
+    const Vec bounded = capped < -88.0f ? splat(-88.0f) : capped;
+    const Vec scaled = bounded * 1.44269504f;
+    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec n = (scaled + shift) - shift;
+    // ln 2 in two parts, so that the reduced argument is exact to the last place.
+    const Vec r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec e = splat(1.9875691500e-4f);
+    e = e * r + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * r * r + r + 1.0f;
+    // Two steps, so that 2^n neither overflows before the product does nor falls below the normal numbers.
+    const Lanes whole = __builtin_convertvector(n, Lanes), half = whole >> 1;
+    const Vec first = reinterpret_cast<Vec>((half + 127) << 23);
+    const Vec second = reinterpret_cast<Vec>((whole - half + 127) << 23);
+    return x != x ? x : (x < -87.0f ? Vec{} : e * first * second);
+}
+
+}  // namespace linattn::LINATTN_ISA
