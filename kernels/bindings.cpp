@@ -10,6 +10,7 @@
 #include "common/native/capability.hpp"
 #include "common/native/machine.hpp"
 #include "common/native/problem.hpp"
+#include "quadratic/cpu.hpp"
 
 namespace nb = nanobind;
 
@@ -72,6 +73,57 @@ void make_problem(linattn::Problem* self, int dtype, const std::array<Index, 7>&
                                 static_cast<float>(scale), normalize, threads};
 }
 
+namespace quadratic {
+
+using linattn::quadratic::State;
+
+// n, k_sum, kk, v_sum, kv, kkv; all 0 if there is no state.
+using Addresses = std::array<Index, 6>;
+
+State state(const Addresses& a) {
+    return {pointer<Index>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]),
+            pointer<float>(a[3]), pointer<float>(a[4]), pointer<float>(a[5])};
+}
+
+const State* if_any(const State& state) { return state.kkv == nullptr ? nullptr : &state; }
+
+template <class Call>
+Call make_call(const linattn::Problem& problem, const std::array<double, 3>& c, int form, Index chunk, const Tensor& out,
+          Index l, const State& before) {
+    Call call;
+    call.problem = problem;
+    call.c0 = static_cast<float>(c[0]), call.c1 = static_cast<float>(c[1]), call.c2 = static_cast<float>(c[2]);
+    call.form = static_cast<linattn::quadratic::Form>(form);
+    call.chunk = chunk;
+    call.out = rows(out);
+    call.l = pointer<float>(l);
+    call.before = if_any(before);
+    return call;
+}
+
+void forward(const linattn::Problem& problem, const std::array<double, 3>& c, int form, Index chunk, const Tensor& out,
+             Index l, const Addresses& before, const Addresses& after) {
+    const State first = state(before), last = state(after);
+    auto call = make_call<linattn::quadratic::ForwardCall>(problem, c, form, chunk, out, l, first);
+    call.after = if_any(last);
+    const nb::gil_scoped_release released;
+    linattn::quadratic::forward(call);
+}
+
+void backward(const linattn::Problem& problem, const std::array<double, 3>& c, int form, Index chunk, const Tensor& out,
+              Index l, const Addresses& before, const Tensor& dout, const Tensor& dq, const Tensor& dk,
+              const Tensor& dv, const Addresses& dafter, const Addresses& dbefore) {
+    const State first = state(before), dlast = state(dafter), dfirst = state(dbefore);
+    auto call = make_call<linattn::quadratic::BackwardCall>(problem, c, form, chunk, out, l, first);
+    call.dout = rows(dout);
+    call.dq = rows(dq), call.dk = rows(dk), call.dv = rows(dv);
+    call.dafter = if_any(dlast);
+    call.dbefore = if_any(dfirst);
+    const nb::gil_scoped_release released;
+    linattn::quadratic::backward(call);
+}
+
+}  // namespace quadratic
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -81,6 +133,8 @@ NB_MODULE(_native, module) {
     module.def("capabilities", &linattn::capabilities, "What LINATTN_CPU_CAPABILITY accepts on this machine.");
     nb::class_<linattn::Problem>(module, "Problem", "An attention call, as every op takes it.")
         .def("__init__", &make_problem);
+    module.def("quadratic_forward", &quadratic::forward);
+    module.def("quadratic_backward", &quadratic::backward);
     module.def("instruction_sets", &linattn::instruction_sets,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");

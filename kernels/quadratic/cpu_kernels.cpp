@@ -1,0 +1,29 @@
+// The kernels of one instruction set; the build compiles this file once for each (CMakeLists.txt).
+#include "quadratic/cpu.hpp"
+#include "quadratic/cpu_chunked.hpp"
+#include "quadratic/cpu_direct.hpp"
+
+namespace linattn::LINATTN_ISA {
+
+using quadratic::BackwardCall;
+using quadratic::Form;
+using quadratic::ForwardCall;
+
+// A call with a state goes through sums in any form: `direct` then means one chunk.
+void forward(const ForwardCall& call) {
+    if (call.form == Form::direct && call.before == nullptr) {
+        direct_forward(call);
+        if (call.after != nullptr) final_state(call);
+    } else {
+        chunked_forward(call);
+    }
+}
+
+void backward(const BackwardCall& call) {
+    if (call.form == Form::direct && call.before == nullptr && call.dafter == nullptr)
+        direct_backward(call);
+    else
+        chunked_backward(call);
+}
+
+}  // namespace linattn::LINATTN_ISA
