@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from ..common.backend import Backend, anything, native
+from ..common.backend import Backend, anything
 from ..common.stateful import define_stateful
 from .contract import SCHEMA, Options, state_shapes
 
 # In the order in which "auto" tries them.
-BACKENDS = {
-    "native": Backend("linattn.kernels.quadratic.cpu", native),
-    "reference": Backend("linattn.kernels.quadratic.reference", anything, "plain PyTorch"),
-}
+BACKENDS = {"reference": Backend("linattn.kernels.quadratic.reference", anything, "plain PyTorch")}
 
 define_stateful("quadratic", Options, SCHEMA, state_shapes, BACKENDS)
