@@ -4,7 +4,7 @@ A kernel holds one tile in registers and walks over tiles of the other side: `at
 `pull_queries` sums dq over keys, `pull_keys` sums dk and dv over queries. p is the weight of a pair, a function of
 t = q.k with constants a, b, c (similarity.py).
 
-    MASKED    whether some pairs of the tiles walked over are hidden: by CAUSAL, by KEY_MASK, or because rows end.
+    MASKED    whether some pairs of the tiles walked over are hidden: by CAUSAL, by KEY_MASK, or because keys end.
               Tiles that need no masks are walked in a loop of their own.
     last      the last key that a query sees, an index into the keys at k_ptr: its own position + q_offset.
     EVEN_D    whether D fills BLOCK_D, EVEN_M whether M fills BLOCK_M; columns beyond are read as 0.
@@ -66,7 +66,8 @@ def pull_weights(t, dp, a, b, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def no_sums(BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, SIMILARITY: tl.constexpr):
-    """acc, l and m of rows that have seen nothing. The sums are held divided by what m stands for (`settled`)."""
+    """acc, l and m of rows that have seen nothing. The sums are held divided by what m stands for (`settled`); sums that
+    do not start at nothing start with m = 1."""
     acc = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
     if SIMILARITY == "softmax":
@@ -205,35 +206,34 @@ def pull_queries(
 def pull_keys(
     dk, dv, k, v, keys, q_ptr, dout_ptr, norm_ptr, delta_ptr, start, stop, end, q_offset, stride_qt, stride_dot,
     D, M, a, b, c,
-    SIMILARITY: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
+    SIMILARITY: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, NORMALIZE: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk, without the slope, and to dv what queries start..stop, of which those from `end` on do not exist,
-    give back to keys k [BLOCK_K, BLOCK_D] and values v. Tiles of pairs are transposed: [BLOCK_K, BLOCK_Q]. The rows of
-    keys that do not count are left with anything: store zeros there."""
+    """Add to dk, without the slope, and to dv what queries start..stop give back to keys k [BLOCK_K, BLOCK_D] and
+    values v. Tiles of pairs are transposed: [BLOCK_K, BLOCK_Q].
+
+    MASKED: some pairs are hidden by causality. RAGGED: queries from `end` on do not exist; q and dout are read as 0
+    there, so that they give nothing. Rows of keys that do not count are left with anything: store zeros there.
+    """
     offs_q, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     for i0 in tl.range(start, stop, BLOCK_Q):
         queries = i0 + offs_q
         real = queries < end
-        q = load_rows(q_ptr, i0, stride_qt, real, offs_q, offs_d, D, MASKED, EVEN_D)
-        dout = load_rows(dout_ptr, i0, stride_dot, real, offs_q, offs_m, M, MASKED, EVEN_M)
-        norm = queries
-        delta = queries
-        if NORMALIZE and MASKED:
-            norm = tl.load(norm_ptr + queries, mask=real, other=0.0)
+        q = load_rows(q_ptr, i0, stride_qt, real, offs_q, offs_d, D, RAGGED, EVEN_D)
+        dout = load_rows(dout_ptr, i0, stride_dot, real, offs_q, offs_m, M, RAGGED, EVEN_M)
+        norm, delta = queries, queries
+        if NORMALIZE and RAGGED:
+            norm = tl.load(norm_ptr + queries, mask=real, other=float("inf") if SIMILARITY == "softmax" else 0.0)
             delta = tl.load(delta_ptr + queries, mask=real, other=0.0)
         elif NORMALIZE:
             norm = tl.load(norm_ptr + queries)
             delta = tl.load(delta_ptr + queries)
         t = dot(k, tl.trans(q), None, PRECISION)
+        dp = t
         if WANT_DK:
             dp = dot(v, tl.trans(dout), None, PRECISION)
-        else:
-            dp = t
-        seen = real[None, :]
-        if MASKED and CAUSAL:
-            seen = seen & (keys[:, None] <= queries[None, :] + q_offset)
+        seen = keys[:, None] <= queries[None, :] + q_offset
         p, ds = pull_pairs(t, dp, norm[None, :], delta[None, :], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
         if WANT_DV:
             dv = dot(rounded(p, LOW), dout, dv, PRECISION)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...common.stateful import Plan
 from ..contract import Options
-from . import direct
+from . import chunked
 
 State = list[Tensor]
 
@@ -23,7 +23,7 @@ def forward(
     save: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, State, State]:
-    return direct.forward(q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, save, plan)
+    return chunked.forward(q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, save, plan)
 
 
 def backward(
@@ -43,9 +43,9 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     inputs = (dout, dstate, q, k, v, out, l, saved, key_mask, cu_seqlens, initial_state)
-    return direct.backward(*inputs, options, wanted, plan)
+    return chunked.backward(*inputs, options, wanted, plan)
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str:
     """The kernels that a call runs, and their configuration."""
-    return direct.describe(q, k, v, is_causal, form)
+    return chunked.describe(q, k, v, is_causal, form)
