@@ -56,7 +56,8 @@ LINATTN_INLINE void panel(const Product (&products)[terms], int rows, Index j, f
     constexpr int R = panel_rows<W>;
     int r = 0;
     for (; r + R <= rows; r += R) tile<R, W>(products, r, j, c, c_stride, add);
-    for (; r < rows; r += 4) tile<4, W>(products, r, j, c, c_stride, add);
+    for (; r + 4 <= rows; r += 4) tile<4, W>(products, r, j, c, c_stride, add);
+    if (r < rows) tile<2, W>(products, r, j, c, c_stride, add);
 }
 
 // c [rows][columns] = (or, to add, +=) the sum of the products. rows: of 4; columns: of a vector.
@@ -64,7 +65,15 @@ template <int terms>
 void multiply(const Product (&products)[terms], int rows, Index columns, float* c, Index c_stride, bool add) {
     Index j = 0;
     for (; j + widest * width <= columns; j += widest * width) panel<widest>(products, rows, j, c, c_stride, add);
-    for (; j < columns; j += width) panel<1>(products, rows, j, c, c_stride, add);
+    switch ((columns - j) / width) {
+        case 3:
+            if constexpr (widest > 3) panel<3>(products, rows, j, c, c_stride, add);
+            return;
+        case 2:
+            if constexpr (widest > 2) panel<2>(products, rows, j, c, c_stride, add);
+            return;
+        case 1: return panel<1>(products, rows, j, c, c_stride, add);
+    }
 }
 
 // Rows and keys of one segment of a sequence.
@@ -150,6 +159,8 @@ struct Keys {
     const float* v;        // [chunk][v_stride]
     Index v_stride;
     float* vt;             // [M][key_block]
+    HeadRows next_k{}, next_v{};  // of the chunk that comes next, `ahead` rows: read early, as they are needed soon
+    int ahead = 0;
 
     Keys(const Work& w, Scratch& scratch)
         : k(scratch.take<float>(longest_chunk * w.Dp)), kt(scratch.take<float>(w.Dp * key_block)),
@@ -161,8 +172,12 @@ struct Keys {
         j0 = from, count = static_cast<int>(to - from);
         const Index at = part.sequence.first_key + from, batch = part.sequence.batch;
         keep = p.key_mask == nullptr ? nullptr : p.key_mask + batch * p.Tk + at;
-        pack_features(w.call.map, head_rows(p.k, p.dtype, batch, part.head, at), count, p.D, 1, keep, fours(count), k);
+        const HeadRows keys = head_rows(p.k, p.dtype, batch, part.head, at);
         const HeadRows values = head_rows(p.v, p.dtype, batch, part.head, at);
+        next_k = head_rows(p.k, p.dtype, batch, part.head, at + count);
+        next_v = head_rows(p.v, p.dtype, batch, part.head, at + count);
+        ahead = static_cast<int>(least<Index>(count, part.last_key - to));
+        pack_features(w.call.map, keys, count, p.D, 1, keep, fours(count), k);
         if (p.dtype == Dtype::fp32 && keep == nullptr && p.M % width == 0 && count % 4 == 0) {
             v = static_cast<const float*>(values.data), v_stride = values.stride;
         } else {
@@ -206,17 +221,19 @@ struct Queries {
         return w.p.is_causal ? i0 + w.p.q_offset - keys.j0 + 1 : keys.count;
     }
     // tile[r][c] = left[r] . right[c], 0 where row r does not see key c.
-    void score(const Work& w, const Keys& keys, const float* left, Index stride, const float* right, Index n,
+    void score(const Work& w, const Segment& part, const Keys& keys, const float* left, Index stride, const float* right, Index n,
                const float* minus, float* to) const {
         const Index columns = padded(keys.count), first = seen(w, keys);
         multiply<1>({{left, stride, 1, right, key_block, n}}, rows, columns, to, key_block, false);
-        for (int r = 0; r < count; ++r) {
+        const HeadRows here = at(w, part, w.p.q);
+        for (int r = 0; r < count; ++r, to += key_block) {
+            if (i0 + count + r < part.sequence.queries) prefetch_row(here, count + r, w.p.D);
             const Index visible = w.p.is_causal ? clamped(first + r, 0, keys.count) : keys.count;
-            for (Index c = 0; c < columns; c += width) {
-                const Vec score = LINATTN_ISA::load(to + r * key_block + c);
-                const Vec shifted = minus == nullptr ? score : score - minus[r];
-                store(to + r * key_block + c,
-                      first_lanes(shifted, static_cast<int>(clamped(visible - c, 0, width))));
+            Index c = 0;
+            for (; minus != nullptr && c + width <= visible; c += width) store(to + c, LINATTN_ISA::load(to + c) - minus[r]);
+            for (c = visible / width * width; c < columns; c += width) {
+                const Vec score = LINATTN_ISA::load(to + c) - (minus == nullptr ? 0.0f : minus[r]);
+                store(to + c, first_lanes(score, static_cast<int>(clamped(visible - c, 0, width))));
             }
         }
     }
@@ -237,7 +254,7 @@ void read_rows(const Work& w, const Segment& part, Queries& q, Index i0, Index i
         q.load(w, part, part.head * w.group + g, i0, i1);
         float* l = q.row_sums(w, part);
         if (keys.count > 0) {
-            q.score(w, keys, q.x, w.Dp, keys.kt, w.p.D, nullptr, q.tile);
+            q.score(w, part, keys, q.x, w.Dp, keys.kt, w.p.D, nullptr, q.tile);
             multiply<2>({{q.x, w.Dp, 1, S, w.Mp, w.p.D},
                          {q.tile, key_block, 1, keys.v, keys.v_stride, keys.count, q.seen(w, keys)}},
                         q.rows, w.Mp, q.sums, w.Mp, false);
@@ -246,8 +263,14 @@ void read_rows(const Work& w, const Segment& part, Queries& q, Index i0, Index i
         }
         const HeadRows out = q.at(w, part, w.call.out);
         for (int r = 0; r < q.count; ++r) {
-            l[r] = dot(q.x + r * w.Dp, z, w.Dp);
-            for (Index c = 0; c < padded(keys.count); c += width) l[r] += sum(load(q.tile + r * key_block + c));
+            if (r < keys.ahead) {
+                prefetch_row(keys.next_k, r, w.p.D);
+                prefetch_row(keys.next_v, r, w.p.M);
+            }
+            Vec total{};
+            for (Index d = 0; d < w.Dp; d += width) total += load(q.x + r * w.Dp + d) * load(z + d);
+            for (Index c = 0; c < keys.count; c += width) total += load(q.tile + r * key_block + c);
+            l[r] = sum(total);
             if (w.p.normalize)
                 store_quotient(q.sums + r * w.Mp, w.p.M, l[r], out, r);
             else
@@ -399,7 +422,7 @@ struct Backward {
                     store(gradient + r * w.Dp + d, -rows.delta[r] * load(z + d));
             add_through(w, rows.dout, w.Mp, queries.rows, panels, gradient);
             if (keys.count > 0) {
-                queries.score(w, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, queries.tile);
+                queries.score(w, part, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, queries.tile);
                 multiply<1>({{queries.tile, key_block, 1, keys.k, w.Dp, keys.count, queries.seen(w, keys)}},
                             queries.rows, w.Dp, gradient, w.Dp, true);
             }
@@ -440,8 +463,8 @@ struct Backward {
         multiply<1>({{keys.k, w.Dp, 1, S, w.Mp, w.p.D}}, count, w.Mp, dv, w.Mp, false);
         for (Index g = 0; g < w.group && i0 < i1; ++g) {
             load_rows(g, i0, i1);
-            queries.score(w, keys, queries.x, w.Dp, keys.kt, w.p.D, nullptr, queries.tile);
-            queries.score(w, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, other_tile);
+            queries.score(w, part, keys, queries.x, w.Dp, keys.kt, w.p.D, nullptr, queries.tile);
+            queries.score(w, part, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, other_tile);
             multiply<1>({{queries.tile, 1, key_block, rows.dout, w.Mp, queries.count}}, count, w.Mp, dv, w.Mp, true);
             multiply<1>({{other_tile, 1, key_block, queries.x, w.Dp, queries.count}}, count, w.Dp, gradient, w.Dp, true);
             fold_rows(w, queries, rows, S, z);

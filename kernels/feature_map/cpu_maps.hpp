@@ -45,37 +45,38 @@ LINATTN_INLINE void with_map(Map map, Dtype dtype, const Body& body) {
 inline void pack_features(Map map, const HeadRows& from, Index count, Index n, float factor, const bool* keep,
                           Index rows, float* to) {
     const Index stride = padded(n);
-    with_map(map, from.dtype, [&]<Map m, class T>() {
-        for (Index r = 0; r < count; ++r, to += stride) {
+    with_map(map, from.dtype, [=]<Map m, class T>() {
+        for (Index r = 0; r < count; ++r) {
             const T* row = static_cast<const T*>(from.data) + r * from.stride;
+            float* features = to + r * stride;
             if (keep != nullptr && !keep[r]) {
-                clear(to, stride);
+                clear(features, stride);
                 continue;
             }
             Index i = 0;
-            for (; i + width <= n; i += width) store(to + i, factor * phi<m>(load(row + i)));
+            for (; i + width <= n; i += width) store(features + i, factor * phi<m>(load(row + i)));
             if (i < n) {
                 const int left = static_cast<int>(n - i);
-                store(to + i, first_lanes(factor * phi<m>(load_first(row + i, left)), left));
+                store(features + i, first_lanes(factor * phi<m>(load_first(row + i, left)), left));
             }
         }
     });
-    clear(to, (rows - count) * stride);
+    clear(to + count * stride, (rows - count) * stride);
 }
 
 // Row r of `to` = factor * gradient[r] * slope(row r of `at`), and 0 where keep[r] is false. keep may be null.
 inline void store_pulled_back(Map map, const float* gradient, const HeadRows& at, Index count, Index n, float factor,
                               const bool* keep, const HeadRows& to) {
     const Index stride = padded(n);
-    with_map(map, at.dtype, [&]<Map m, class T>() {
-        for (Index r = 0; r < count; ++r, gradient += stride) {
+    with_map(map, at.dtype, [=]<Map m, class T>() {
+        for (Index r = 0; r < count; ++r) {
             const T* x = static_cast<const T*>(at.data) + r * at.stride;
             T* row = static_cast<T*>(to.data) + r * to.stride;
             const bool counts = keep == nullptr || keep[r];
             for (Index i = 0; i < n; i += width) {
                 const int left = static_cast<int>(least<Index>(width, n - i));
                 const Vec given = left == width ? load(x + i) : load_first(x + i, left);
-                const Vec pulled = counts ? factor * load(gradient + i) * slope<m>(given) : Vec{};
+                const Vec pulled = counts ? factor * load(gradient + r * stride + i) * slope<m>(given) : Vec{};
                 if (left == width)
                     store(row + i, pulled);
                 else
