@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..common.backend import Backend, Call, anything, native
+from ..common.backend import Backend, Call, anything, native, triton
 from ..common.stateful import define_stateful
 from .contract import SCHEMA, Options, state_shapes
 
@@ -17,6 +17,7 @@ def _native(call: Call) -> str:
 # In the order in which "auto" tries them.
 BACKENDS = {
     "native": Backend("linattn.kernels.feature_map.cpu", _native),
+    "triton": Backend("linattn.kernels.feature_map.gpu", triton),
     "reference": Backend("linattn.kernels.feature_map.reference", anything, "plain PyTorch"),
 }
 
