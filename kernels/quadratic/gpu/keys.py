@@ -56,23 +56,26 @@ def pull_folded_keys(
     dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     end = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
     begin, stop = rows_between(key_0 if CAUSAL else 0, end, q_offset, T, CAUSAL)
-    # Tiles of queries on the diagonal, then those that see all of these keys. A loop that may take no step would make
-    # every matrix product wait (ptxas: wgmma serialized), so each takes one, on rows that do not exist.
+    # Tiles of queries on the diagonal, then those that see all of these keys. If the compiler took it that a loop may
+    # take no step, every matrix product would wait (ptxas: wgmma serialized): each takes one, on rows that do not count.
     full = begin
     if CAUSAL:
         diagonal = tl.maximum(key_0 + BLOCK_K - 1 - q_offset - begin, 0)
         full = tl.minimum(begin + tl.cdiv(diagonal, BLOCK_Q) * BLOCK_Q, stop)
+    to_full, to_stop = tl.maximum(full, begin + 1), tl.maximum(stop, full + 1)
+    tl.assume(to_full > begin)
+    tl.assume(to_stop > full)
     for _ in tl.static_range(GROUP):
         if CAUSAL:
             dk, dv = pull_keys(
                 dk, dv, k, v, keys, q_ptr, dout_ptr, norm_ptr + row, delta_ptr + row, begin,
-                tl.maximum(full, begin + 1), full, q_offset, stride_qt, stride_gt, D, M, a, b, c,
+                to_full, full, q_offset, stride_qt, stride_gt, D, M, a, b, c,
                 SIMILARITY, True, True, NORMALIZE, not OF_VALUES, OF_VALUES, EVEN, EVEN, LOW, PRECISION,
                 BLOCK_Q, BLOCK_D, BLOCK_M,
             )  # fmt: skip
         dk, dv = pull_keys(
             dk, dv, k, v, keys, q_ptr, dout_ptr, norm_ptr + row, delta_ptr + row, full,
-            tl.maximum(stop, full + 1), stop, q_offset, stride_qt, stride_gt, D, M, a, b, c,
+            to_stop, stop, q_offset, stride_qt, stride_gt, D, M, a, b, c,
             SIMILARITY, False, True, NORMALIZE, not OF_VALUES, OF_VALUES, EVEN, EVEN, LOW, PRECISION,
             BLOCK_Q, BLOCK_D, BLOCK_M,
         )  # fmt: skip

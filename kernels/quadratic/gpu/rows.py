@@ -106,7 +106,7 @@ def share_rows(
         out_ptr += batch * stride_ob + h * stride_oh + first * stride_ot
         out = tl.load(out_ptr + offs_q * stride_ot + offs_m[None, :], mask=inside, other=0.0).to(tl.float32)
         l = tl.load(l_ptr + place, mask=rows < T, other=0.0)
-        norm = tl.where(l <= 0, 0.0, 1.0 / l)
+        norm = 1.0 / tl.where(l <= 0, float("inf"), l)
         shared = rounded(dout * norm[:, None], FOLD)
         tl.store(norm_ptr + place, norm, mask=rows < T)
         tl.store(delta_ptr + place, tl.sum(dout * out, 1), mask=rows < T)
