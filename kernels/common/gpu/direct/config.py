@@ -75,6 +75,11 @@ CONFIGURATIONS = {
     "interpreter": {(width, size): INTERPRETER for width in (LOW, FP32) for size in HEAD_SIZES},
 }
 
+# Programs that fill a chip, two for each multiprocessor of its largest model: decoding splits keys alike on all.
+PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "consumer": 256, "interpreter": 8}
+MOST_SPLITS = 64
+"""Their sums are added up in one program's registers."""
+
 
 def configuration(architecture: str, dtype: torch.dtype, head_size: int) -> Row:
     size = next(size for size in HEAD_SIZES if head_size <= size)
