@@ -186,6 +186,17 @@ def test_rows_without_a_positive_sum_are_zero_with_zero_gradient() -> None:
     assert all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
+def test_every_number_of_a_short_type_is_read_and_rounded_right(dtype: torch.dtype) -> None:
+    """With q = 0 and one key the row is c0 v, from the one product to the one rounding."""
+    v = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 256, 1, 256)
+    zero = torch.zeros(1, 256, 1, 1, dtype=dtype)
+    for c0 in (1.0, 1.1, 2.0**-5, 1.7e-3, 300.0):
+        out = run(zero, zero, v, coefficients=(c0, 0, 1), normalize=False)
+        assert torch.equal(out.nan_to_num(3.0), (v.float() * torch.tensor(c0)).to(dtype).nan_to_num(3.0))
+        assert torch.equal(out.isnan(), v.isnan())
+
+
 def everything(tensors: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     outputs, gradients = evaluate(lambda *t: run(*t, is_causal=True), tensors)
     return outputs + gradients
