@@ -66,8 +66,8 @@ def pull_weights(t, dp, a, b, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def no_sums(BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, SIMILARITY: tl.constexpr):
-    """acc, l and m of rows that have seen nothing. The sums are held divided by what m stands for (`settled`); sums that
-    do not start at nothing start with m = 1."""
+    """acc, l and m of rows that have seen nothing. The sums are held divided by what m stands for (`settled`); sums
+    that do not start at nothing start with m = 1."""
     acc = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
     if SIMILARITY == "softmax":
@@ -150,26 +150,23 @@ def attend(
     return acc, l, m
 
 
-# Backward. `norm` of a query is 1/l (1 if nothing is divided), and its log-sum-exp in base 2 for softmax; `delta` is
-# norm * sum(dout * out) (for softmax without the norm). p below is the weight divided by the row's sum, so that
-# gradients need no range beyond that of the inputs.
+# Backward. `delta` of a query is sum(dout * out), or 0 if nothing is divided; `norm` is 1/l, for softmax the
+# log-sum-exp in base 2. p below is the weight divided by the row's sum, so that gradients need no range beyond that of
+# the inputs, and g the gradient to the weight before the division: (dout v^T - delta) / l, for softmax without that l.
 
 
 @triton.jit
-def pull_pairs(
-    t, dp, norm, delta, seen, a, b, c, SIMILARITY: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr
-):
-    """The normalised weights of a tile and ds, the gradient to t up to the slope. dp = dout v^T; norm and delta are
-    broadcastable to t."""
+def pull_pairs(t, g, norm, seen, a, b, c, SIMILARITY: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr):
+    """p of a tile, and ds, the gradient to t up to the slope; norm and seen are broadcastable to t."""
     if SIMILARITY == "softmax":
         p = tl.exp2(t * a - norm)
-        ds = p * (dp - delta)
+        ds = p * g
     elif NORMALIZE:
         p = weigh(t, a, b, c, SIMILARITY) * norm
-        ds = pull_weights(t, dp * norm - delta, a, b, SIMILARITY)
+        ds = pull_weights(t, g, a, b, SIMILARITY)
     else:
         p = weigh(t, a, b, c, SIMILARITY)
-        ds = pull_weights(t, dp, a, b, SIMILARITY)
+        ds = pull_weights(t, g, a, b, SIMILARITY)
     if MASKED:
         p = tl.where(seen, p, 0.0)
         ds = tl.where(seen, ds, 0.0)
@@ -193,11 +190,15 @@ def pull_queries(
         k = load_rows(k_ptr, j0, stride_kt, keep, offs_k, offs_d, D, MASKED, EVEN_D)
         v = load_rows(v_ptr, j0, stride_vt, keep, offs_k, offs_m, M, MASKED, EVEN_M)
         t = dot(q, tl.trans(k), None, PRECISION)
-        dp = dot(dout, tl.trans(v), None, PRECISION)
+        g = dot(dout, tl.trans(v), None, PRECISION)
+        if SIMILARITY == "softmax":
+            g -= delta[:, None]
+        elif NORMALIZE:
+            g = g * norm[:, None] - (delta * norm)[:, None]
         seen = keep[None, :]
         if MASKED and CAUSAL:
             seen = seen & (keys[None, :] <= last[:, None])
-        _, ds = pull_pairs(t, dp, norm[:, None], delta[:, None], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
+        _, ds = pull_pairs(t, g, norm[:, None], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
         dq = dot(rounded(ds, LOW), k, dq, PRECISION)
     return dq
 
@@ -217,7 +218,8 @@ def pull_keys(
     there, so that they give nothing. Rows of keys that do not count are left with anything: store zeros there.
     """
     offs_q, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
-    for i0 in tl.range(start, stop, BLOCK_Q):
+    # The few tiles on the diagonal load nothing ahead: what that needs would be spilled, and missing in the long loop.
+    for i0 in tl.range(start, stop, BLOCK_Q, num_stages=1 if MASKED else None):
         queries = i0 + offs_q
         real = queries < end
         q = load_rows(q_ptr, i0, stride_qt, real, offs_q, offs_d, D, RAGGED, EVEN_D)
@@ -230,11 +232,16 @@ def pull_keys(
             norm = tl.load(norm_ptr + queries)
             delta = tl.load(delta_ptr + queries)
         t = dot(k, tl.trans(q), None, PRECISION)
-        dp = t
+        g = t
         if WANT_DK:
-            dp = dot(v, tl.trans(dout), None, PRECISION)
+            g = tl.zeros([k.shape[0], BLOCK_Q], tl.float32)
+            if NORMALIZE:
+                g -= delta[None, :]  # before the product, so that delta needs no registers during it
+            g = dot(v, tl.trans(dout), g, PRECISION)
+            if NORMALIZE and SIMILARITY != "softmax":
+                g *= norm[None, :]
         seen = keys[:, None] <= queries[None, :] + q_offset
-        p, ds = pull_pairs(t, dp, norm[None, :], delta[None, :], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
+        p, ds = pull_pairs(t, g, norm[None, :], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
         if WANT_DV:
             dv = dot(rounded(p, LOW), dout, dv, PRECISION)
         if WANT_DK:

@@ -38,7 +38,6 @@ def forward(
     initial_state: State,
     options: Options,
     return_state: bool,
-    save: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, State, State]:
     call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
@@ -58,7 +57,6 @@ def backward(
     v: Tensor,
     out: Tensor,
     l: Tensor,
-    saved: State,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     initial_state: State,
@@ -88,6 +86,14 @@ def backward(
         if want_initial:
             dinitial = sums.state_gradients(call, of_rows, dstate)
     return dq, dk, dv, dinitial
+
+
+def state_after(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
+) -> State:
+    """The state of a call that began without one."""
+    call = Call.of(q, k, v, key_mask, cu_seqlens, [], options._replace(is_causal=False), Plan("direct", "triton"))
+    return sums.state_after(call, sums.of_keys(call, [], keep=True), [])
 
 
 def _rows(call: Call, read: config.Read) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -136,7 +142,7 @@ def _pull_keys(call: Call, of_rows: sums.Sums, dout: Tensor, rows: Shared, gradi
     run_kernel(pull_folded_keys, (call.pieces(tiles, read.rows), call.Hkv), read, arguments)
 
 
-def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str:
+def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> str:
     name = architecture(q.device)
     row = config.row(name, q.dtype, max(block(q.shape[3]), block(v.shape[3])))
     tile = f"{row.read.rows} rows x {row.read.WIDTH * 16} features, {row.read.num_warps} warps"

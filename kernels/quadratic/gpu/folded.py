@@ -14,17 +14,17 @@ from .state import SLICE, product
 
 
 @triton.jit
-def load_columns(tile, first, keep, offs, size, EVEN: tl.constexpr):
-    """Columns first + offs of a tile of rows, of which those not `keep` are 0."""
+def load_columns(tile, first, offs, size, EVEN: tl.constexpr):
+    """Columns first + offs of a tile of rows. All rows must exist, and none matters to another."""
     if EVEN:
-        return tl.load(tile + first + offs[None, :], mask=keep[:, None], other=0.0)
+        return tl.load(tile + first + offs[None, :])
     else:
-        return tl.load(tile + first + offs[None, :], mask=keep[:, None] & (first + offs < size)[None, :], other=0.0)
+        return tl.load(tile + first + offs[None, :], mask=(first + offs < size)[None, :], other=0.0)
 
 
 @triton.jit
 def read_pairs(
-    acc, x_tile, keep, sums_ptr, D,
+    acc, x_tile, sums_ptr, D,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -34,8 +34,8 @@ def read_pairs(
     s_tile = sums_ptr + offs[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     i, j = 0, 0
     for _ in tl.range(0, BLOCK_D * (BLOCK_D // 16 + 1) // 2 // WIDTH):
-        xi = load_columns(x_tile, tl.multiple_of(i, WIDTH), keep, offs_i, D, EVEN)
-        xj = load_columns(x_tile, tl.multiple_of(j, SLICE), keep, offs_j, D, EVEN)
+        xi = load_columns(x_tile, tl.multiple_of(i, WIDTH), offs_i, D, EVEN)
+        xj = load_columns(x_tile, tl.multiple_of(j, SLICE), offs_j, D, EVEN)
         xi = xi * tl.where(i >= j, 0.5, 1.0).to(xi.dtype)
         phi = product(xi[:, :, None], xj[:, None, :], FOLD).reshape(ROWS, WIDTH * SLICE)
         acc = dot(phi, tl.load(s_tile), acc, PRECISION)
@@ -49,7 +49,7 @@ def read_pairs(
 
 @triton.jit
 def pull_pairs(
-    acc, x_tile, y_tile, keep, sums_ptr, D, M,
+    acc, x_tile, y_tile, sums_ptr, D, M,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,8 +61,8 @@ def pull_pairs(
     own = A * (A + 1) // 2 * 256 + offs_j % SLICE  # the block row of j, up to its own diagonal; beyond, that of i
     i, m = 0, 0
     for _ in tl.range(0, BLOCK_D // WIDTH * (BLOCK_M // 16)):
-        xi = load_columns(x_tile, tl.multiple_of(i, WIDTH), keep, offs_i, D, EVEN)
-        y = load_columns(y_tile, tl.multiple_of(m, SLICE), keep, offs_m, M, EVEN)
+        xi = load_columns(x_tile, tl.multiple_of(i, WIDTH), offs_i, D, EVEN)
+        y = load_columns(y_tile, tl.multiple_of(m, SLICE), offs_m, M, EVEN)
         factor = product(xi[:, :, None], y[:, None, :], FOLD).reshape(ROWS, WIDTH * SLICE)
         I = i // SLICE
         rows = i + offs // SLICE
@@ -79,22 +79,33 @@ def pull_pairs(
 
 @triton.jit
 def read_record(
-    acc, l, x, record_ptr, weight_0, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROW_SUMS: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
+    acc, x_tile, record_ptr, D, weight_0, weight_1, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the terms of degree 1 and 0, and the row sum c0 n + x.(w1 z + w2 Z x), which is fp32 throughout."""
+    """acc + the terms of degree 1 and 0."""
     offs_d, offs_m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     linear_ptr = record_ptr + BLOCK_D * BLOCK_D
-    x_sum_ptr = linear_ptr + BLOCK_D * BLOCK_M
     linear = tl.load(linear_ptr + offs_d[:, None] * BLOCK_M + offs_m[None, :]) * weight_1
-    acc = dot(rounded(x, FOLD), rounded(linear, FOLD), acc, PRECISION)
-    acc += tl.load(x_sum_ptr + BLOCK_D + offs_m)[None, :] * weight_0
-    if ROW_SUMS:
-        x = x.to(tl.float32)
-        gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + offs_d[None, :])
-        row = dot(x, gram, None, GRAM) * weight_2 + tl.load(x_sum_ptr + offs_d)[None, :] * weight_1
-        l += tl.sum(x * row, 1) + tl.load(x_sum_ptr + BLOCK_D + BLOCK_M) * weight_0
-    return acc, l
+    x = rounded(load_columns(x_tile, 0, offs_d, D, EVEN), FOLD)
+    acc = dot(x, rounded(linear, FOLD), acc, PRECISION)
+    return acc + tl.load(linear_ptr + BLOCK_D * BLOCK_M + BLOCK_D + offs_m)[None, :] * weight_0
+
+
+@triton.jit
+def read_row_sums(
+    l, x_tile, record_ptr, D, weight_0, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr, GRAM: tl.constexpr,
+):  # fmt: skip
+    """l + w0 n + x.(w1 z + w2 Z x), in fp32; a slice of columns of Z at a time, to save registers."""
+    x_sum_ptr = record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    x = load_columns(x_tile, 0, offs_d, D, EVEN).to(tl.float32)
+    for first in tl.static_range(0, BLOCK_D, SLICE):
+        offs = first + tl.arange(0, SLICE)
+        gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + offs[None, :])
+        row = dot(x, gram, None, GRAM) * weight_2 + tl.load(x_sum_ptr + offs)[None, :] * weight_1
+        l += tl.sum(load_columns(x_tile, first, tl.arange(0, SLICE), D, EVEN).to(tl.float32) * row, 1)
+    return l + tl.load(x_sum_ptr + BLOCK_D + BLOCK_M) * weight_0
 
 
 @triton.jit

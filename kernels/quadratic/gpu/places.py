@@ -92,3 +92,9 @@ def read_boundary(position, last, slot, reads_ptr, CHUNK, CAUSAL: tl.constexpr, 
     if TABLE:
         boundary = tl.load(reads_ptr + slot + boundary).to(tl.int32)
     return boundary
+
+
+@triton.jit
+def existing(offs, first, T):
+    """offs, moved so that rows first + offs exist: what is computed for the others is not stored."""
+    return tl.minimum(tl.maximum(offs, -first), T - 1 - first)

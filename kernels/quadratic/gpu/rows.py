@@ -5,8 +5,8 @@ import triton.language as tl
 
 from ...common.gpu.numerics import rounded
 from ...common.gpu.pairs import attend, load_rows, no_sums, pull_queries, settled
-from .folded import pull_pairs, pull_record, read_pairs, read_record
-from .places import last_boundary, read_boundary, sequence_of, slot_of, span
+from .folded import pull_pairs, pull_record, read_pairs, read_record, read_row_sums
+from .places import existing, last_boundary, read_boundary, sequence_of, slot_of, span
 
 
 @triton.jit
@@ -73,12 +73,10 @@ def read_rows(
         a, b, c, SIMILARITY, CAUSAL, KEY_MASK, True, EVEN, EVEN, LOW, PRECISION, BLOCK_K, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     acc, l = settled(acc, l, m, SIMILARITY, LOW)
-    acc, l = read_record(
-        acc, l, q, record_ptr, weight_0, weight_1, weight_2, BLOCK_D, BLOCK_M, True, FOLD, PRECISION, GRAM
-    )
-    acc = read_pairs(
-        acc, q_ptr + offs_q[:, None] * stride_qt, real, sums_ptr, D, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION
-    )
+    q_tile = q_ptr + existing(offs_q, row_0, T)[:, None] * stride_qt
+    l = read_row_sums(l, q_tile, record_ptr, D, weight_0, weight_1, weight_2, BLOCK_D, BLOCK_M, EVEN, GRAM)
+    acc = read_record(acc, q_tile, record_ptr, D, weight_0, weight_1, BLOCK_D, BLOCK_M, EVEN, FOLD, PRECISION)
+    acc = read_pairs(acc, q_tile, sums_ptr, D, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
     if NORMALIZE:
         acc = acc / tl.where(l <= 0, float("inf"), l)[:, None]
     out_ptr += batch * stride_ob + head * stride_oh + first * stride_ot
@@ -94,7 +92,7 @@ def share_rows(
     T, H, M,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """What a row hands on: norm = 1/l, delta = norm dout.out, and for the sums dO' = norm dout, rounded, with the delta
+    """What a row hands on: norm = 1/l, delta = dout.out, and for the sums dO' = norm dout, rounded, with the delta
     of just these rounded numbers. A row without a sum (l <= 0) hands nothing on."""
     tile, h, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64), tl.cast(tl.program_id(2), tl.int64)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -108,10 +106,10 @@ def share_rows(
         out_ptr += batch * stride_ob + h * stride_oh + first * stride_ot
         out = tl.load(out_ptr + offs_q * stride_ot + offs_m[None, :], mask=inside, other=0.0).to(tl.float32)
         l = tl.load(l_ptr + place, mask=rows < T, other=0.0)
-        norm = tl.where(l <= 0, 0.0, 1.0 / l)
+        norm = 1.0 / tl.where(l <= 0, float("inf"), l)
         shared = rounded(dout * norm[:, None], FOLD)
         tl.store(norm_ptr + place, norm, mask=rows < T)
-        tl.store(delta_ptr + place, tl.sum(dout * out, 1) * norm, mask=rows < T)
+        tl.store(delta_ptr + place, tl.sum(dout * out, 1), mask=rows < T)
         tl.store(folded_delta_ptr + place, tl.sum(shared.to(tl.float32) * out, 1), mask=rows < T)
     else:
         shared = rounded(dout, FOLD)
@@ -179,17 +177,15 @@ def pull_rows(
         BLOCK_K, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     dq *= slope
-    shared_tile = shared_ptr + row * M + offs_q[:, None] * M
     shared = load_rows(shared_ptr + row * M, 0, M, real, offs_q, offs_m, M, True, EVEN)
     if NORMALIZE:
         delta = tl.load(folded_delta_ptr + row + offs_q, mask=real, other=0.0)
     dq = pull_record(
         dq, q, shared, -delta, record_ptr, weight_1, weight_2, BLOCK_D, BLOCK_M, NORMALIZE, FOLD, PRECISION, GRAM
     )
-    dq = pull_pairs(
-        dq, q_ptr + offs_q[:, None] * stride_qt, shared_tile, real, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN,
-        FOLD, PRECISION,
-    )  # fmt: skip
+    offs = existing(offs_q, row_0, T)[:, None]
+    q_tile, shared_tile = q_ptr + offs * stride_qt, shared_ptr + row * M + offs * M
+    dq = pull_pairs(dq, q_tile, shared_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
     dq_ptr += batch * stride_dqb + head * stride_dqh + first * stride_dqt
     columns = real[:, None] & (offs_d < D)[None, :]
     tl.store(dq_ptr + offs_q[:, None] * stride_dqt + offs_d[None, :], rounded(dq, LOW), mask=columns)

@@ -38,6 +38,19 @@ def block_of(pair, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def load_slice(tile, columns, size, real, MASKED: tl.constexpr, EVEN: tl.constexpr):
+    """Some columns of a tile of rows, of which those not `real` are 0."""
+    if MASKED and EVEN:
+        return tl.load(tile + columns[None, :], mask=real[:, None], other=0.0)
+    elif MASKED:
+        return tl.load(tile + columns[None, :], mask=real[:, None] & (columns < size)[None, :], other=0.0)
+    elif EVEN:
+        return tl.load(tile + columns[None, :])
+    else:
+        return tl.load(tile + columns[None, :], mask=(columns < size)[None, :], other=0.0)
+
+
+@triton.jit
 def group_rows(
     boundary, last, slot, rows_from_ptr, q_offset, T, CHUNK,
     REVERSE: tl.constexpr, CAUSAL: tl.constexpr, TABLE: tl.constexpr,
@@ -45,7 +58,7 @@ def group_rows(
     """Which keys come to the sums at a boundary (the chunk before it), or in reverse which rows read just this one."""
     if REVERSE:
         first = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
-        end = first_reader(boundary + 1, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
+        end = first_reader(boundary + 1, last, slot + 1, rows_from_ptr, CHUNK, CAUSAL, TABLE)
         begin, stop = rows_between(first, end, q_offset, T, CAUSAL)
     elif CAUSAL:
         begin, stop = tl.maximum((boundary - 1) * CHUNK, 0), tl.minimum(boundary * CHUNK, T)
@@ -62,10 +75,10 @@ def pair_sums(
     S, T, Tk, H, D, M, q_offset, CHUNK, RUN, runs, slots, weight,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     REVERSE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
-    TOTALS: tl.constexpr, EVEN: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
+    TOTALS: tl.constexpr, EVEN: tl.constexpr, EVEN_T: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of features of one run of RUN rows. Causal: a run is some chunks (in reverse, boundaries), and the sum
-    so far is stored at each. The sum of the whole run goes to `totals`."""
+    so far is stored at each. The sum of the whole run goes to `totals`. EVEN_T: all rows of all tiles count."""
     pair, h = tl.program_id(0), tl.program_id(2)
     PAIRS: tl.constexpr = BLOCK_D // 16 * (BLOCK_D // 16 + 1) // 2
     sequence, run = sequence_of(tl.program_id(1), cu_seqlens_ptr, S, RUN, runs, 2, PACKED)
@@ -102,21 +115,16 @@ def pair_sums(
             boundary = last
             begin, stop = run * RUN, tl.minimum((run + 1) * RUN, T)
         for head in range(GROUP):
-            for t in tl.range(begin, tl.maximum(stop, begin + 1), BLOCK_T):
+            for t in tl.range(begin, stop, BLOCK_T):
                 row = tl.cast(start + t, tl.int64)
-                x_tile = x_ptr + row * stride_xt + head * stride_xh + offs_t[:, None] * stride_xt
-                y_tile = y_ptr + row * stride_yt + head * stride_yh + offs_t[:, None] * stride_yt
                 real = offs_t < stop - t
                 if MASKED:
                     real = real & tl.load(key_mask_ptr + batch * stride_mb + row + offs_t, mask=real, other=0)
-                if EVEN:
-                    xa = tl.load(x_tile + offs_a[None, :], mask=real[:, None], other=0.0)
-                    xb = tl.load(x_tile + offs_b[None, :], mask=real[:, None], other=0.0)
-                    y = tl.load(y_tile + offs_m[None, :], mask=real[:, None], other=0.0)
-                else:
-                    xa = tl.load(x_tile + offs_a[None, :], mask=real[:, None] & (offs_a[None, :] < D), other=0.0)
-                    xb = tl.load(x_tile + offs_b[None, :], mask=real[:, None] & (offs_b[None, :] < D), other=0.0)
-                    y = tl.load(y_tile + offs_m[None, :], mask=real[:, None] & (offs_m[None, :] < M), other=0.0)
+                x_tile = x_ptr + row * stride_xt + head * stride_xh + offs_t[:, None] * stride_xt
+                y_tile = y_ptr + row * stride_yt + head * stride_yh + offs_t[:, None] * stride_yt
+                xa = load_slice(x_tile, offs_a, D, real, not EVEN_T, EVEN)
+                xb = load_slice(x_tile, offs_b, D, real, not EVEN_T, EVEN)
+                y = load_slice(y_tile, offs_m, M, real, not EVEN_T, EVEN)
                 phi = product(tl.trans(xb)[:, None, :], tl.trans(xa)[None, :, :], LOW).reshape(FEATURES, BLOCK_T)
                 acc = dot(phi, rounded(y, LOW), acc, PRECISION)
         if CAUSAL:
@@ -157,7 +165,7 @@ def record_sums(
     for head in range(GROUP):
         x_head = x_ptr + tl.cast(batch, tl.int64) * stride_xb + tl.cast(h * GROUP + head, tl.int64) * stride_xh
         y_head = y_ptr + tl.cast(batch, tl.int64) * stride_yb + tl.cast(h * GROUP + head, tl.int64) * stride_yh
-        for t in tl.range(begin, tl.maximum(stop, begin + 1), BLOCK_T):
+        for t in tl.range(begin, stop, BLOCK_T):
             row = tl.cast(start + t, tl.int64)
             real = offs_t < stop - t
             if MASKED:

@@ -74,9 +74,11 @@ def _sums(
     scanned = keep or offset is not None or not causal or runs > S
     totals = record.new_empty(runs if scanned else 0, H, *pairs.shape[2:])
     tile = call.row.pairs
+    regular = mask is None and call.cu_seqlens is None and call.tables is None
+    whole = regular and T % tile.BLOCK_T == 0 and (call.options.q_offset if reverse else 0) % tile.BLOCK_T == 0
     arguments = shared | dict(
         sums_ptr=pairs, totals_ptr=totals, RUN=run, runs=per_sequence, weight=2 * c2, TOTALS=scanned,
-        BLOCK_T=tile.BLOCK_T,
+        BLOCK_T=tile.BLOCK_T, EVEN_T=whole,
     )  # fmt: skip
     run_kernel(pair_sums, (features // 256, runs, H), tile, arguments)
     if scanned:

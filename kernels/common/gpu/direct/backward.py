@@ -18,8 +18,7 @@ def row_terms(out, dout, l, SIMILARITY: tl.constexpr):
     if SIMILARITY == "softmax":
         return tl.where(l == float("-inf"), float("inf"), l * LOG2E), delta
     else:
-        norm = tl.where(l <= 0, 0.0, 1.0 / l)
-        return norm, delta * norm
+        return tl.where(l <= 0, 0.0, 1.0 / l), delta
 
 
 @triton.jit
@@ -100,8 +99,10 @@ def keys_kernel(
     EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over the G query heads of a key head. Grid: tiles * B * Hkv. RAGGED: the last tile of queries is
-    not full."""
+    """dk and dv, summed over the G query heads of a key head. Grid: tiles * B * Hkv.
+
+    RAGGED: the last tile of queries is not full.
+    """
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, h = (head // Hkv).to(tl.int64), (head % Hkv).to(tl.int64)
     q_ptr += batch * stride_qb + h * G * stride_qh

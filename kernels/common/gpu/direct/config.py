@@ -1,4 +1,8 @@
-"""Tile sizes of the direct form, by architecture, width of the inputs and head size."""
+"""Tile sizes of the direct form, by architecture, width of the inputs and head size.
+
+sm_90: read from compiled code (`linattn kernels`): matrix instructions from shared memory or registers, no spill and no
+serialisation in the loops. The others follow from shared memory, 4-byte rows hold half as many elements.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,13 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def __str__(self) -> str:
+        return f"{self.BLOCK_Q}x{self.BLOCK_K} ({self.num_warps} warps, {self.num_stages} stages)"
+
 
 @dataclass(frozen=True)
 class Row:
-    """One tile for each kernel. decode has few queries: its BLOCK_Q is a least size."""
+    """The tile of each kernel: forward, dq, dk and dv, and of decoding, where BLOCK_Q is the least."""
 
     forward: Tile
     queries: Tile
@@ -27,23 +34,48 @@ class Row:
     decode: Tile
 
 
-HEAD_SIZES = (32, 64, 128, 256)
-"""Rows of the table: the larger of BLOCK_D and BLOCK_M fits."""
+HEAD_SIZES = (64, 128, 256)
+"""A row serves head sizes, D or M, up to its own."""
 
-SMALL = Row(forward=Tile(16, 32, 4, 2), queries=Tile(16, 32, 4, 2), keys=Tile(32, 16, 4, 2), decode=Tile(16, 32, 4, 2))
+LOW, FP32 = 2, 4
+"""Bytes of an element."""
 
-CONFIGURATIONS: dict[tuple[str, int, int], Row] = {
-    ("sm_90", 2, 64): Row(
-        forward=Tile(128, 128, 8, 2), queries=Tile(128, 128, 8, 2), keys=Tile(64, 128, 8, 2), decode=Tile(16, 64, 4, 3)
-    ),
-    ("sm_90", 2, 128): Row(
-        forward=Tile(128, 128, 8, 2), queries=Tile(128, 64, 8, 2), keys=Tile(64, 128, 8, 2), decode=Tile(16, 64, 4, 3)
-    ),
+INTERPRETER = Row(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), Tile(16, 32, 4, 2))
+
+_HOPPER = {
+    (LOW, 64): Row(Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 4, 3)),
+    (LOW, 128): Row(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 4, 3)),
+    (LOW, 256): Row(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 3)),
+    (FP32, 64): Row(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 4, 3)),
+    (FP32, 128): Row(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 3)),
+    (FP32, 256): Row(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 4, 3)),
+}
+_AMPERE = {
+    (LOW, 64): Row(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 64, 4, 3)),
+    (LOW, 128): Row(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 4, 3)),
+    (LOW, 256): Row(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 4, 2)),
+    (FP32, 64): Row(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)),
+    (FP32, 128): Row(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
+    (FP32, 256): Row(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 2)),
+}
+_CONSUMER = {
+    (LOW, 64): Row(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 64, 4, 2)),
+    (LOW, 128): Row(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(16, 32, 4, 2)),
+    (LOW, 256): Row(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 2)),
+    (FP32, 64): Row(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
+    (FP32, 128): Row(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    (FP32, 256): Row(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+CONFIGURATIONS = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx942": _CONSUMER,  # 64 KB of shared memory, no loads in flight beyond registers
+    "consumer": _CONSUMER,
+    "interpreter": {(width, size): INTERPRETER for width in (LOW, FP32) for size in HEAD_SIZES},
 }
 
 
 def configuration(architecture: str, dtype: torch.dtype, head_size: int) -> Row:
-    if architecture == "interpreter":
-        return SMALL
-    size = next(size for size in HEAD_SIZES if size >= head_size)
-    return CONFIGURATIONS[architecture, dtype.itemsize, size]
+    size = next(size for size in HEAD_SIZES if head_size <= size)
+    return CONFIGURATIONS[architecture][dtype.itemsize, size]

@@ -21,8 +21,8 @@ def signed(q, a, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def finished(acc, l, m, SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr, LOW: tl.constexpr):
-    """Rows of the result and the numbers that are kept of them: l, and the log-sum-exp for softmax. 0 where l <= 0: such
-    a row saw no key, or lost its sum to cancellation. NaN stays NaN."""
+    """Rows of the result, and the number that is kept of each: l, for softmax the log-sum-exp. 0 where l <= 0: such a
+    row saw no key, or lost its sum to cancellation. NaN stays NaN."""
     if NORMALIZE:
         out = acc / tl.where(l <= 0, float("inf"), l)[:, None]
         if SIMILARITY == "softmax":

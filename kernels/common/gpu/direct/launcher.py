@@ -137,13 +137,12 @@ def backward(
     return dq, dk, dv
 
 
-def describe(q: Tensor, v: Tensor, similarity: str) -> str:
-    """The kernels that run, and their configuration."""
-    row = configuration(architecture(q.device), q.dtype, max(_block(q.shape[3]), _block(v.shape[3])))
-    parts = ", ".join(
-        f"{name} {tile}" for name, tile in (("forward", row.forward), ("dq", row.queries), ("dk and dv", row.keys))
-    )
-    return f"direct tiles, {similarity}: {parts}"
+def describe(q: Tensor, v: Tensor, kind: str) -> str:
+    """The kernels that run for a similarity, and their configuration."""
+    name = architecture(q.device)
+    row = configuration(name, q.dtype, max(_block(q.shape[3]), _block(v.shape[3])))
+    tiles = f"forward {row.forward}, dq {row.queries}, dk and dv {row.keys}"
+    return f"Triton ({name}): direct tiles of queries x keys, {kind}: {tiles}"
 
 
 def _readable(problem: Problem) -> Problem:
