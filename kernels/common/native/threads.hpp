@@ -45,7 +45,7 @@ public:
     Scratch& operator=(const Scratch&) = delete;
 
     template <class T>
-    T* take(std::size_t count) {
+    __attribute__((always_inline)) T* take(std::size_t count) {
         return static_cast<T*>(take_bytes(count * sizeof(T)));
     }
 
