@@ -10,9 +10,10 @@ namespace {
 
 Index whole_fours(Index n) { return blocks(n, 4) * 4; }
 
-// to (panels of `rows` lines) [f][m] += sum over i < n of left[f][i] * right[i][m].
-void add_outer(const float* left, const float* right, Index stride, int n, Index rows, Index columns, float* to) {
-    for (Index m = 0; m < columns; m += tile_rows, to += rows * tile_rows)
+// to (panels of `lines` lines) [f][m] += sum over i < n of left[f][i] * right[i][m], for f < rows.
+void add_outer(const float* left, const float* right, Index stride, int n, Index rows, Index columns, float* to,
+               Index lines) {
+    for (Index m = 0; m < columns; m += tile_rows, to += lines * tile_rows)
         add_product<tile_rows, 1>(left, right + m, stride, n, n, static_cast<int>(rows), to, tile_rows,
                                   least<Index>(tile_rows, columns - m));
 }
@@ -92,11 +93,12 @@ void Sums::store_state(Index part, const State& state, Index index, const State*
 
 void Sums::add(Index part, const Summand& rows, const Weights& weights) {
     if (is_moments(part))
-        return add_outer(rows.moment_x, rows.moment, padded(D_), rows.rows, moment_rows(), padded(D_), block(part));
+        return add_outer(rows.moment_x, rows.moment, padded(D_), rows.rows, moment_rows(), padded(D_), block(part),
+                         moment_rows());
     const Index f0 = first(part), f1 = last(part);
     alignas(64) float phi[block_features * tile_rows];
     make_features(rows.x, f0, f1, weights, phi);
-    add_outer(phi, rows.v, padded(M_), rows.rows, whole_fours(f1 - f0), padded(M_), block(part));
+    add_outer(phi, rows.v, padded(M_), rows.rows, whole_fours(f1 - f0), padded(M_), block(part), block_features);
 }
 
 void Sums::read(Index part, const float* x, int rows, const Weights& weights, float* acc) const {
