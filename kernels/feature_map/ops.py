@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from ..common.backend import Backend, anything
+from ..common.backend import Backend, anything, triton
 from ..common.stateful import define_stateful
 from .contract import SCHEMA, Options, state_shapes
 
 # In the order in which "auto" tries them.
-BACKENDS = {"reference": Backend("linattn.kernels.feature_map.reference", anything, "plain PyTorch")}
+BACKENDS = {
+    "triton": Backend("linattn.kernels.feature_map.gpu", triton),
+    "reference": Backend("linattn.kernels.feature_map.reference", anything, "plain PyTorch"),
+}
 
 define_stateful("feature_map", Options, SCHEMA, state_shapes, BACKENDS)

@@ -22,22 +22,41 @@ LINATTN_INLINE bool all(const std::int32_t* seen) {
     return every != 0;
 }
 
+// p(s) at t = s + start.
+template <bool plain>
+LINATTN_INLINE Vec value(const Similarity& f, Vec t) {
+    return plain ? t * t : (f.a2 * t + f.a1) * t + f.a0;
+}
+
+template <bool plain>
+LINATTN_INLINE Vec slope(const Similarity& f, Vec t) {
+    return plain ? t + t : 2 * f.a2 * t + f.a1;
+}
+
+bool is_plain(const Similarity& f) { return f.a2 == 1 && f.a1 == 0 && f.a0 == 0; }
+
+// start(r) + a k for six rows a [n] and a panel of keys k [n][key_block].
+template <class Start>
+LINATTN_INLINE void products(Vec (&t)[group_rows][widest], const Start& start, const float* a, Index n, const float* k) {
+#pragma GCC unroll 32
+    for (int r = 0; r < group_rows; ++r)
+#pragma GCC unroll 8
+        for (int w = 0; w < widest; ++w) t[r][w] = splat(start(r));
+    multiply_add(t, a, padded(n), 1, k, key_block, static_cast<int>(n));
+}
+
 // The similarities p [group_rows][key_block] of six rows with the keys c to c + panel, and their sums to l.
 template <bool plain, bool masked>
 LINATTN_INLINE void scores(const Similarity& f, const float* x, Index D, const KeyBlock& keys, int c, int last,
                            float* p, float* l) {
     Vec t[group_rows][widest];
-#pragma GCC unroll 32
-    for (int r = 0; r < group_rows; ++r)
-#pragma GCC unroll 8
-        for (int w = 0; w < widest; ++w) t[r][w] = splat(f.start);
-    multiply_add(t, x, padded(D), 1, keys.k + c, key_block, static_cast<int>(D));
+    products(t, [&](int) { return f.start; }, x, D, keys.k + c);
 #pragma GCC unroll 32
     for (int r = 0; r < group_rows; ++r) {
         Vec total = load(l + r * width);
 #pragma GCC unroll 8
         for (int w = 0; w < widest; ++w) {
-            Vec y = plain ? t[r][w] * t[r][w] : (f.a2 * t[r][w] + f.a1) * t[r][w] + f.a0;
+            Vec y = value<plain>(f, t[r][w]);
             if (masked) y = kept(y, visible(keys.seen, c + w * width, last + r));
             total += y;
             store(p + r * key_block + c + w * width, y);
@@ -60,6 +79,50 @@ void add_keys_to_strip(const Similarity& f, const float* x, Index D, Index M, co
     add_product<key_block, 1>(p, keys.v, keys.v_stride, keys.count, last + 1, strip_rows, acc, padded(M), padded(M));
 }
 
+// For six rows: p(s) and dS [group_rows][key_block].
+template <bool plain, bool masked>
+LINATTN_INLINE void score_gradients(const Similarity& f, const RowGradients& rows, int r, Index D, Index M,
+                                    const KeyBlockGradients& keys, int c, int last, float* p, float* ds) {
+    Vec t[group_rows][widest];
+    products(t, [&](int) { return f.start; }, rows.x + r * padded(D), D, keys.k + c);
+#pragma GCC unroll 32
+    for (int i = 0; i < group_rows; ++i)
+#pragma GCC unroll 8
+        for (int w = 0; w < widest; ++w) store(p + i * key_block + c + w * width, t[i][w]);
+    products(t, [&](int i) { return -rows.delta[r + i]; }, rows.dout + r * padded(M), M, keys.v + c);
+#pragma GCC unroll 32
+    for (int i = 0; i < group_rows; ++i)
+#pragma GCC unroll 8
+        for (int w = 0; w < widest; ++w) {
+            float* const at = p + i * key_block + c + w * width;
+            const Vec score = load(at);
+            Vec y = value<plain>(f, score), dy = slope<plain>(f, score) * t[i][w];
+            if (masked) {
+                const Lanes where = visible(keys.seen, c + w * width, last + i);
+                y = kept(y, where), dy = kept(dy, where);
+            }
+            store(at, y);
+            store(ds + (at - p), dy);
+        }
+}
+
+// add_gradients for rows that all see some key, whole strips of them.
+template <bool plain, bool masked>
+void add_gradients_of(const Similarity& f, const RowGradients& rows, int count, Index D, Index M,
+                      const KeyBlockGradients& keys, int last) {
+    alignas(64) float p[gradient_rows * key_block], ds[gradient_rows * key_block];
+    for (int r = 0; r < count; r += group_rows)
+        for (int c = 0; c < key_block; c += panel)
+            score_gradients<plain, masked>(f, rows, r, D, M, keys, c, last + r, p + r * key_block, ds + r * key_block);
+    if (keys.dv != nullptr)
+        add_product<1, key_block>(p, rows.dout, padded(M), count, count, key_block, keys.dv, padded(M), padded(M));
+    if (keys.dk != nullptr)
+        add_product<1, key_block>(ds, rows.x, padded(D), count, count, key_block, keys.dk, padded(D), padded(D));
+    if (rows.dx != nullptr)
+        add_product<key_block, 1>(ds, keys.k_rows, padded(D), keys.count, last + 1, count, rows.dx, padded(D),
+                                  padded(D));
+}
+
 }  // namespace
 
 Similarity similarity(const quadratic::Call& call) {
@@ -77,7 +140,7 @@ void mark_seen(const bool* keep, Index count, std::int32_t* seen) {
 
 void add_keys(const Similarity& f, const float* x, Index D, Index M, const KeyBlock& keys, Index last, int rows,
               float* acc, float* l) {
-    const bool plain = f.a2 == 1 && f.a1 == 0 && f.a0 == 0, whole = all(keys.seen);
+    const bool plain = is_plain(f), whole = all(keys.seen);
     for (int r = 0; r < rows; r += strip_rows) {
         if (last + r + strip_rows <= 0) continue;
         // Far from the diagonal the distance does not matter, and must fit an int.
@@ -87,6 +150,19 @@ void add_keys(const Similarity& f, const float* x, Index D, Index M, const KeyBl
                                  : (masked ? add_keys_to_strip<false, true> : add_keys_to_strip<false, false>);
         strip(f, x + r * padded(D), D, M, keys, near, acc + r * padded(M), l + r * width);
     }
+}
+
+void add_gradients(const Similarity& f, const RowGradients& rows, int count, Index D, Index M,
+                   const KeyBlockGradients& keys, Index last) {
+    if (last + count <= 0) return;
+    const int blind = last < 0 ? static_cast<int>(-last) / strip_rows * strip_rows : 0;
+    const int near = static_cast<int>(least<Index>(last + blind, key_block));
+    const RowGradients seeing{rows.x + blind * padded(D), rows.dout + blind * padded(M), rows.delta + blind,
+                              rows.dx == nullptr ? nullptr : rows.dx + blind * padded(D)};
+    const bool plain = is_plain(f), masked = near < key_block - 1 || !all(keys.seen);
+    const auto tile = plain ? (masked ? add_gradients_of<true, true> : add_gradients_of<true, false>)
+                            : (masked ? add_gradients_of<false, true> : add_gradients_of<false, false>);
+    tile(f, seeing, count - blind, D, M, keys, near);
 }
 
 }  // namespace linattn::LINATTN_ISA

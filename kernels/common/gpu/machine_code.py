@@ -96,7 +96,7 @@ class Reading(NamedTuple):
     serialized: list[str]
     """ptxas's complaints that it had to put matrix products one after the other."""
     hot: Loop
-    """The loop of most matrix work per instruction; without such work, of most memory traffic; without any loop, all."""
+    """The loop of most matrix work per instruction; without such work, of most memory traffic; without a loop, all."""
     loops: list[Loop]
     """All innermost loops with matrix instructions."""
 
@@ -110,9 +110,7 @@ class Instruction(NamedTuple):
     target: int | None = None
 
 
-def innermost_loops(
-    code: Sequence[Instruction], wanted: Callable[[Instruction], bool]
-) -> list[Sequence[Instruction]]:
+def innermost_loops(code: Sequence[Instruction], wanted: Callable[[Instruction], bool]) -> list[Sequence[Instruction]]:
     """The bodies of the loops that hold a wanted instruction and no smaller loop that does."""
     ends: dict[int, int] = {}
     for index, instruction in enumerate(code):
@@ -121,9 +119,7 @@ def innermost_loops(
     start_of = {instruction.position: index for index, instruction in enumerate(code)}
     spans = [(start_of[target], end) for target, end in ends.items() if target in start_of]
     spans = [(a, b) for a, b in spans if any(map(wanted, code[a : b + 1]))]
-    inner = [
-        (a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)
-    ]
+    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
     return [code[a : b + 1] for a, b in sorted(inner)]
 
 

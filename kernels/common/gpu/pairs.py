@@ -4,7 +4,7 @@ A kernel holds one tile in registers and walks over tiles of the other side: `at
 `pull_queries` sums dq over keys, `pull_keys` sums dk and dv over queries. p is the weight of a pair, a function of
 t = q.k with constants a, b, c (similarity.py).
 
-    MASKED    whether some pairs of the tiles walked over are hidden: by CAUSAL, by KEY_MASK, or because rows end.
+    MASKED    whether some pairs of the tiles walked over are hidden: by CAUSAL, by KEY_MASK, or because keys end.
               Tiles that need no masks are walked in a loop of their own.
     last      the last key that a query sees, an index into the keys at k_ptr: its own position + q_offset.
     EVEN_D    whether D fills BLOCK_D, EVEN_M whether M fills BLOCK_M; columns beyond are read as 0.
@@ -66,7 +66,8 @@ def pull_weights(t, dp, a, b, SIMILARITY: tl.constexpr):
 
 @triton.jit
 def no_sums(BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, SIMILARITY: tl.constexpr):
-    """acc, l and m of rows that have seen nothing. The sums are held divided by what m stands for (`settled`)."""
+    """acc, l and m of rows that have seen nothing. The sums are held divided by what m stands for (`settled`); sums
+    that do not start at nothing start with m = 1."""
     acc = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
     if SIMILARITY == "softmax":
@@ -149,26 +150,23 @@ def attend(
     return acc, l, m
 
 
-# Backward. `norm` of a query is 1/l (1 if nothing is divided), and its log-sum-exp in base 2 for softmax; `delta` is
-# norm * sum(dout * out) (for softmax without the norm). p below is the weight divided by the row's sum, so that
-# gradients need no range beyond that of the inputs.
+# Backward. `delta` of a query is sum(dout * out), or 0 if nothing is divided; `norm` is 1/l, for softmax the
+# log-sum-exp in base 2. p below is the weight divided by the row's sum, so that gradients need no range beyond that of
+# the inputs, and g the gradient to the weight before the division: (dout v^T - delta) / l, for softmax without that l.
 
 
 @triton.jit
-def pull_pairs(
-    t, dp, norm, delta, seen, a, b, c, SIMILARITY: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr
-):
-    """The normalised weights of a tile and ds, the gradient to t up to the slope. dp = dout v^T; norm and delta are
-    broadcastable to t."""
+def pull_pairs(t, g, norm, seen, a, b, c, SIMILARITY: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr):
+    """p of a tile, and ds, the gradient to t up to the slope; norm and seen are broadcastable to t."""
     if SIMILARITY == "softmax":
         p = tl.exp2(t * a - norm)
-        ds = p * (dp - delta)
+        ds = p * g
     elif NORMALIZE:
         p = weigh(t, a, b, c, SIMILARITY) * norm
-        ds = pull_weights(t, dp * norm - delta, a, b, SIMILARITY)
+        ds = pull_weights(t, g, a, b, SIMILARITY)
     else:
         p = weigh(t, a, b, c, SIMILARITY)
-        ds = pull_weights(t, dp, a, b, SIMILARITY)
+        ds = pull_weights(t, g, a, b, SIMILARITY)
     if MASKED:
         p = tl.where(seen, p, 0.0)
         ds = tl.where(seen, ds, 0.0)
@@ -192,11 +190,15 @@ def pull_queries(
         k = load_rows(k_ptr, j0, stride_kt, keep, offs_k, offs_d, D, MASKED, EVEN_D)
         v = load_rows(v_ptr, j0, stride_vt, keep, offs_k, offs_m, M, MASKED, EVEN_M)
         t = dot(q, tl.trans(k), None, PRECISION)
-        dp = dot(dout, tl.trans(v), None, PRECISION)
+        g = dot(dout, tl.trans(v), None, PRECISION)
+        if SIMILARITY == "softmax":
+            g -= delta[:, None]
+        elif NORMALIZE:
+            g = g * norm[:, None] - (delta * norm)[:, None]
         seen = keep[None, :]
         if MASKED and CAUSAL:
             seen = seen & (keys[None, :] <= last[:, None])
-        _, ds = pull_pairs(t, dp, norm[:, None], delta[:, None], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
+        _, ds = pull_pairs(t, g, norm[:, None], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
         dq = dot(rounded(ds, LOW), k, dq, PRECISION)
     return dq
 
@@ -205,36 +207,41 @@ def pull_queries(
 def pull_keys(
     dk, dv, k, v, keys, q_ptr, dout_ptr, norm_ptr, delta_ptr, start, stop, end, q_offset, stride_qt, stride_dot,
     D, M, a, b, c,
-    SIMILARITY: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr,
+    SIMILARITY: tl.constexpr, MASKED: tl.constexpr, RAGGED: tl.constexpr, NORMALIZE: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, LOW: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk, without the slope, and to dv what queries start..stop, of which those from `end` on do not exist,
-    give back to keys k [BLOCK_K, BLOCK_D] and values v. Tiles of pairs are transposed: [BLOCK_K, BLOCK_Q]. The rows of
-    keys that do not count are left with anything: store zeros there."""
+    """Add to dk, without the slope, and to dv what queries start..stop give back to keys k [BLOCK_K, BLOCK_D] and
+    values v. Tiles of pairs are transposed: [BLOCK_K, BLOCK_Q].
+
+    MASKED: some pairs are hidden by causality. RAGGED: queries from `end` on do not exist; q and dout are read as 0
+    there, so that they give nothing. Rows of keys that do not count are left with anything: store zeros there.
+    """
     offs_q, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
-    for i0 in tl.range(start, stop, BLOCK_Q):
+    # The few tiles on the diagonal load nothing ahead: what that needs would be spilled, and missing in the long loop.
+    for i0 in tl.range(start, stop, BLOCK_Q, num_stages=1 if MASKED else None):
         queries = i0 + offs_q
         real = queries < end
-        q = load_rows(q_ptr, i0, stride_qt, real, offs_q, offs_d, D, MASKED, EVEN_D)
-        dout = load_rows(dout_ptr, i0, stride_dot, real, offs_q, offs_m, M, MASKED, EVEN_M)
-        norm = queries
-        delta = queries
-        if NORMALIZE and MASKED:
-            norm = tl.load(norm_ptr + queries, mask=real, other=0.0)
+        q = load_rows(q_ptr, i0, stride_qt, real, offs_q, offs_d, D, RAGGED, EVEN_D)
+        dout = load_rows(dout_ptr, i0, stride_dot, real, offs_q, offs_m, M, RAGGED, EVEN_M)
+        norm, delta = queries, queries
+        if NORMALIZE and RAGGED:
+            norm = tl.load(norm_ptr + queries, mask=real, other=float("inf") if SIMILARITY == "softmax" else 0.0)
             delta = tl.load(delta_ptr + queries, mask=real, other=0.0)
         elif NORMALIZE:
             norm = tl.load(norm_ptr + queries)
             delta = tl.load(delta_ptr + queries)
         t = dot(k, tl.trans(q), None, PRECISION)
+        g = t
         if WANT_DK:
-            dp = dot(v, tl.trans(dout), None, PRECISION)
-        else:
-            dp = t
-        seen = real[None, :]
-        if MASKED and CAUSAL:
-            seen = seen & (keys[:, None] <= queries[None, :] + q_offset)
-        p, ds = pull_pairs(t, dp, norm[None, :], delta[None, :], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
+            g = tl.zeros([k.shape[0], BLOCK_Q], tl.float32)
+            if NORMALIZE:
+                g -= delta[None, :]  # before the product, so that delta needs no registers during it
+            g = dot(v, tl.trans(dout), g, PRECISION)
+            if NORMALIZE and SIMILARITY != "softmax":
+                g *= norm[None, :]
+        seen = keys[:, None] <= queries[None, :] + q_offset
+        p, ds = pull_pairs(t, g, norm[None, :], seen, a, b, c, SIMILARITY, MASKED, NORMALIZE)
         if WANT_DV:
             dv = dot(rounded(p, LOW), dout, dv, PRECISION)
         if WANT_DK:

@@ -10,10 +10,12 @@ from .compiled import Compiled
 from .machine_code import CHIPS, Chip, Clocks, Instruction, Loop, Reading, hottest, innermost_loops, programs_that_fit
 
 KINDS = {"HGMMA": "HGMMA", "HMMA": "HMMA", "UTCHMMA": "tcgen05"}
-HALF_RATE = """PRMT LOP3 IADD3 SEL FSEL ISETP FSETP SHF LEA IABS IMNMX VIADD VIMNMX VIADDMNMX FMNMX PLOP3 SGXT POPC F2FP
-F2F""".split()
-FMA = "FFMA FMUL FADD HMUL2 HFMA2 HADD2 IMAD".split()
-SHARED = "LDS STS LDSM STSM".split()
+HALF_RATE = (
+    *("PRMT", "LOP3", "IADD3", "SEL", "FSEL", "ISETP", "FSETP", "SHF", "LEA", "IABS", "IMNMX", "VIADD", "VIMNMX"),
+    *("VIADDMNMX", "FMNMX", "PLOP3", "SGXT", "POPC", "F2FP", "F2F"),
+)
+FMA = ("FFMA", "FMUL", "FADD", "HMUL2", "HFMA2", "HADD2", "IMAD")
+SHARED = ("LDS", "STS", "LDSM", "STSM")
 GLOBAL_READS, GLOBAL_WRITES = ("LDG", "LDGSTS"), ("STG", "RED")
 LOCAL = ("LDL", "STL")
 
