@@ -47,7 +47,7 @@ struct Task {
 
 // As many rows as keep queries and sums in the second-level cache, and fewer if that would leave threads idle.
 Index rows_of_task(const Problem& p) {
-    Index rows = p.D + p.M >= 128 ? 96 : 192;
+    Index rows = 192;
     const Index all = p.cu_seqlens == nullptr ? p.B * p.Tq : p.Tq;
     while (rows / 2 % strip_rows == 0 && p.H * all < 4 * p.threads * rows) rows /= 2;
     return rows;
