@@ -57,7 +57,8 @@ def pull_folded_keys(
     end = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
     begin, stop = rows_between(key_0 if CAUSAL else 0, end, q_offset, T, CAUSAL)
     # Tiles of queries on the diagonal, then those that see all of these keys. If the compiler took it that a loop may
-    # take no step, every matrix product would wait (ptxas: wgmma serialized): each takes one, on rows that do not count.
+    # take no step, every matrix product would wait (ptxas: wgmma serialized): each takes one, if on rows that do not
+    # count.
     full = begin
     if CAUSAL:
         diagonal = tl.maximum(key_0 + BLOCK_K - 1 - q_offset - begin, 0)
