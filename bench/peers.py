@@ -113,13 +113,14 @@ def _load_retention(chunk: int = 1024) -> Callable[..., Tensor]:
 
 
 def _load_lightning() -> Callable[..., Tensor]:
-    """lightning-attn: q.k without feature map and normaliser, on `[B, H, T, D]`; no decay."""
-    from lightning_attn.ops import lightning_attn_func
+    """lightning-attn: q.k without feature map and normaliser, on `[B, H, T, D]`; no decay. Its public function fails
+    without decay in 0.0.5, so this is what that would call."""
+    from lightning_attn.ops.triton import lightning_attn2_no_decay
 
     def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         if not is_causal:
             raise ArgumentError("this peer is causal only; given: is_causal=False")
-        out: Tensor = lightning_attn_func(q, k, v)
+        out: Tensor = lightning_attn2_no_decay(q, k, v)
         return out
 
     return attend

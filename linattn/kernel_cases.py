@@ -108,7 +108,7 @@ def limits(case: Case, kernel: str) -> Limits | None:
     return Limits(issue, full_waits, family.spill_bytes)
 
 
-def cases(table: Iterable[tuple]) -> Iterator[Case]:
+def cases(table: Iterable[tuple[Any, ...]]) -> Iterator[Case]:
     """The calls of a table."""
     for op, form, *lists in table:
         for direction, dtype, D, causal in itertools.product(*lists):

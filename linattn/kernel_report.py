@@ -120,7 +120,8 @@ def _configuration(launch: Launch) -> str:
 
 
 def _facts(reading: Reading) -> Row:
-    hot, clocks, share = reading.hot, reading.hot.clocks, _share(reading.hot)
+    hot, clocks = reading.hot, reading.hot.clocks
+    moved = hot.bytes_read + hot.bytes_written
     return {
         "registers": reading.registers,
         "spill_bytes": reading.spill_bytes,
@@ -131,12 +132,12 @@ def _facts(reading: Reading) -> Row:
         "instructions_per_tile": hot.instructions,
         "matrix_per_tile": hot.matrix,
         "flops_per_tile": hot.flops,
-        "bytes_per_tile": hot.bytes_read + hot.bytes_written,
-        "bytes_per_matrix_clock": round((hot.bytes_read + hot.bytes_written) / clocks.matrix, 1) if share else None,
+        "bytes_per_tile": moved,
+        "bytes_per_matrix_clock": round(moved / clocks.matrix, 1) if clocks and clocks.matrix else None,
         "full_waits": hot.full_waits,
         "spills_per_tile": hot.spills,
         "clocks": {unit: round(busy, 1) for unit, busy in clocks._asdict().items()} if clocks else None,
-        "share": share,
+        "share": _share(hot),
     }
 
 
@@ -216,7 +217,7 @@ def _names(what: str, given: str, accepted: tuple[str, ...]) -> list[str]:
 
 
 def _in_a_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 

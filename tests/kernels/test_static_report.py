@@ -6,6 +6,7 @@ Compiles instead of interpreting, so it runs in a process without TRITON_INTERPR
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -48,18 +49,9 @@ LIMITS = Limits(issue=1.0, full_waits=1)
 
 
 def launch(BLOCK_K: int = 64, D: int = 64, num_warps: int = 8, dtype: torch.dtype = torch.bfloat16) -> Launch:
-    x = torch.empty(4096, D, device="meta", dtype=dtype)
-    arguments = {
-        "q_ptr": x,
-        "k_ptr": x,
-        "v_ptr": x,
-        "out_ptr": x,
-        "N": 4096,
-        "BLOCK_Q": 128,
-        "BLOCK_K": BLOCK_K,
-        "D": D,
-    }
-    return Launch(squares, (32,), arguments, num_warps, num_stages=2)
+    tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), torch.empty(4096, D, device="meta", dtype=dtype))
+    sizes = {"N": 4096, "BLOCK_Q": 128, "BLOCK_K": BLOCK_K, "D": D}
+    return Launch(squares, (32,), {**tensors, **sizes}, num_warps, num_stages=2)
 
 
 def reading(architecture: str, *sizes: int, **options: Any) -> Reading:

@@ -29,19 +29,16 @@ template <int W>
 constexpr int panel_rows = accumulators / W;
 
 // c[r][w * width ..] += sum over i < n of a[r * row + i * step] * b[i * stride + w * width ..].
+// The sum over i is complete before it is added: a sum over very many keys then takes few additions to a large number.
 template <int R, int W>
 LINATTN_INLINE void add_tile(const float* a, Index row, Index step, const float* b, Index stride, int n, float* c,
                              Index c_stride) {
-    Vec acc[R][W];
-#pragma GCC unroll 32
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) acc[r][w] = load(c + r * c_stride + w * width);
+    Vec acc[R][W] = {};
     multiply_add(acc, a, row, step, b, stride, n);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) store(c + r * c_stride + w * width, acc[r][w]);
+        for (int w = 0; w < W; ++w) store(c + r * c_stride + w * width, load(c + r * c_stride + w * width) + acc[r][w]);
 }
 
 // Rows r, r + R, ... of a panel, as long as R are left. Returns the first row that is not done.
