@@ -1,5 +1,6 @@
 #include "quadratic/amx.hpp"
 
+#include "quadratic/amx_chunked.hpp"
 #include "quadratic/amx_direct.hpp"
 #include "quadratic/amx_scores.hpp"
 
@@ -18,11 +19,19 @@ bool suits(const quadratic::Call& call) {
 
 }  // namespace
 
-bool takes(const ForwardCall& call) { return suits(call) && call.form == Form::direct && call.after == nullptr; }
+bool takes(const ForwardCall& call) {
+    if (!suits(call) || call.after != nullptr) return false;
+    return call.form == Form::direct || (call.form == Form::chunked && call.problem.D > 16 && call.problem.D <= 128);
+}
 
 bool takes(const BackwardCall&) { return false; }
 
-void forward(const ForwardCall& call) { direct_forward(call); }
+void forward(const ForwardCall& call) {
+    if (call.form == Form::direct)
+        direct_forward(call);
+    else
+        chunked_forward(call);
+}
 
 void backward(const BackwardCall&) {}
 

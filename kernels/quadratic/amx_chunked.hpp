@@ -1,0 +1,10 @@
+// Quadratic attention through sums over features of the keys, in bf16 by AMX tiles.
+#pragma once
+
+#include "quadratic/cpu.hpp"
+
+namespace linattn::LINATTN_ISA {
+
+void chunked_forward(const quadratic::ForwardCall& call);
+
+}  // namespace linattn::LINATTN_ISA
