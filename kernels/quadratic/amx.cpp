@@ -24,7 +24,9 @@ bool takes(const ForwardCall& call) {
     return call.form == Form::direct || (call.form == Form::chunked && call.problem.D > 16 && call.problem.D <= 128);
 }
 
-bool takes(const BackwardCall&) { return false; }
+bool takes(const BackwardCall& call) {
+    return suits(call) && call.dafter == nullptr && call.dbefore == nullptr && call.form == Form::direct;
+}
 
 void forward(const ForwardCall& call) {
     if (call.form == Form::direct)
@@ -33,6 +35,6 @@ void forward(const ForwardCall& call) {
         chunked_forward(call);
 }
 
-void backward(const BackwardCall&) {}
+void backward(const BackwardCall& call) { direct_backward(call); }
 
 }  // namespace linattn::isa_amx
