@@ -2,6 +2,7 @@
 # make test     set-up, then every test that this machine can run
 # make bench    time the kernels (pytest --benchmark)
 # make gpu      device tests and the crossover on a CUDA device
+# make triton36 the kernels' gate and their tests in the interpreter, with Triton 3.6.0 instead of the one that is there
 # make lint     ruff, formatting, import contract        make types    mypy
 # make docs     API pages into build/docs                make clean    remove builds and caches, not runs
 #
@@ -26,7 +27,7 @@ NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/*,kernels/$(depth)
 PUBLIC := $(patsubst linattn/%.py,linattn.%,$(filter-out linattn/_%,$(wildcard linattn/*.py))) $(addprefix linattn.,autoencoders rnn bench examples)
 ROOMS := kernels autoencoders rnn bench examples
 
-.PHONY: demo test bench gpu lint contract types docs clean setup tree
+.PHONY: demo test bench gpu triton36 lint contract types docs clean setup tree
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -42,6 +43,18 @@ gpu: $(READY)
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make gpu: torch {torch.__version__} sees no CUDA device")'
 	$(PY) -m pytest -m gpu
 	$(PY) bench/crossover.py --device cuda $(ARGS)
+
+# A folder of packages ahead of the environment's own. Triton 3.6's interpreter cannot count with numpy 2.4, and makes
+# scalars of arrays in a way that older ones warn of.
+TRITON36 := $(CURDIR)/.triton36
+triton36: export PYTHONPATH := $(TRITON36)$(if $(PYTHONPATH),:$(PYTHONPATH))
+triton36: $(TRITON36)/.ready
+	$(PY) -m pytest tests/kernels/test_static_report.py $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -W 'ignore:Conversion of an array with ndim:DeprecationWarning' tests/kernels $(ARGS)
+
+$(TRITON36)/.ready: | $(READY)
+	$(PY) -m pip install --upgrade --no-deps --target $(TRITON36) triton==3.6.0 'numpy<2.4'
+	@touch $@
 
 lint: contract
 	$(PY) -m ruff check .
@@ -60,7 +73,7 @@ docs: $(READY)
 	$(PY) -m pdoc --docformat google --math -o build/docs linattn $(PUBLIC)
 
 clean:
-	rm -rf build dist .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf build dist .triton36 .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 setup: $(READY)

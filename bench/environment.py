@@ -40,7 +40,9 @@ def measured_sources() -> list[Path]:
     """
     package = Path(linattn.__file__).resolve().parent
     bench = Path(__file__).resolve().parent
-    files = [package / f"{name}.py" for name in ("functional", "dispatch", "checks", "feature_maps", "cost")]
+    files = [
+        package / f"{name}.py" for name in ("functional", "dispatch", "calibration", "checks", "feature_maps", "cost")
+    ]
     files += [bench / f"{name}.py" for name in ("cases", "measure", "timing")]
     for name in ("linattn.kernels", "linattn._native"):
         spec = importlib.util.find_spec(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from linattn.bench import tables
+from linattn.bench import tables, targets
 from linattn.bench.cases import DTYPES, SDPA, Method, Problem
 from linattn.bench.environment import describe
 from linattn.bench.measure import affordable, measure
@@ -63,6 +63,9 @@ class BenchmarkPlugin:
         terminalreporter.write_line(f"{environment.device}, {environment.threads} threads, torch {environment.torch}")
         terminalreporter.write_line(f"peak MiB: {self._memory.how}\n")
         terminalreporter.write_line(tables.report(self._results.rows))
+        reached = targets.table(self._results.rows)
+        if reached:
+            terminalreporter.write_line(f"\ntargets (P: a prototype reached it, G: a goal, 1: one head)\n{reached}")
         terminalreporter.write_line(f"\nwritten: {self.path}, {self.path.with_suffix('.csv')}")
 
     def pytest_unconfigure(self) -> None:

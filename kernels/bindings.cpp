@@ -92,7 +92,7 @@ Call make_call(const linattn::Problem& problem, const std::array<double, 3>& c, 
           Index l, const State& before) {
     Call call;
     call.problem = problem;
-    call.c0 = static_cast<float>(c[0]), call.c1 = static_cast<float>(c[1]), call.c2 = static_cast<float>(c[2]);
+    call.c0 = c[0], call.c1 = c[1], call.c2 = c[2];
     call.form = static_cast<linattn::quadratic::Form>(form);
     call.chunk = chunk;
     call.out = rows(out);

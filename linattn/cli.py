@@ -29,7 +29,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "info": Command("linattn.info", "what is installed here, what this machine can do, which backends are ready"),
     "explain": Command("linattn.explain_command", "which backend and form a call would take, why, and at what cost"),
+    "fuzz": Command("linattn.fuzz", "try a backend on random calls, held against the truth in float64"),
+    "kernels": Command("linattn.kernel_report", "compile the GPU kernels, without a GPU, and read their machine code"),
     "crossover": Command("linattn.bench.crossover", "measure from which length on the linear form is the faster one"),
+    "calibrate": Command("linattn.bench.calibrate", "measure where the chunked form begins to pay, for later calls"),
     "train lm": Command("linattn.language", "train a character language model on a text file"),
     "runs": Command("linattn.runs", "list training runs and compare their histories, in a table and a figure"),
     "study scaling": Command("linattn.examples.scaling", "why scores are divided by sqrt(D)"),

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from linattn import cost
+from linattn import calibration, cost
 from linattn.checks import Form, Inputs
 from linattn.errors import BackendError, unknown_name
 from linattn.kernels.common.backend import Backend, Call, anything
@@ -30,9 +30,6 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     "quadratic": QUADRATIC,
     "feature_map": FEATURE_MAP,
 }
-CHUNKED_OVERHEAD = {False: 200, True: 1000}
-"""By is_causal: how much longer than by flops alone a sequence must be for the chunked quadratic reference to win.
-Measured for D = 16, 32, 64 on CPU: bench/results/cpu-2core-avx512, N* against our direct form."""
 
 
 class Choice(NamedTuple):
@@ -115,7 +112,7 @@ def _refusal(op: str, backend: str, inputs: Inputs, form: cost.Form, named: bool
     if backend == "torch":
         return _beyond_torch(inputs)
     device = _chosen.device or inputs.q.device.type
-    call = Call(device, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3], form, named)
+    call = Call(device, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3], form, named, inputs.q.shape[2])
     return BACKENDS[op][backend].refusal(call)
 
 
@@ -161,13 +158,13 @@ def softmax_backend(backend: str, inputs: Inputs) -> str:
 
 
 def _form(op: str, backend: str, form: Form, inputs: Inputs, with_state: bool) -> cost.Form:
-    """Direct below the length where the linear form begins to pay, chunked from there on."""
+    """Direct below the length where the linear form begins to pay, chunked from there on, if the backend has it."""
     if form != "auto":
         return form
     T, Tk, sequences = inputs.q.shape[2], inputs.k.shape[2], inputs.sequences // inputs.q.shape[0]
     # `effective_length`, multiplied out so that symbolic sizes stay integers.
     longer = 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, backend, inputs, with_state)
-    return "chunked" if longer else "direct"
+    return "chunked" if longer and not _refusal(op, backend, inputs, "chunked", named=True) else "direct"
 
 
 def describe(op: str, backend: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: cost.Form) -> str:
@@ -189,8 +186,17 @@ def chunked_from(op: str, backend: str, inputs: Inputs, with_state: bool) -> flo
     if op == "feature_map":
         length = 2 * D * M / (D + M) * (2 if inputs.is_causal else 1)
     else:
-        length = cost.crossover(D, M, is_causal=inputs.is_causal) + CHUNKED_OVERHEAD[inputs.is_causal]
+        length = calibration.chunked_from(_key(backend, inputs), D, M, is_causal=inputs.is_causal)
     return length / 2 if with_state else length
+
+
+def source_of_length(op: str, backend: str, inputs: Inputs) -> str:
+    """What `chunked_from` rests on, in words."""
+    return "by flops" if op == "feature_map" else calibration.source(_key(backend, inputs))
+
+
+def _key(backend: str, inputs: Inputs) -> str:
+    return calibration.key_of(backend, _chosen.device or inputs.q.device.type, inputs.q.dtype)
 
 
 @dataclass(frozen=True)

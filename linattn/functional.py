@@ -349,14 +349,15 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "quadratic", **opt
         function(*map(_without_data, (q, k, v)), **{name: _without_data(value) for name, value in options.items()})
         inputs, backend, form, with_state = last_choice()
         refused = dispatch.refusals(op, inputs, asked, with_state)
+        pays = dispatch.chunked_from(op, backend, inputs, with_state)
+        source = dispatch.source_of_length(op, backend, inputs)
     length = dispatch.effective_length(inputs)
     if op == "softmax":
         reason = "softmax has no state to go through"
     elif asked != "auto":
         reason = f"form={asked!r} was asked for"
     else:
-        pays = dispatch.chunked_from(op, backend, inputs, with_state)
-        reason = f"chunked pays from N = {pays:.0f} on; here N = {length:.0f}"
+        reason = f"chunked pays from N = {pays:.0f} on ({source}); here N = {length:.0f}"
     packed = inputs.sequences // q.shape[0]
     T, Tk = q.shape[2] // packed, k.shape[2] // packed
     predicted = cost.attention_cost(

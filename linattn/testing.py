@@ -12,10 +12,11 @@ N x N matrix, cost O(N^2 (D + M)) time and O(N^2) memory, and share no code with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -313,6 +314,37 @@ def truth_feature_state(
         pairs = torch.einsum("hnc,hnm->hcm", features, values)
         rows.append((torch.tensor(keys.shape[1]), features.sum(dim=1), pairs))
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Let uninitialised memory hold NaN (integers: their smallest), so that an operation that forgets to write a place
+    cannot pass by luck. Memory that compiled code allocates stays as it is."""
+    names = {torch: ("empty", "empty_like", "empty_strided"), Tensor: ("new_empty", "new_empty_strided")}
+    before = [(owner, name, getattr(owner, name)) for owner, some in names.items() for name in some]
+    try:
+        for owner, name, allocate in before:
+            setattr(owner, name, _poisoned(allocate))
+        yield
+    finally:
+        for owner, name, allocate in before:
+            setattr(owner, name, allocate)
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_and_poison(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype in (torch.int32, torch.int64):
+                tensor.fill_(torch.iinfo(tensor.dtype).min)
+        return tensor
+
+    return allocate_and_poison
 
 
 # ---- errors and budgets ----------------------------------------------------------------------------------------------

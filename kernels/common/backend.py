@@ -25,6 +25,8 @@ class Call(NamedTuple):
     form: str
     named: bool
     """Whether the backend was asked for by name; "auto" is more careful."""
+    T: int = 1
+    """Query rows."""
 
 
 class Backend(NamedTuple):
@@ -66,6 +68,11 @@ def _beyond_fused(call: Call) -> str:
     if call.D > LARGEST_HEAD or call.M > LARGEST_HEAD:
         return f"head sizes beyond {LARGEST_HEAD}: D = {call.D}, M = {call.M}"
     return ""
+
+
+def capability() -> str:
+    """The instruction set of the native kernels."""
+    return str(importlib.import_module("linattn._native").capability())
 
 
 def _native_absent() -> str:

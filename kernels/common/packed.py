@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 from torch import Tensor
 
 from linattn.errors import ArgumentError
@@ -23,3 +24,13 @@ def sequence_bounds(cu_seqlens: Tensor, T: int) -> list[tuple[int, int]]:
         if end < start:
             raise ArgumentError(f"cu_seqlens must not decrease; given: {start} at [{i}], then {end} at [{i + 1}]")
     return bounds
+
+
+def check_sequences(cu_seqlens: Tensor, T: int) -> None:
+    """Raise if the values of `cu_seqlens` do not partition `[0, T)`. On a GPU the check runs there, and an error comes
+    when its result is next waited for: reading the values here would stall every call."""
+    if cu_seqlens.device.type == "cpu":
+        sequence_bounds(cu_seqlens, T)
+    elif cu_seqlens.device.type != "meta":
+        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+        torch._assert_async(right, f"cu_seqlens must start at 0, not decrease, and end at T={T}")

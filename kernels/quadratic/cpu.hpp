@@ -23,7 +23,7 @@ enum class Form : int { direct, chunked, recurrent };
 
 struct Call {
     Problem problem;
-    float c0 = 1, c1 = 2, c2 = 1;
+    double c0 = 1, c1 = 2, c2 = 1;
     Form form = Form::direct;
     Index chunk = 0;                // rows of a chunk; 0: the kernel chooses
     Rows out;                       // [B, H, Tq, M]; read by the backward pass

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from ..common.backend import Backend, anything
+from ..common.backend import Backend, Call, anything, triton
 from ..common.stateful import define_stateful
 from .contract import SCHEMA, Options, state_shapes
 
+LARGEST_FOLDED = 128
+
+
+def _triton(call: Call) -> str:
+    """Sums over keys are kept in blocks that Triton can hold in registers up to a head size of 128."""
+    if call.form == "chunked" and max(call.D, call.M) > LARGEST_FOLDED:
+        return f"head sizes beyond {LARGEST_FOLDED} in the chunked form, D = {call.D}, M = {call.M}: form='direct' can"
+    if call.form == "recurrent" and call.T > 1:
+        return f"form='recurrent' with T = {call.T} tokens: form='chunked' gives the same"
+    return triton(call)
+
+
 # In the order in which "auto" tries them.
-BACKENDS = {"reference": Backend("linattn.kernels.quadratic.reference", anything, "plain PyTorch")}
+BACKENDS = {
+    "triton": Backend("linattn.kernels.quadratic.gpu", _triton),
+    "reference": Backend("linattn.kernels.quadratic.reference", anything, "plain PyTorch"),
+}
 
 define_stateful("quadratic", Options, SCHEMA, state_shapes, BACKENDS)

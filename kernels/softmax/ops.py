@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from ..common.allocation import empty_in_storage_order, empty_row_sums
-from ..common.backend import Backend, anything
+from ..common.backend import Backend, anything, triton
 from ..common.registration import define, implementation
 
-# In the order in which "auto" tries them, after PyTorch's own.
-BACKENDS = {"reference": Backend("linattn.kernels.softmax.reference", anything, "plain PyTorch")}
+# In the order in which "auto" tries them, after PyTorch's own: flash and cuDNN kernels of the vendor are what users
+# compare with and expect. "triton" is for what those cannot take: key_mask, packed sequences, q_offset, D != M.
+BACKENDS = {
+    "triton": Backend("linattn.kernels.softmax.gpu", triton),
+    "reference": Backend("linattn.kernels.softmax.reference", anything, "plain PyTorch"),
+}
 
 # lse: log-sum-exp of the scores of each row [B, H, T], -inf for a row that sees no key.
 _OPTIONS = "Tensor? key_mask, Tensor? cu_seqlens, bool is_causal, SymInt q_offset, float scale, str backend"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
 import linattn
 from linattn import testing
@@ -59,25 +59,7 @@ def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("linattn.kernels.common.polynomial.scan.CHUNK_ELEMENTS", 1)
 
 
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def allocate_and_poison(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = allocate(*args, **kwargs)
-        with torch.no_grad():
-            if tensor.is_floating_point():
-                tensor.fill_(float("nan"))
-            elif tensor.dtype in (torch.int32, torch.int64):
-                tensor.fill_(torch.iinfo(tensor.dtype).min)
-        return tensor
-
-    return allocate_and_poison
-
-
 @pytest.fixture(autouse=True)
-def _poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Uninitialised memory holds NaN, so that an operation that forgets to write a place cannot pass by luck."""
-    if request.node.get_closest_marker("unpoisoned") is None:
-        for name in ("empty", "empty_like", "empty_strided"):
-            monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-        for name in ("new_empty", "new_empty_strided"):
-            monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
-    yield
+def _poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    with nullcontext() if request.node.get_closest_marker("unpoisoned") else testing.poisoned_memory():
+        yield

@@ -25,6 +25,11 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told beyond the arguments. Fusing a * b + c must not depend on its version's default."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
 
 _recorded: list[list[Launch]] = []
 
@@ -41,12 +46,13 @@ def recording() -> Iterator[list[Launch]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any) -> None:
     """Run `kernel` on `grid`; `arguments` are its parameters by name, constants included."""
+    call = Launch(kernel, grid, arguments, num_warps, num_stages)
     if _recorded:
-        _recorded[-1].append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        _recorded[-1].append(call)
     elif INTERPRETED:
         _interpret(kernel, grid, arguments)
     else:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](**arguments, **call.options)
 
 
 def _interpret(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:

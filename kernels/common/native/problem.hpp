@@ -36,7 +36,8 @@ struct Sequence {
     Index batch, first_query, first_key, queries, keys;
 };
 
-inline Sequence sequence(const Problem& p, Index s) {
+// Forced inline, because sources of every instruction set call it (simd.hpp).
+__attribute__((always_inline)) inline Sequence sequence(const Problem& p, Index s) {
     if (p.cu_seqlens == nullptr) return {s, 0, 0, p.Tq, p.Tk};
     const Index start = p.cu_seqlens[s], length = p.cu_seqlens[s + 1] - start;
     return {0, start, start, length, length};

@@ -1,0 +1,171 @@
+"""Launches of the direct form: one kernel forward (two for few queries of many keys), two backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...allocation import empty_in_storage_order, empty_row_sums
+from ...packed import check_sequences
+from ..architecture import architecture
+from ..launch import launch
+from ..numerics import LOW, precision
+from ..similarity import Similarity
+from .backward import keys_kernel, queries_kernel
+from .config import Row, Tile, configuration
+from .forward import forward_kernel
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: q `[B, H, T, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, M]` of any strides. normalize: divide by l."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    is_causal: bool
+    q_offset: int
+    similarity: Similarity
+    normalize: bool
+
+    @cached_property
+    def row(self) -> Row:
+        return configuration(architecture(self.q.device), self.q.dtype, max(self.block_d, self.block_m))
+
+    @property
+    def block_d(self) -> int:
+        return _block(self.q.shape[3])
+
+    @property
+    def block_m(self) -> int:
+        return _block(self.v.shape[3])
+
+    def tiles(self, length: int, block: int) -> int:
+        """Programs for one head. Of packed sequences only the total length is known here: an upper bound."""
+        if self.cu_seqlens is None:
+            return triton.cdiv(length, block)
+        return length // block + self.cu_seqlens.shape[0] - 1
+
+    def arguments(self, tile: Tile) -> dict[str, Any]:
+        """What all kernels of the direct form take."""
+        q, k, v, kind = self.q, self.k, self.v, self.similarity
+        D, M = q.shape[3], v.shape[3]
+        # A view as bytes, since Triton's masks are not stored as bits.
+        key_mask = None if self.key_mask is None else _dense_rows(self.key_mask).view(torch.uint8)
+        return {
+            **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": key_mask, "cu_ptr": self.cu_seqlens},
+            **_strides("q", q),
+            **_strides("k", k),
+            **_strides("v", v),
+            "stride_mask": 0 if key_mask is None else key_mask.stride(0),
+            **{"T": q.shape[2], "Tk": k.shape[2], "D": D, "M": M, "q_offset": self.q_offset},
+            "S": 1 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1,
+            **{"a": kind.a, "b": kind.b, "c": kind.c, "SIMILARITY": kind.kind, "NORMALIZE": self.normalize},
+            **{"CAUSAL": self.is_causal, "KEY_MASK": key_mask is not None, "PACKED": self.cu_seqlens is not None},
+            **{"BLOCK_Q": tile.BLOCK_Q, "BLOCK_K": tile.BLOCK_K, "BLOCK_D": self.block_d, "BLOCK_M": self.block_m},
+            **{"EVEN_D": self.block_d == D, "EVEN_M": self.block_m == M},
+            **{"LOW": LOW[q.dtype], "PRECISION": precision(q.dtype)},
+            **{"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        }
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out, and of each row l, or the log-sum-exp for softmax."""
+    problem = _readable(problem)
+    q, k, tile = problem.q, problem.k, problem.row.forward
+    B, H, T, _ = q.shape
+    out, l = empty_in_storage_order(q, problem.v.shape[3]), empty_row_sums(q)
+    tiles = problem.tiles(T, tile.BLOCK_Q)
+    launch(
+        forward_kernel,
+        (tiles * B * H,),
+        **problem.arguments(tile),
+        **{"out_ptr": out, "l_ptr": l, **_strides("o", out)},
+        **{"H": H, "G": H // k.shape[1], "tiles": tiles},
+    )
+    return out, l
+
+
+def backward(
+    problem: Problem, dout: Tensor, out: Tensor, l: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; those that are not wanted hold anything."""
+    problem = _readable(problem)
+    q, k, v, dout = problem.q, problem.k, problem.v, _unit_last_stride(dout)
+    B, H, T, _ = q.shape
+    Hkv, Tk = k.shape[1:3]
+    dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
+    norm, delta = (torch.empty_like(l), torch.empty_like(l)) if problem.normalize else (None, None)
+    rows = {
+        "norm_ptr": norm,
+        "delta_ptr": delta,
+        "dout_ptr": dout,
+        "slope": problem.similarity.slope,
+        **_strides("do", dout),
+    }
+
+    if wanted[0] or problem.normalize:
+        tile = problem.row.queries
+        tiles = problem.tiles(T, tile.BLOCK_Q)
+        launch(
+            queries_kernel,
+            (tiles * B * H,),
+            **problem.arguments(tile),
+            **rows,
+            **{"out_ptr": out, "l_ptr": l, "dq_ptr": dq, **_strides("o", out), **_strides("dq", dq)},
+            **{"H": H, "G": H // Hkv, "tiles": tiles, "WANT_DQ": wanted[0]},
+        )
+    if wanted[1] or wanted[2]:
+        tile = problem.row.keys
+        tiles = problem.tiles(Tk, tile.BLOCK_K)
+        launch(
+            keys_kernel,
+            (tiles * B * Hkv,),
+            **problem.arguments(tile),
+            **rows,
+            **{"dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv)},
+            **{"Hkv": Hkv, "G": H // Hkv, "tiles": tiles, "WANT_DK": wanted[1], "WANT_DV": wanted[2]},
+            RAGGED=problem.cu_seqlens is not None or T % tile.BLOCK_Q != 0,
+        )
+    return dq, dk, dv
+
+
+def describe(q: Tensor, v: Tensor, kind: str) -> str:
+    """The kernels that run for a similarity, and their configuration."""
+    name = architecture(q.device)
+    row = configuration(name, q.dtype, max(_block(q.shape[3]), _block(v.shape[3])))
+    tiles = f"forward {row.forward}, dq {row.queries}, dk and dv {row.keys}"
+    return f"Triton ({name}): direct tiles of queries x keys, {kind}: {tiles}"
+
+
+def _readable(problem: Problem) -> Problem:
+    """With last strides of 1, as kernels read them. Other strides may be anything: only then is something copied."""
+    if problem.cu_seqlens is not None:
+        check_sequences(problem.cu_seqlens, problem.q.shape[2])
+    tensors = [_unit_last_stride(x) for x in (problem.q, problem.k, problem.v)]
+    options = (problem.key_mask, problem.cu_seqlens, problem.is_causal, problem.q_offset)
+    return Problem(*tensors, *options, problem.similarity, problem.normalize)
+
+
+def _unit_last_stride(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _dense_rows(key_mask: Tensor) -> Tensor:
+    return key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bht")}
+
+
+def _block(size: int) -> int:
+    """Matrix units take at least 16."""
+    return max(16, triton.next_power_of_2(size))

@@ -1,0 +1,131 @@
+// Rows of tensors as the matrix products read them, fp32 padded with zeros, and finished rows on their way back.
+#pragma once
+
+#include <utility>
+
+#include "simd.hpp"
+
+namespace linattn::LINATTN_ISA {
+
+constexpr int key_block = 64;  // keys of one tile of scores
+
+LINATTN_INLINE Index blocks(Index n, Index size) { return (n + size - 1) / size; }
+LINATTN_INLINE Index padded(Index n) { return blocks(n, width) * width; }
+
+// Call body(x) with x of the element type that a dtype names.
+template <class Body>
+LINATTN_INLINE void with_element(Dtype dtype, const Body& body) {
+    switch (dtype) {
+        case Dtype::fp32: return body(float{});
+        case Dtype::bf16: return body(Bf16{});
+        case Dtype::fp16: return body(Fp16{});
+    }
+}
+
+// Rows t, t + 1, ... of head h of batch element b. Row r begins `r * stride` elements after `data`.
+struct HeadRows {
+    void* data;
+    Index stride;
+    Dtype dtype;
+};
+
+LINATTN_INLINE HeadRows head_rows(const Rows& tensor, Dtype dtype, Index b, Index h, Index t) {
+    const Index offset = b * tensor.stride_b + h * tensor.stride_h + t * tensor.stride_t;
+    const Index size = dtype == Dtype::fp32 ? 4 : 2;
+    return {static_cast<char*>(tensor.data) + offset * size, tensor.stride_t, dtype};
+}
+
+// to[0 .. padded(n)) = factor * from[0 .. n), then zeros.
+template <class T>
+LINATTN_INLINE void unpack_row(const T* from, Index n, float factor, float* to) {
+    Index i = 0;
+    for (; i + width <= n; i += width) store(to + i, factor * load(from + i));
+    if (i < n) store(to + i, factor * load_first(from + i, static_cast<int>(n - i)));
+}
+
+LINATTN_INLINE void clear(float* to, Index n) { __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(float)); }
+
+// to[r][0 .. padded(n)) = factor * row r for r < count, zeros up to row `rows` and where keep[r] is false: whatever a
+// row that does not count holds, NaN included, goes no further. keep may be null.
+inline void pack_rows(const HeadRows& from, Index count, Index n, float factor, const bool* keep, Index rows,
+                      float* to) {
+    const Index stride = padded(n);
+    with_element(from.dtype, [&]<class T>(T) {
+        for (Index r = 0; r < count; ++r) {
+            if (keep == nullptr || keep[r])
+                unpack_row(static_cast<const T*>(from.data) + r * from.stride, n, factor, to + r * stride);
+            else
+                clear(to + r * stride, stride);
+        }
+    });
+    clear(to + count * stride, (rows - count) * stride);
+}
+
+template <int... I>
+LINATTN_INLINE Vec interleaved(Vec a, Vec b, int from, std::integer_sequence<int, I...>) {
+    return from == 0 ? __builtin_shufflevector(a, b, (I / 2 + I % 2 * width)...)
+                     : __builtin_shufflevector(a, b, ((I + width) / 2 + I % 2 * width)...);
+}
+
+// Transpose a square of vectors: each round interleaves its two halves, log2(width) rounds turn the index around.
+LINATTN_INLINE void transpose(Vec (&square)[width]) {
+    constexpr auto lanes = std::make_integer_sequence<int, width>{};
+#pragma GCC unroll 8
+    for (int round = 1; round < width; round *= 2) {
+        Vec next[width];
+#pragma GCC unroll 16
+        for (int i = 0; i < width / 2; ++i) {
+            next[2 * i] = interleaved(square[i], square[i + width / 2], 0, lanes);
+            next[2 * i + 1] = interleaved(square[i], square[i + width / 2], 1, lanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) square[i] = next[i];
+    }
+}
+
+// to[i][c] = factor * row c at i, for i < n and c < key_block; zeros from row `count` <= key_block on and where keep[c]
+// is false. keep may be null.
+inline void pack_transposed(const HeadRows& from, Index count, Index n, float factor, const bool* keep, float* to) {
+    with_element(from.dtype, [&]<class T>(T) {
+        const T* rows = static_cast<const T*>(from.data);
+        for (Index c = 0; c < key_block; c += width) {
+            for (Index i = 0; i < n; i += width) {
+                const int left = static_cast<int>(least<Index>(width, n - i));
+                Vec square[width];
+#pragma GCC unroll 16
+                for (int a = 0; a < width; ++a) {
+                    const T* row = rows + (c + a) * from.stride + i;
+                    const bool counts = c + a < count && (keep == nullptr || keep[c + a]);
+                    square[a] = !counts ? Vec{} : factor * (left == width ? load(row) : load_first(row, left));
+                }
+                transpose(square);
+#pragma GCC unroll 16
+                for (int a = 0; a < width; ++a)
+                    if (a < left) store(to + (i + a) * key_block + c, square[a]);
+            }
+        }
+    });
+}
+
+// Row r of `to` = factor * from[0 .. n).
+LINATTN_INLINE void store_row(const float* from, Index n, float factor, const HeadRows& to, Index r) {
+    with_element(to.dtype, [&]<class T>(T) {
+        T* row = static_cast<T*>(to.data) + r * to.stride;
+        Index i = 0;
+        for (; i + width <= n; i += width) store(row + i, factor * load(from + i));
+        if (i < n) store_first(row + i, factor * load(from + i), static_cast<int>(n - i));
+    });
+}
+
+// Row r of `to` = from[0 .. n) / l, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation.
+LINATTN_INLINE void store_quotient(const float* from, Index n, float l, const HeadRows& to, Index r) {
+    const float divisor = l <= 0 ? __builtin_inff() : l;
+    with_element(to.dtype, [&]<class T>(T) {
+        T* row = static_cast<T*>(to.data) + r * to.stride;
+        Index i = 0;
+        for (; i + width <= n; i += width) store(row + i, load(from + i) / divisor);
+        if (i < n) store_first(row + i, load(from + i) / divisor, static_cast<int>(n - i));
+    });
+}
+
+}  // namespace linattn::LINATTN_ISA

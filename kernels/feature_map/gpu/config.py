@@ -1,0 +1,95 @@
+"""Tile sizes by architecture, size of the operands and head size. No autotuning: a row is chosen, never searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernels of one call are cut."""
+
+    chunk: int
+    """Keys between two stored sums in the forward pass, and rows of a program there."""
+    backward_chunk: int
+    features: int
+    """Features whose sums one program keeps."""
+    columns: int
+    """Columns of the output a program makes."""
+    gradient: int
+    """Columns of dq, dk and dv a program makes."""
+    keys: int
+    """Keys multiplied at once inside a chunk in the forward pass."""
+    state_warps: int
+    output_warps: int
+    gradient_warps: int
+    stages: int
+    """Of the scan: chunks loaded ahead."""
+    fill: int = 256
+    """Programs of a scan below which sequences are split."""
+
+
+SHORTEST_SPLIT = 4  # chunks
+MOST_SPLITS = 16
+DECODED = 8
+"""Tokens up to which a call with a state is walked token by token, whatever the form."""
+
+SIZES = (32, 64, 128, 256)
+"""Rows are for head sizes up to these: max(D, M)."""
+
+_LOW = {
+    32: Config(128, 128, 32, 32, 32, 128, 4, 4, 4, 3),
+    64: Config(128, 64, 64, 64, 64, 128, 4, 4, 4, 3),
+    128: Config(128, 64, 64, 128, 128, 64, 4, 8, 8, 3),
+    256: Config(64, 64, 64, 128, 128, 64, 8, 8, 8, 2),
+}
+_WIDE = {
+    32: Config(64, 64, 32, 32, 32, 64, 4, 4, 4, 2),
+    64: Config(64, 64, 64, 64, 64, 64, 4, 4, 8, 2),
+    128: Config(64, 32, 64, 64, 64, 64, 4, 4, 4, 2),
+    256: Config(32, 32, 64, 64, 64, 32, 8, 4, 4, 2),
+}
+_CONSUMER_LOW = {
+    32: Config(64, 64, 32, 32, 32, 64, 4, 4, 4, 2),
+    64: Config(64, 64, 64, 64, 64, 64, 4, 4, 4, 2),
+    128: Config(64, 32, 64, 64, 64, 64, 4, 4, 4, 2),
+    256: Config(32, 32, 64, 64, 64, 32, 8, 4, 4, 2),
+}
+_CONSUMER_WIDE = {
+    32: Config(64, 32, 32, 32, 32, 32, 4, 4, 4, 2),
+    64: Config(32, 32, 64, 64, 32, 32, 4, 4, 4, 2),
+    128: Config(32, 16, 32, 32, 32, 32, 4, 4, 4, 2),
+    256: Config(16, 16, 32, 32, 32, 16, 4, 4, 4, 1),
+}
+_SMALL = {size: Config(16, 16, 16, 16, 16, 16, 4, 4, 4, 1, fill=16) for size in SIZES}
+
+# By architecture and whether products are of 4-byte numbers (fp32, and fp16 in TF32).
+TABLE: dict[tuple[str, bool], dict[int, Config]] = {
+    ("sm_80", False): _LOW,
+    ("sm_80", True): _WIDE,
+    ("sm_90", False): _LOW,
+    ("sm_90", True): _WIDE,
+    ("sm_100", False): _LOW,
+    ("sm_100", True): _WIDE,
+    ("gfx942", False): _CONSUMER_LOW,
+    ("gfx942", True): _CONSUMER_WIDE,
+    ("consumer", False): _CONSUMER_LOW,
+    ("consumer", True): _CONSUMER_WIDE,
+    ("interpreter", False): _SMALL,
+    ("interpreter", True): _SMALL,
+}
+
+
+def configuration(architecture: str, dtype: torch.dtype, D: int, M: int) -> Config:
+    size = next(size for size in SIZES if max(D, M) <= size)
+    return TABLE[architecture, dtype != torch.bfloat16][size]
+
+
+def splits_for(config: Config, programs: int, chunks: int) -> int:
+    """Into how many parts sequences are scanned at once, a power of two: enough to fill the chip, none too short."""
+    splits = 1
+    while splits < MOST_SPLITS and programs * splits < config.fill and chunks >= 2 * splits * SHORTEST_SPLIT:
+        splits *= 2
+    return splits

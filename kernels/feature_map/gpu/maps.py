@@ -1,0 +1,87 @@
+"""phi and its slope on tiles (definitions: kernels/feature_map/maps.py), and how rows become features."""
+
+import triton
+import triton.language as tl
+
+from ...common.gpu.numerics import rounded
+
+
+@triton.jit
+def feature(x, MAP: tl.constexpr):
+    """phi(x) for an fp32 tile. NaN stays NaN."""
+    if MAP == "elu+1":
+        return tl.where(x > 0, x + 1, tl.exp(x))
+    elif MAP == "relu":
+        return tl.where(x <= 0, 0.0, x)
+    elif MAP == "relu2":
+        x = tl.where(x <= 0, 0.0, x)
+        return x * x
+    elif MAP == "exp":
+        return tl.exp(x)
+    else:
+        return x
+
+
+@triton.jit
+def slope(x, MAP: tl.constexpr):
+    """phi'(x) for an fp32 tile."""
+    if MAP == "elu+1":
+        return tl.where(x > 0, 1.0, tl.exp(x))
+    elif MAP == "relu":
+        return tl.where(x > 0, 1.0, 0.0)
+    elif MAP == "relu2":
+        return 2 * tl.where(x <= 0, 0.0, x)
+    elif MAP == "exp":
+        return tl.exp(x)
+    else:
+        return tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def inside(offs_c, kept, SIZE: tl.constexpr):
+    """Which entries of a tile exist: rows that are kept, columns below SIZE (0: all of them)."""
+    if SIZE == 0:
+        return kept[:, None]
+    else:
+        return kept[:, None] & (offs_c < SIZE)[None, :]
+
+
+@triton.jit
+def load_rows(pointer, first, stride, offs_t, offs_c, kept, SIZE: tl.constexpr):
+    """Rows first + offs_t and columns offs_c of a matrix; 0 where they are not inside."""
+    at = pointer + first.to(tl.int64) * stride + offs_t[:, None] * stride + offs_c[None, :]
+    return tl.load(at, mask=inside(offs_c, kept, SIZE), other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, first, stride, offs_t, offs_c, kept, SIZE: tl.constexpr, x):
+    at = pointer + first.to(tl.int64) * stride + offs_t[:, None] * stride + offs_c[None, :]
+    tl.store(at, x.to(pointer.dtype.element_ty), mask=inside(offs_c, kept, SIZE))
+
+
+@triton.jit
+def key_features(k, kept, offs_c, SIZE: tl.constexpr, MAP: tl.constexpr, LOW: tl.constexpr):
+    """phi of loaded keys; 0 where a key is not kept, for phi(0) may be 1."""
+    if MAP == "identity":
+        return operand(k, LOW)
+    else:
+        f = feature(k.to(tl.float32), MAP)
+        return rounded(tl.where(inside(offs_c, kept, SIZE), f, 0.0), LOW)
+
+
+@triton.jit
+def query_features(q, scale, offs_c, SIZE: tl.constexpr, MAP: tl.constexpr, LOW: tl.constexpr):
+    """scale * phi of loaded queries."""
+    f = scale * feature(q.to(tl.float32), MAP)
+    if SIZE > 0:
+        f = tl.where((offs_c < SIZE)[None, :], f, 0.0)
+    return rounded(f, LOW)
+
+
+@triton.jit
+def operand(x, LOW: tl.constexpr):
+    """Loaded numbers as a factor of a product: fp16 is multiplied as fp32."""
+    if tl.float32 == LOW:
+        return x.to(tl.float32)
+    else:
+        return x

@@ -1,0 +1,191 @@
+"""One call of the chunked form: its sizes, its tables, and the arguments that its kernels share."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...common.gpu.architecture import architecture
+from ...common.gpu.launch import launch
+from ...common.gpu.numerics import LOW, precision
+from ...common.gpu.similarity import quadratic
+from ...common.packed import sequence_bounds
+from ...common.stateful import Plan
+from ..contract import Options
+from . import config, layout
+from .layout import State
+
+FOLD = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
+"""Features and sums of products: of fp16 inputs they may leave the range of fp16."""
+
+
+def block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def gram_precision(dtype: torch.dtype) -> str:
+    """bf16 and fp16 are exact in TF32, to which the other factor, an fp32 sum, is rounded."""
+    exact = precision(torch.float32)
+    return exact if dtype == torch.float32 or exact == "ieee" else "tf32"
+
+
+def strides(name: str, x: Tensor, letter: str = "") -> dict[str, Any]:
+    """A tensor `[B, H, T, size]` and its strides."""
+    letter = letter or name
+    return {f"{name}_ptr": x} | {f"stride_{letter}{axis}": x.stride(i) for i, axis in enumerate("bht")}
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], tile: Any, arguments: dict[str, Any]) -> None:
+    """Launch with those of the arguments that the kernel has."""
+    mine = {name: arguments[name] for name in kernel.arg_names}
+    launch(kernel, grid, num_warps=tile.num_warps, num_stages=tile.num_stages, **mine)
+
+
+def checked(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Values that do not partition the row raise on a CPU and assert on a device."""
+    if cu_seqlens.device.type == "cpu":
+        sequence_bounds(cu_seqlens, T)
+    elif cu_seqlens.device.type != "meta":
+        torch._assert_async((cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all())
+    return cu_seqlens
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    options: Options
+    row: config.Row
+    chunk: int
+    all_scores: bool
+    n_before: Tensor | None
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        initial_state: State,
+        options: Options,
+        plan: Plan,
+    ) -> Call:
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        if cu_seqlens is not None:
+            cu_seqlens = checked(cu_seqlens, q.shape[2])
+        # Beyond the last key, or before the first, all offsets are one.
+        offset = min(max(options.q_offset, -q.shape[2]), k.shape[2]) if options.is_causal else 0
+        row = config.row(architecture(q.device), q.dtype, max(block(q.shape[3]), block(v.shape[3])))
+        whole = plan.form == "direct"
+        chunk = k.shape[2] if whole or not options.is_causal else plan.chunk_size or row.chunk
+        step = max(row.read.rows, row.pull_rows.rows, row.pull_keys.rows, row.pull_values.rows)
+        chunk = triton.cdiv(chunk, step) * step
+        n_before = initial_state[0] if initial_state else None
+        return Call(q, k, v, key_mask, cu_seqlens, options._replace(q_offset=offset), row, chunk, whole, n_before)
+
+    # Sizes.
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def Hkv(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def BLOCK_D(self) -> int:
+        return block(self.q.shape[3])
+
+    @property
+    def BLOCK_M(self) -> int:
+        return block(self.v.shape[3])
+
+    @property
+    def boundaries(self) -> int:
+        """Slots of one sequence that is not packed."""
+        return triton.cdiv(self.k.shape[2], self.chunk) + 1 if self.options.is_causal else 2
+
+    @property
+    def slots(self) -> int:
+        if self.cu_seqlens is not None and self.options.is_causal:
+            return self.k.shape[2] // self.chunk + 2 * self.sequences
+        return self.sequences * self.boundaries
+
+    def pieces(self, per_sequence: int, size: int) -> int:
+        """How many programs take all pieces of `size` rows of all sequences (places.sequence_of)."""
+        if self.cu_seqlens is not None:
+            return self.k.shape[2] // size + 2 * self.sequences
+        return per_sequence * self.sequences
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of 1, q.k and (q.k)^2."""
+        o = self.options
+        return o.c0, o.c1 * o.scale, o.c2 * o.scale * o.scale
+
+    @functools.cached_property
+    def tables(self) -> tuple[Tensor, Tensor] | None:
+        """reads and rows_from, where they are not simply the boundary itself."""
+        Tk = self.k.shape[2]
+        regular = self.key_mask is None and self.cu_seqlens is None and Tk >= layout.FEW_KEYS
+        if regular and not self.all_scores:
+            return None
+        device, S = self.k.device, self.sequences
+        slots = torch.arange(self.slots, device=device)
+        if self.cu_seqlens is None:
+            starts = torch.arange(S, device=device) * Tk
+            ends = starts + Tk
+        else:
+            starts, ends = self.cu_seqlens[:-1].long(), self.cu_seqlens[1:].long()
+        if self.cu_seqlens is not None and self.options.is_causal:
+            first = starts // self.chunk + 2 * torch.arange(S, device=device)
+            sequence = torch.searchsorted(first, slots, right=True) - 1
+            boundary = slots - first[sequence]
+        else:
+            sequence, boundary = slots // self.boundaries, slots % self.boundaries
+        rows = self.k.shape[0] * Tk
+        edges = (starts, ends, sequence, boundary)
+        causal = self.options.is_causal
+        return layout.tables(*edges, self.key_mask, self.n_before, rows, self.chunk, causal, self.all_scores)
+
+    # Arguments that kernels share.
+
+    def constants(self) -> dict[str, Any]:
+        D, M = self.q.shape[3], self.v.shape[3]
+        reads, rows_from = self.tables or (None, None)
+        return dict(
+            cu_seqlens_ptr=self.cu_seqlens, S=self.sequences, q_offset=self.options.q_offset, CHUNK=self.chunk,
+            slots=self.boundaries, D=D, M=M, BLOCK_D=self.BLOCK_D, BLOCK_M=self.BLOCK_M,
+            reads_ptr=reads, rows_from_ptr=rows_from, TABLE=reads is not None,
+            CAUSAL=self.options.is_causal, PACKED=self.cu_seqlens is not None,
+            EVEN=D == self.BLOCK_D and M == self.BLOCK_M, PRECISION=precision(FOLD[self.q.dtype]),
+            GRAM=gram_precision(self.q.dtype), size=layout.record_size(self.BLOCK_D, self.BLOCK_M),
+        )  # fmt: skip
+
+    def scores(self, read: config.Read) -> dict[str, Any]:
+        """What kernels that compute scores take."""
+        o, mask = self.options, self.key_mask
+        similarity = quadratic(o.scale, (o.c0, o.c1, o.c2), o.normalize)
+        return dict(
+            **self.constants(), **strides("q", self.q), **strides("k", self.k), **strides("v", self.v),
+            key_mask_ptr=mask, stride_mb=0 if mask is None else mask.stride(0), KEY_MASK=mask is not None,
+            T=self.q.shape[2], Tk=self.k.shape[2], a=similarity.a, b=similarity.b, c=similarity.c,
+            slope=similarity.slope, SIMILARITY=similarity.kind, NORMALIZE=o.normalize, GROUP=self.group,
+            WIDTH=read.WIDTH, LOW=LOW[self.q.dtype], FOLD=LOW[FOLD[self.q.dtype]],
+        )  # fmt: skip

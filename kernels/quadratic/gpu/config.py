@@ -1,0 +1,76 @@
+"""Tile sizes of the chunked form, by architecture, width of the inputs and head size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows of one step, warps of a program, loads in flight."""
+
+    BLOCK_T: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows of a program (queries; keys for dk, dv), rows of the other side in one step, WIDTH * 16 features of one
+    step, warps of a program, loads in flight."""
+
+    rows: int
+    others: int
+    WIDTH: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    chunk: int
+    programs: int
+    """How many programs fill the chip; sums are split into runs until there are as many."""
+    pairs: Fold
+    record: Fold
+    read: Read
+    pull_rows: Read
+    pull_keys: Read
+    pull_values: Read
+
+
+HEAD_SIZES = (32, 64, 128)
+"""Rows of the table: the larger of BLOCK_D and BLOCK_M fits."""
+
+_SMALL = Read(16, 16, 16, 4, 2)
+INTERPRETER = Row(32, 8, Fold(16, 4, 2), Fold(16, 4, 2), _SMALL, _SMALL, Read(16, 32, 8, 4, 2), Read(32, 16, 16, 4, 2))
+
+_TINY = Row(
+    256, 528, Fold(32, 4, 2), Fold(32, 4, 2), Read(64, 32, 16, 4, 2), Read(64, 32, 16, 4, 2), Read(64, 32, 16, 4, 2),
+    Read(64, 32, 16, 4, 2),
+)  # fmt: skip
+
+CONFIGURATIONS: dict[tuple[str, int, int], Row] = {
+    ("sm_90", 2, 32): Row(
+        256, 528, Fold(64, 4, 3), Fold(64, 4, 2), Read(128, 64, 16, 4, 2), Read(128, 64, 16, 4, 2),
+        Read(128, 64, 16, 4, 2), Read(128, 64, 16, 4, 2),
+    ),
+    ("sm_90", 2, 64): Row(
+        512, 528, Fold(64, 4, 3), Fold(64, 4, 2), Read(256, 64, 16, 8, 2), Read(128, 64, 16, 8, 2),
+        Read(128, 64, 16, 8, 2), Read(128, 64, 16, 8, 2),
+    ),
+    ("sm_90", 2, 128): Row(
+        1024, 264, Fold(64, 8, 3), Fold(64, 8, 2), Read(128, 64, 8, 8, 3), Read(128, 64, 8, 8, 2),
+        Read(128, 64, 8, 8, 2), Read(128, 64, 8, 8, 2),
+    ),
+}  # fmt: skip
+
+
+def row(architecture: str, dtype: torch.dtype, head_size: int) -> Row:
+    """The configuration of an architecture for the larger of both head sizes."""
+    if architecture == "interpreter":
+        return INTERPRETER
+    size = next(size for size in HEAD_SIZES if size >= head_size)
+    return CONFIGURATIONS.get((architecture, dtype.itemsize, size), _TINY)

@@ -1,0 +1,126 @@
+"""Reading sums: what the keys (or rows) that were folded into them give to a tile of x, and its gradient.
+
+phi(x) S takes features two slices of 16 at a time; they exist in registers only. Sums carry twice their weight where a
+feature stands for one pair only, hence the half on blocks of the diagonal, which hold each pair twice. The gradient
+contracts the symmetric matrix sum over m of S[i, j, m] y_m with x: dx_j = sum x_i y_m S[i, j, m], whose factor x_i y_m
+is formed like a feature.
+"""
+
+import triton
+import triton.language as tl
+
+from ...common.gpu.numerics import dot, rounded
+from .state import SLICE, product
+
+
+@triton.jit
+def load_columns(tile, first, offs, size, EVEN: tl.constexpr):
+    """Columns first + offs of a tile of rows. All rows must exist, and none matters to another."""
+    if EVEN:
+        return tl.load(tile + first + offs[None, :])
+    else:
+        return tl.load(tile + first + offs[None, :], mask=(first + offs < size)[None, :], other=0.0)
+
+
+@triton.jit
+def read_pairs(
+    acc, x_tile, sums_ptr, D,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + phi(x) S over products of two."""
+    ROWS: tl.constexpr = acc.shape[0]
+    offs_i, offs_j, offs = tl.arange(0, WIDTH), tl.arange(0, SLICE), tl.arange(0, WIDTH * SLICE)
+    s_tile = sums_ptr + offs[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    i, j = 0, 0
+    for _ in tl.range(0, BLOCK_D * (BLOCK_D // 16 + 1) // 2 // WIDTH):
+        xi = load_columns(x_tile, tl.multiple_of(i, WIDTH), offs_i, D, EVEN)
+        xj = load_columns(x_tile, tl.multiple_of(j, SLICE), offs_j, D, EVEN)
+        xi = xi * tl.where(i >= j, 0.5, 1.0).to(xi.dtype)
+        phi = product(xi[:, :, None], xj[:, None, :], FOLD).reshape(ROWS, WIDTH * SLICE)
+        acc = dot(phi, tl.load(s_tile), acc, PRECISION)
+        s_tile += WIDTH * SLICE * BLOCK_M
+        i += WIDTH
+        beyond = i >= j + SLICE
+        j = tl.where(beyond, j + SLICE, j)
+        i = tl.where(beyond, 0, i)
+    return acc
+
+
+@triton.jit
+def pull_pairs(
+    acc, x_tile, y_tile, sums_ptr, D, M,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + the gradient to x of phi(x) S . y."""
+    ROWS: tl.constexpr = acc.shape[0]
+    offs_i, offs_m, offs = tl.arange(0, WIDTH), tl.arange(0, SLICE), tl.arange(0, WIDTH * SLICE)
+    offs_j = tl.arange(0, BLOCK_D)
+    A = offs_j // SLICE
+    own = A * (A + 1) // 2 * 256 + offs_j % SLICE  # the block row of j, up to its own diagonal; beyond, that of i
+    i, m = 0, 0
+    for _ in tl.range(0, BLOCK_D // WIDTH * (BLOCK_M // 16)):
+        xi = load_columns(x_tile, tl.multiple_of(i, WIDTH), offs_i, D, EVEN)
+        y = load_columns(y_tile, tl.multiple_of(m, SLICE), offs_m, M, EVEN)
+        factor = product(xi[:, :, None], y[:, None, :], FOLD).reshape(ROWS, WIDTH * SLICE)
+        I = i // SLICE
+        rows = i + offs // SLICE
+        other = I * (I + 1) // 2 * 256 + offs_j[None, :] * SLICE + rows[:, None] % SLICE
+        place = tl.where((A >= I)[None, :], own[None, :] + rows[:, None] * SLICE, other)
+        s = tl.load(sums_ptr + place * BLOCK_M + tl.multiple_of(m, SLICE) + (offs % SLICE)[:, None])
+        acc = dot(factor, s, acc, PRECISION)
+        m += SLICE
+        beyond = m >= BLOCK_M
+        i = tl.where(beyond, i + WIDTH, i)
+        m = tl.where(beyond, 0, m)
+    return acc
+
+
+@triton.jit
+def read_record(
+    acc, x_tile, record_ptr, D, weight_0, weight_1, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + the terms of degree 1 and 0."""
+    offs_d, offs_m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    linear_ptr = record_ptr + BLOCK_D * BLOCK_D
+    linear = tl.load(linear_ptr + offs_d[:, None] * BLOCK_M + offs_m[None, :]) * weight_1
+    x = rounded(load_columns(x_tile, 0, offs_d, D, EVEN), FOLD)
+    acc = dot(x, rounded(linear, FOLD), acc, PRECISION)
+    return acc + tl.load(linear_ptr + BLOCK_D * BLOCK_M + BLOCK_D + offs_m)[None, :] * weight_0
+
+
+@triton.jit
+def read_row_sums(
+    l, x_tile, record_ptr, D, weight_0, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr, GRAM: tl.constexpr,
+):  # fmt: skip
+    """l + w0 n + x.(w1 z + w2 Z x), in fp32; a slice of columns of Z at a time, to save registers."""
+    x_sum_ptr = record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    x = load_columns(x_tile, 0, offs_d, D, EVEN).to(tl.float32)
+    for first in tl.static_range(0, BLOCK_D, SLICE):
+        offs = first + tl.arange(0, SLICE)
+        gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + offs[None, :])
+        row = dot(x, gram, None, GRAM) * weight_2 + tl.load(x_sum_ptr + offs)[None, :] * weight_1
+        l += tl.sum(load_columns(x_tile, first, tl.arange(0, SLICE), D, EVEN).to(tl.float32) * row, 1)
+    return l + tl.load(x_sum_ptr + BLOCK_D + BLOCK_M) * weight_0
+
+
+@triton.jit
+def pull_record(
+    acc, x, y, factor, record_ptr, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROW_SUMS: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
+):  # fmt: skip
+    """Add the gradient to x of the terms of degree 1 against y, and `factor` (by row) times that of the row sum."""
+    offs_d, offs_m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    linear_ptr = record_ptr + BLOCK_D * BLOCK_D
+    linear = tl.load(linear_ptr + offs_d[None, :] * BLOCK_M + offs_m[:, None]) * weight_1
+    acc = dot(rounded(y, FOLD), rounded(linear, FOLD), acc, PRECISION)
+    if ROW_SUMS:
+        gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + offs_d[None, :])
+        row = dot(x.to(tl.float32), gram, None, GRAM) * (2 * weight_2)
+        x_sum = tl.load(linear_ptr + BLOCK_D * BLOCK_M + offs_d)
+        acc += (row + (x_sum * weight_1)[None, :]) * factor[:, None]
+    return acc

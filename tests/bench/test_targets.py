@@ -1,0 +1,37 @@
+"""The table of speed targets: what counts as reached, and that every target can be measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from linattn.bench import targets
+from linattn.bench.cases import QUADRATIC_DIRECT, SDPA, Method, Problem, attention_of
+from linattn.bench.results import Row
+
+PROBLEM = Problem(4096, 64, 64, is_causal=True)
+
+
+def row(method: Method, ms: float, problem: Problem = PROBLEM) -> Row:
+    return Row(method, problem, samples_ms=[ms], median_ms=ms)
+
+
+def test_a_target_is_a_ratio_of_times_on_one_problem() -> None:
+    target = targets.Target(QUADRATIC_DIRECT, PROBLEM, 1.4, "P")
+    elsewhere = Problem(4096, 64, 64, is_causal=False)
+    rows = [row(SDPA, 30.0), row(QUADRATIC_DIRECT, 20.0), row(SDPA, 300.0, elsewhere)]
+    assert target.reached(rows) == pytest.approx(1.5)
+    assert "1.50x" in targets.table(rows, [target]) and "reached" in targets.table(rows, [target])
+    slower = [row(SDPA, 30.0), row(QUADRATIC_DIRECT, 30.0)]
+    assert "short by 29 %" in targets.table(slower, [target])
+
+
+def test_what_was_not_measured_is_not_in_the_table() -> None:
+    assert targets.table([row(QUADRATIC_DIRECT, 20.0)]) == ""
+    assert targets.table([]) == ""
+
+
+def test_every_target_names_methods_that_exist() -> None:
+    for target in (*targets.TARGETS, *targets.AVX2_TARGETS):
+        assert callable(attention_of(target.method))
+        assert target.method in targets.methods_on(target.problem, targets.TARGETS + targets.AVX2_TARGETS)
+        assert target.goal > 0 and target.kind in "PG1"
