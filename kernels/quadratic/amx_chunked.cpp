@@ -1,6 +1,7 @@
 #include "quadratic/amx_chunked.hpp"
 
 #include "common/native/threads.hpp"
+#include "quadratic/amx_chunks.hpp"
 #include "quadratic/amx_features.hpp"
 
 namespace linattn::LINATTN_ISA {
@@ -8,9 +9,6 @@ namespace linattn::LINATTN_ISA {
 using quadratic::ForwardCall;
 
 namespace {
-
-constexpr Index default_chunk = 512;
-constexpr Index direct_keys = 16;  // rows that have seen fewer are ill-conditioned through the sums
 
 // Threads that share a head, in step.
 struct Team {
@@ -24,33 +22,24 @@ struct Team {
     int end(int count) const { return count * (rank + 1) / size; }
 };
 
-// One sequence of one key head.
-struct Head {
-    Sequence sequence;
-    Index kv_head;
-    const bool* key_mask;  // of the sequence, or null
-};
+// A stretch of keys of one head: as queries that score them take them, and as the sums do. Strips come in pairs.
+struct KeyChunk {
+    PackedKeys packed;
+    Addends addends;
 
-Head head(const Problem& p, Index number) {
-    const Sequence one = sequence(p, number / p.Hkv);
-    return {one, number % p.Hkv, p.key_mask == nullptr ? nullptr : p.key_mask + one.batch * p.Tk + one.first_key};
-}
+    KeyChunk(const Sizes& size, Index keys, Scratch& scratch) : addends(size.D, keys, scratch) {
+        packed = {scratch.take<Bf16>(addends.capacity * size.D), scratch.take<Bf16>(addends.capacity * size.M),
+                  scratch.take<std::uint32_t>(addends.capacity / 32)};
+        addends.y_pairs = packed.v;
+    }
 
-Index chunk_length(const ForwardCall& call) { return call.chunk == 0 ? default_chunk : (call.chunk + 63) / 64 * 64; }
-
-// The first chunk is longer where a mask leaves too few keys in it: its rows are computed from scores.
-struct FirstChunk {
-    Index end;
-    bool enough;  // keys for later rows to read sums
-
-    FirstChunk(const Head& one, Index chunk) : end(least(chunk, one.sequence.keys)) {
-        Index alive = 0;
-        for (Index j = 0; j < one.sequence.keys; j += 32) {
-            alive += __builtin_popcount(rows_alive(one.key_mask, j, one.sequence.keys));
-            end = most(end, least((j / 64 + 1) * 64, one.sequence.keys));
-            if (alive >= direct_keys) break;
-        }
-        enough = alive >= direct_keys;
+    void pack_strip(const Sizes& size, Index i, const Strip& k, const Strip& v) {
+        pack_transposed(k, size.D, packed.k + i * 32 * size.D);
+        pack_pairs(v, size.M, packed.v + i * 32 * size.M);
+        packed.alive[i] = k.alive;
+        Bf16* pairs = addends.z_pairs + i * 32 * size.D;
+        pack_pairs(k, size.D, pairs);
+        addends.transpose_strip(size.D, i, pairs);
     }
 };
 
@@ -69,7 +58,7 @@ public:
           team_(team), reader_(size, scratch) {
         q_rows_ = scratch.take<Bf16>(32 * size.D);
         q_transposed_ = scratch.take<Bf16>(32 * size.D);
-        phi_ = scratch.take<Bf16>(2 * 32 * keys_of_a_product);
+        phi_ = scratch.take<Bf16>(2 * 32 * rows_of_a_product);
         acc_ = scratch.take<float>(32 * size.M);
         parts_ = scratch.take<float>(32 * 16);
     }
@@ -102,19 +91,14 @@ private:
     Index row(Index j) const { return most<Index>(0, least(j - p_.q_offset, head_.sequence.queries)); }
 
     void clear() {
-        const Index from = team_.begin(f_.steps), to = team_.end(f_.steps);
-        std::memset(sums_.S + from * 32 * size_.M, 0, (to - from) * 32 * size_.M * sizeof(float));
-        if (team_.rank == 0) {
-            std::memset(sums_.kk, 0, size_.D * size_.D * sizeof(float));
-            std::memset(sums_.k_sum, 0, size_.D * sizeof(float));
-            std::memset(sums_.v_sum, 0, size_.M * sizeof(float));
-        }
-        folded_ = 0;
+        sums_.clear_steps(team_.begin(f_.steps), team_.end(f_.steps), size_.M);
+        if (team_.rank == 0) sums_.clear_small(size_);
+        folded_ = false;
     }
 
     void pack(Index j0, Index j1) {
         const Sequence& one = head_.sequence;
-        if (team_.rank == 0) keys_.count = j1 - j0;
+        if (team_.rank == 0) keys_.addends.strips = (j1 - j0 + 31) / 32;
         keys_count_ = j1 - j0;
         for (Index i = team_.rank; i < (j1 - j0 + 63) / 64 * 2; i += team_.size) {
             const Strip k = strip(p_.k, one.batch, head_.kv_head, one.first_key, j0 + 32 * i, j1, p_.D, head_.key_mask);
@@ -128,14 +112,14 @@ private:
     void fold(bool read_next) {
         team_.sync();
         const int D = size_.D;
+        const Addends& x = keys_.addends;
         if (team_.rank == 0) {
-            add_rows(keys_.k_pairs, keys_.strips(), D, sums_.k_sum);
-            add_rows(keys_.packed.v, keys_.strips(), size_.M, sums_.v_sum);
-            for (Index i = 0; i < keys_.strips(); ++i) sums_.n += __builtin_popcount(keys_.packed.alive[i]);
+            add_small(sums_, x, size_);
+            for (Index i = 0; i < x.strips; ++i) sums_.n += __builtin_popcount(keys_.packed.alive[i]);
         }
-        for (int i = team_.begin(D / 32); i < team_.end(D / 32); ++i) add_squares(sums_, keys_, D, 32 * i);
-        add_products(f_, sums_, keys_, size_.M, team_.begin(f_.steps), team_.end(f_.steps), read_next, phi_);
-        folded_ = 1;
+        for (int i = team_.begin(D / 32); i < team_.end(D / 32); ++i) add_squares(sums_, x, D, 32 * i);
+        add_products(f_, sums_, x, size_.M, team_.begin(f_.steps), team_.end(f_.steps), read_next, phi_);
+        folded_ = true;
         team_.sync();
     }
 
@@ -208,25 +192,20 @@ void chunked_forward(const ForwardCall& call) {
     };
     const int asked = usable_threads(p.threads);
     const Index together = asked == 1 ? 0 : heads % asked;
-    Shared* shared = nullptr;
-    Shared team_shared = {KeyChunk(size, together == 0 ? 0 : longest, scratch), Sums(f, size, scratch)};
-    shared = &team_shared;
+    Shared shared = {KeyChunk(size, together == 0 ? 0 : longest, scratch), Sums(f, size, true, false, scratch)};
     Index next = 0;
     in_parallel(asked, [&](int thread, int threads) {
         const Tiles tiles;
         {
             Scratch own;
-            Shared mine = {KeyChunk(size, longest, own), Sums(f, size, own)};
-            for (Index n; (n = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < heads - together;) {
-                mine.sums.n = 0;
+            Shared mine = {KeyChunk(size, longest, own), Sums(f, size, true, false, own)};
+            for (Index n; (n = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < heads - together;)
                 attention(n, mine, {0, 1});
-            }
         }
         const Team team = {thread, threads};
         for (Index n = heads - together; n < heads; ++n) {
             team.sync();
-            if (thread == 0) shared->sums.n = 0;
-            attention(n, *shared, team);
+            attention(n, shared, team);
         }
     });
 }

@@ -9,7 +9,7 @@
 
 namespace linattn::LINATTN_ISA {
 
-constexpr int keys_of_a_product = 256;  // that share features while these lie in the nearest cache
+constexpr int rows_of_a_product = 256;  // that share features while these lie in the nearest cache
 
 struct Features {
     int steps;
@@ -41,35 +41,28 @@ private:
     }
 };
 
-// A stretch of keys of one head as both uses need them; strips of 32, an even number of them.
-struct KeyChunk {
-    PackedKeys packed;
-    Bf16* k_pairs;       // B tiles of K: [strip][D / 16][tile]
-    Bf16* k_transposed;  // A tiles of K^T: [strip][D / 16][tile]
-    float* columns;      // K^T: [D + 1][capacity]; the last row is 1
-    Index capacity;      // keys
-    Index count = 0;     // keys
+// Rows to be added to sums, in strips of 32: x with values y, and z, which is x or a multiple of it.
+struct Addends {
+    Bf16* y_pairs;       // B tiles of Y: [strip][M / 16][tile]
+    Bf16* z_pairs;       // B tiles of Z: [strip][D / 16][tile]
+    Bf16* x_transposed;  // A tiles of X^T: [strip][D / 16][tile]
+    float* columns;      // X^T: [D + 1][capacity]; the last row is 1
+    Index capacity;      // rows, a multiple of 64
+    Index strips = 0;
 
-    KeyChunk(const Sizes& size, Index keys, Scratch& scratch) : capacity((keys + 63) / 64 * 64) {
-        packed = {scratch.take<Bf16>(capacity * size.D), scratch.take<Bf16>(capacity * size.M),
-                  scratch.take<std::uint32_t>(capacity / 32)};
-        k_pairs = scratch.take<Bf16>(capacity * size.D);
-        k_transposed = scratch.take<Bf16>(capacity * size.D);
-        columns = scratch.take<float>((size.D + 1) * capacity);
-        for (Index j = 0; j < capacity; ++j) columns[size.D * capacity + j] = 1;
+    // Without y.
+    Addends(int D, Index rows, Scratch& scratch) : y_pairs(nullptr), capacity((rows + 63) / 64 * 64) {
+        z_pairs = scratch.take<Bf16>(capacity * D);
+        x_transposed = scratch.take<Bf16>(capacity * D);
+        columns = scratch.take<float>((D + 1) * capacity);
+        for (Index i = 0; i < capacity; ++i) columns[D * capacity + i] = 1;
     }
 
-    Index strips() const { return (count + 63) / 64 * 2; }
-
-    void pack_strip(const Sizes& size, Index i, const Strip& k, const Strip& v) {
-        pack_transposed(k, size.D, packed.k + i * 32 * size.D);
-        pack_pairs(v, size.M, packed.v + i * 32 * size.M);
-        packed.alive[i] = k.alive;
-        Bf16* pairs = k_pairs + i * 32 * size.D;
-        Bf16* transposed = k_transposed + i * 32 * size.D;
-        pack_pairs(k, size.D, pairs);
-        for (int d = 0; d < size.D; d += 16, pairs += tile, transposed += tile) {
-            transpose_tile(pairs, transposed);
+    // Strip i of X^T from B tiles of X.
+    void transpose_strip(int D, Index i, const Bf16* x_pairs) {
+        Bf16* transposed = x_transposed + i * 32 * D;
+        for (int d = 0; d < D; d += 16, x_pairs += tile, transposed += tile) {
+            transpose_tile(x_pairs, transposed);
             for (int r = 0; r < 16; ++r) {
                 float* column = columns + (d + r) * capacity + 32 * i;
                 store(column, load(transposed + 32 * r));
@@ -79,87 +72,106 @@ struct KeyChunk {
     }
 };
 
-// Sums over the keys of a head.
+// Sums over rows (x, y, z), and copies of S with its weights for those who read them: null if nobody does.
 struct Sums {
-    float* S;        // [features][M], unweighted
-    Bf16* weighted;  // A tiles of (weights S)^T: [step][M / 16][tile]
-    float* kk;       // [D][D]
-    Bf16* kk_tiles;  // A tiles of it: [D / 16][D / 32][tile]
-    float* k_sum;    // [D]
-    float* v_sum;    // [M]
+    float* S;                        // sum of phi(x) y^T: [features][M]
+    Bf16* by_column = nullptr;       // A tiles of (weights S)^T: [step][M / 16][tile]
+    Bf16* by_feature = nullptr;      // A tiles of weights S: [step][M / 32][2][tile]
+    float* xz;                       // sum of x z^T: [D][D]
+    Bf16* xz_tiles;                  // A tiles of it: [D / 16][D / 32][tile]
+    float* z_sum;                    // [D]
+    float* y_sum;                    // [M]
     Index n = 0;
 
-    Sums(const Features& f, const Sizes& size, Scratch& scratch) {
+    Sums(const Features& f, const Sizes& size, bool read_values, bool read_gradients, Scratch& scratch) {
         S = scratch.take<float>(f.count() * size.M);
-        weighted = scratch.take<Bf16>(f.count() * size.M);
-        kk = scratch.take<float>(size.D * size.D);
-        kk_tiles = scratch.take<Bf16>(size.D * size.D);
-        k_sum = scratch.take<float>(size.D);
-        v_sum = scratch.take<float>(size.M);
+        if (read_values) by_column = scratch.take<Bf16>(f.count() * size.M);
+        if (read_gradients) by_feature = scratch.take<Bf16>(f.count() * size.M);
+        xz = scratch.take<float>(size.D * size.D);
+        xz_tiles = scratch.take<Bf16>(size.D * size.D);
+        z_sum = scratch.take<float>(size.D);
+        y_sum = scratch.take<float>(size.M);
+    }
+
+    void clear_steps(int step0, int step1, int M) {
+        std::memset(S + Index{step0} * 32 * M, 0, Index{step1 - step0} * 32 * M * sizeof(float));
+    }
+    void clear_small(const Sizes& size) {
+        std::memset(xz, 0, size.D * size.D * sizeof(float));
+        std::memset(z_sum, 0, size.D * sizeof(float));
+        std::memset(y_sum, 0, size.M * sizeof(float));
+        n = 0;
     }
 };
 
-// ---- folding keys in ----
+// ---- adding rows ----
 
-// Features f0 to f0 + rows of `keys` keys from `key` on, as rows of bf16, `keys_of_a_product` apart.
-LINATTN_INLINE void key_features(const Features& f, const KeyChunk& chunk, int f0, int rows, Index key, int keys,
+// Features f0 to f0 + count of `rows` addends from `row` on, as rows of bf16, `rows_of_a_product` apart.
+LINATTN_INLINE void row_features(const Features& f, const Addends& x, int f0, int count, Index row, int rows,
                                  Bf16* phi) {
-    for (int r = f0; r < f0 + rows; ++r, phi += keys_of_a_product) {
-        const float* a = chunk.columns + f.first[r / 2] * chunk.capacity + key;
-        const float* b = chunk.columns + (2 * f.second[r / 2] + r % 2) * chunk.capacity + key;
-        for (int j = 0; j < keys; j += 64) {
+    for (int r = f0; r < f0 + count; ++r, phi += rows_of_a_product) {
+        const float* a = x.columns + f.first[r / 2] * x.capacity + row;
+        const float* b = x.columns + (2 * f.second[r / 2] + r % 2) * x.capacity + row;
+        for (int j = 0; j < rows; j += 64) {
             store_words(phi + j, rounded(load(a + j) * load(b + j), load(a + j + 16) * load(b + j + 16)));
             store_words(phi + j + 32, rounded(load(a + j + 32) * load(b + j + 32), load(a + j + 48) * load(b + j + 48)));
         }
     }
 }
 
-// The weighted copy of one step of S.
-LINATTN_INLINE void weigh_sums(const Features& f, const Sums& sums, int step, int M) {
-    const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    for (int m = 0; m < M; m += 16) {
-        const float* S = sums.S + Index{32} * step * M + m;
-        const float* weights = f.weights + 32 * step;
+LINATTN_INLINE __m512i interleaved(__m512i halves) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, halves);
+}
+
+// The weighted copies of one step of S.
+LINATTN_INLINE void refresh(const Features& f, const Sums& sums, int step, int M) {
+    const float* weights = f.weights + 32 * step;
+    const float* S = sums.S + Index{32} * step * M;
+    for (int m = 0; sums.by_column != nullptr && m < M; m += 16) {
         __m512i words[16];
 #pragma GCC unroll 16
-        for (int p = 0; p < 16; ++p) {
-            const Vec even = weights[2 * p] * load(S + 2 * p * M), odd = weights[2 * p + 1] * load(S + (2 * p + 1) * M);
-            words[p] = _mm512_permutexvar_epi16(interleaved, rounded(even, odd));
-        }
+        for (int p = 0; p < 16; ++p)
+            words[p] = interleaved(rounded(weights[2 * p] * load(S + 2 * p * M + m),
+                                           weights[2 * p + 1] * load(S + (2 * p + 1) * M + m)));
         transpose(words);
-        Bf16* to = sums.weighted + (Index{step} * (M / 16) + m / 16) * tile;
+        Bf16* to = sums.by_column + (Index{step} * (M / 16) + m / 16) * tile;
 #pragma GCC unroll 16
         for (int p = 0; p < 16; ++p) store_words(to + 32 * p, words[p]);
     }
+    Bf16* to = sums.by_feature + Index{step} * 32 * M;
+    for (int m = 0; sums.by_feature != nullptr && m < M; m += 32)
+        for (int r = 0; r < 32; ++r, to += 32)
+            store_words(to, rounded(weights[r] * load(S + r * M + m), weights[r] * load(S + r * M + m + 16)));
 }
 
-// S += phi(K)^T V in the steps from `step0` to `step1`. The features of the next product are made while the tiles work
+// S += phi(X)^T Y in the steps from `step0` to `step1`. The features of the next product are made while the tiles work
 // on this one; `phi` holds those of two.
-inline void add_products(const Features& f, const Sums& sums, const KeyChunk& chunk, int M, int step0, int step1,
+inline void add_products(const Features& f, const Sums& sums, const Addends& x, int M, int step0, int step1,
                          bool read_next, Bf16* phi) {
-    const Index keys = chunk.strips() * 32;
-    Bf16 *now = phi, *next = phi + 32 * keys_of_a_product;
-    const auto length = [&](Index key) { return static_cast<int>(least<Index>(keys_of_a_product, keys - key)); };
-    if (step0 < step1) key_features(f, chunk, 32 * step0, 32, 0, length(0), now);
+    const Index all = x.strips * 32;
+    Bf16 *now = phi, *next = phi + 32 * rows_of_a_product;
+    const auto length = [&](Index row) { return static_cast<int>(least<Index>(rows_of_a_product, all - row)); };
+    if (step0 < step1) row_features(f, x, 32 * step0, 32, 0, length(0), now);
     for (int step = step0; step < step1; ++step) {
-        for (Index key = 0; key < keys; key += keys_of_a_product) {
-            const int strips = length(key) / 32, products = strips * (M / 32);
-            const bool turns = key + keys_of_a_product >= keys;
+        for (Index row = 0; row < all; row += rows_of_a_product) {
+            const int strips = length(row) / 32, products = strips * (M / 32);
+            const bool turns = row + rows_of_a_product >= all;
             const int step_after = turns ? step + 1 : step;
-            const Index key_after = turns ? 0 : key + keys_of_a_product;
-            const int rows = step_after < step1 ? 32 : 0;
+            const Index row_after = turns ? 0 : row + rows_of_a_product;
+            const int count = step_after < step1 ? 32 : 0;
             int made = 0, done = 0;
             for (int m = 0; m < M; m += 32) {
                 float* S = sums.S + Index{32} * step * M + m;
                 load_block(S, M);
                 for (int s = 0; s < strips; ++s) {
-                    const Bf16* v = chunk.packed.v + ((key / 32 + s) * (M / 16) + m / 16) * tile;
-                    multiply_block(now + 32 * s, now + 16 * keys_of_a_product + 32 * s, v, v + tile,
-                                   2 * keys_of_a_product);
-                    const int until = rows * ++done / products;
-                    key_features(f, chunk, 32 * step_after + made, until - made, key_after, length(key_after),
-                                 next + made * keys_of_a_product);
+                    const Bf16* y = x.y_pairs + ((row / 32 + s) * (M / 16) + m / 16) * tile;
+                    multiply_block(now + 32 * s, now + 16 * rows_of_a_product + 32 * s, y, y + tile,
+                                   2 * rows_of_a_product);
+                    const int until = count * ++done / products;
+                    row_features(f, x, 32 * step_after + made, until - made, row_after, length(row_after),
+                                 next + made * rows_of_a_product);
                     made = until;
                 }
                 store_block(S, M);
@@ -167,26 +179,26 @@ inline void add_products(const Features& f, const Sums& sums, const KeyChunk& ch
             Bf16* const other = now;
             now = next, next = other;
         }
-        if (read_next) weigh_sums(f, sums, step, M);
+        if (read_next) refresh(f, sums, step, M);
     }
 }
 
-// Rows i to i + 32 of kk += K^T K.
-inline void add_squares(const Sums& sums, const KeyChunk& chunk, int D, int i) {
+// Rows i to i + 32 of xz += X^T Z.
+inline void add_squares(const Sums& sums, const Addends& x, int D, int i) {
     for (int j = 0; j < D; j += 32) {
-        float* kk = sums.kk + i * D + j;
-        load_block(kk, D);
-        for (Index s = 0; s < chunk.strips(); ++s) {
-            const Bf16* a = chunk.k_transposed + (s * (D / 16) + i / 16) * tile;
-            const Bf16* b = chunk.k_pairs + (s * (D / 16) + j / 16) * tile;
+        float* xz = sums.xz + i * D + j;
+        load_block(xz, D);
+        for (Index s = 0; s < x.strips; ++s) {
+            const Bf16* a = x.x_transposed + (s * (D / 16) + i / 16) * tile;
+            const Bf16* b = x.z_pairs + (s * (D / 16) + j / 16) * tile;
             multiply_block(a, a + tile, b, b + tile);
         }
-        store_block(kk, D);
+        store_block(xz, D);
     }
     for (int r = i; r < i + 32; ++r)
         for (int j = 0; j < D; j += 32)
-            store_words(sums.kk_tiles + (r / 16 * (D / 32) + j / 32) * tile + r % 16 * 32,
-                        rounded(load(sums.kk + r * D + j), load(sums.kk + r * D + j + 16)));
+            store_words(sums.xz_tiles + (r / 16 * (D / 32) + j / 32) * tile + r % 16 * 32,
+                        rounded(load(sums.xz + r * D + j), load(sums.xz + r * D + j + 16)));
 }
 
 // to[width] += sums over the rows that were packed as pairs.
@@ -203,15 +215,49 @@ LINATTN_INLINE void add_rows(const Bf16* pairs, Index strips, int width, float* 
     }
 }
 
+LINATTN_INLINE void add_small(const Sums& sums, const Addends& x, const Sizes& size) {
+    add_rows(x.z_pairs, x.strips, size.D, sums.z_sum);
+    add_rows(x.y_pairs, x.strips, size.M, sums.y_sum);
+}
+
 // ---- reading ----
 
-// What 32 queries need to read the sums.
+// to[D][32] = xz x for 32 rows x, given as B tiles of X^T.
+LINATTN_INLINE void multiply_squares(const Sums& sums, const Bf16* x, int D, float* to) {
+    for (int i = 0; i < D; i += 32) {
+        zero_block();
+        for (int j = 0; j < D; j += 32) {
+            const Bf16* xz = sums.xz_tiles + (i / 16 * (D / 32) + j / 32) * tile;
+            const Bf16* b = x + j / 32 * tile;
+            multiply_block(xz, xz + D / 32 * tile, b, b + D / 32 * tile);
+        }
+        store_block(to + i * 32, 32);
+    }
+}
+
+// to[32][columns] += from^T, from[columns][32].
+LINATTN_INLINE void add_transposed(const float* from, int columns, float factor, float* to) {
+    for (int half = 0; half < 32; half += 16)
+        for (int c = 0; c < columns; c += 16) {
+            __m512i words[16];
+#pragma GCC unroll 16
+            for (int r = 0; r < 16; ++r) words[r] = load_words(from + (c + r) * 32 + half);
+            transpose(words);
+#pragma GCC unroll 16
+            for (int r = 0; r < 16; ++r) {
+                float* row = to + (half + r) * columns + c;
+                store(row, load(row) + factor * reinterpret_cast<Vec>(words[r]));
+            }
+        }
+}
+
+// What 32 queries need to read the sums; `x` in their names is q.
 struct Reader {
     float* doubled;  // [D + 1][64]: q_i twice for each query; the last row is 1
     float* paired;   // [D / 2][64]: q_2p and q_2p+1 for each query
     Bf16* phi;       // B tiles of features^T: two blocks of [steps_at_once][2][tile]
     float* out;      // [M][32]
-    float* kkq;      // [D][32]: kk q
+    float* squares;  // [D][32]: xz q
 
     static constexpr int steps_at_once = 4;
 
@@ -220,7 +266,7 @@ struct Reader {
         paired = scratch.take<float>(size.D / 2 * 64);
         phi = scratch.take<Bf16>(4 * steps_at_once * tile);
         out = scratch.take<float>(size.M * 32);
-        kkq = scratch.take<float>(size.D * 32);
+        squares = scratch.take<float>(size.D * 32);
         for (int i = 0; i < 64; ++i) doubled[size.D * 64 + i] = 1;
     }
 
@@ -247,10 +293,10 @@ struct Reader {
         }
     }
 
-    // out = v_sum's part + (weights S)^T phi(q). The next features are made while the tiles work on these.
+    // out = constant y_sum + (weights S)^T phi(q). The next features are made while the tiles work on these.
     void products(const Features& f, const Sums& sums, float constant, int M) {
         for (int m = 0; m < M; ++m) {
-            const Vec start = splat(constant * sums.v_sum[m]);
+            const Vec start = splat(constant * sums.y_sum[m]);
             store(out + 32 * m, start), store(out + 32 * m + 16, start);
         }
         Bf16 *now = phi, *next = phi + 2 * steps_at_once * tile;
@@ -262,7 +308,7 @@ struct Reader {
             for (int m = 0; m < M; m += 32) {
                 load_block(out + m * 32, 32);
                 for (int s = 0; s < steps; ++s) {
-                    const Bf16* S = sums.weighted + (Index{step + s} * (M / 16) + m / 16) * tile;
+                    const Bf16* S = sums.by_column + (Index{step + s} * (M / 16) + m / 16) * tile;
                     multiply_block(S, S + tile, now + 2 * s * tile, now + (2 * s + 1) * tile);
                     for (const int until = halves * ++done / products; made < until; ++made)
                         features(f, 16 * (step + steps) + 8 * made, 8, next + made / 2 * 2 * tile + made % 2 * 8 * 32);
@@ -276,15 +322,7 @@ struct Reader {
 
     // l[32] = sum of p / factor over the folded keys.
     void row_sums(const Weights& w, const Sums& sums, const Bf16* q, int D, float* l) {
-        for (int i = 0; i < D; i += 32) {
-            zero_block();
-            for (int j = 0; j < D; j += 32) {
-                const Bf16* kk = sums.kk_tiles + (i / 16 * (D / 32) + j / 32) * tile;
-                const Bf16* b = q + j / 32 * tile;
-                multiply_block(kk, kk + D / 32 * tile, b, b + D / 32 * tile);
-            }
-            store_block(kkq + i * 32, 32);
-        }
+        multiply_squares(sums, q, D, squares);
         const float linear = w.a1 / w.factor, square = w.a2 / w.factor, constant = w.a0 / w.factor;
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         for (int half = 0; half < 32; half += 16) {
@@ -292,7 +330,7 @@ struct Reader {
             for (int j = 0; j < D; ++j) {
                 const float* x = doubled + j * 64 + 2 * half;
                 const Vec qj = _mm512_permutex2var_ps(load(x), even, load(x + 16));
-                total += qj * (square * load(kkq + j * 32 + half) + linear * sums.k_sum[j]);
+                total += qj * (square * load(squares + j * 32 + half) + linear * sums.z_sum[j]);
             }
             store(l + half, total);
         }
@@ -306,18 +344,78 @@ struct Reader {
         products(f, sums, w.a0 / w.factor, size.M);
         row_sums(w, sums, q, size.D, l);
         for (int r = 0; r < 32; ++r) parts[16 * r] += l[r];
-        for (int half = 0; half < 32; half += 16)
-            for (int m = 0; m < size.M; m += 16) {
-                __m512i words[16];
-#pragma GCC unroll 16
-                for (int r = 0; r < 16; ++r) words[r] = load_words(out + (m + r) * 32 + half);
-                transpose(words);
-#pragma GCC unroll 16
-                for (int r = 0; r < 16; ++r) {
-                    float* row = acc + (half + r) * size.M + m;
-                    store(row, load(row) + reinterpret_cast<Vec>(words[r]));
-                }
+        add_transposed(out, size.M, 1, acc);
+    }
+};
+
+// The gradient to 32 rows x of sum(y . acc) + sum(minus l), where acc and l are what x reads.
+struct GradientReader {
+    float* x;        // [D + 1][32]; the last row is 1
+    float* dx;       // [D + 1][32]; the last row means nothing
+    float* u;        // [2][32][32]: gradients to the features of two steps
+    float* squares;  // [D][32]: xz x
+
+    GradientReader(const Sizes& size, Scratch& scratch) {
+        x = scratch.take<float>((size.D + 1) * 32);
+        dx = scratch.take<float>((size.D + 1) * 32);
+        u = scratch.take<float>(2 * 32 * 32);
+        squares = scratch.take<float>(size.D * 32);
+        for (int i = 0; i < 32; ++i) x[size.D * 32 + i] = 1;
+    }
+
+    // x_transposed, y_transposed: B tiles of X^T and Y^T. minus: [32].
+    void read(const Weights& w, const Features& f, const Sums& sums, const Sizes& size, const Bf16* x_transposed,
+              const Bf16* y_transposed, const float* minus) {
+        spread(x_transposed, size.D);
+        std::memset(dx, 0, (size.D + 1) * 32 * sizeof(float));
+        for (int step = 0; step <= f.steps; ++step) {
+            if (step < f.steps) multiply(sums, step, size.M, y_transposed);
+            if (step > 0) pull_back(f, step - 1, u + (step - 1) % 2 * 32 * 32);
+        }
+        multiply_squares(sums, x_transposed, size.D, squares);
+        const float linear = w.a1 / w.factor, square = 2 * w.a2 / w.factor;
+        for (int d = 0; d < size.D; ++d)
+            for (int half = 0; half < 32; half += 16) {
+                float* to = dx + d * 32 + half;
+                store(to, load(to) + load(minus + half) * (square * load(squares + d * 32 + half) + linear * sums.z_sum[d]));
             }
+    }
+
+private:
+    void spread(const Bf16* transposed, int D) {
+        for (int half = 0; half < 32; half += 16)
+            for (int p = 0; p < D / 2; ++p, transposed += 32) {
+                const __m512i both = load_words(transposed);
+                store_words(x + 2 * p * 32 + half, _mm512_slli_epi32(both, 16));
+                store_words(x + (2 * p + 1) * 32 + half, _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+            }
+    }
+
+    void multiply(const Sums& sums, int step, int M, const Bf16* y) {
+        zero_block();
+        const Bf16* S = sums.by_feature + Index{step} * 32 * M;
+        for (int m = 0; m < M / 32; ++m)
+            multiply_block(S + 2 * m * tile, S + (2 * m + 1) * tile, y + m * tile, y + (M / 32 + m) * tile);
+        store_block(u + step % 2 * 32 * 32, 32);
+    }
+
+    // dx_i += u x_j and dx_j += u x_i for the products x_i x_j of a step; i stays the same for many of them.
+    LINATTN_INLINE void pull_back(const Features& f, int step, const float* du) {
+        for (int p = 16 * step; p < 16 * (step + 1);) {
+            const int i = f.first[p];
+            const Vec left = load(x + i * 32), right = load(x + i * 32 + 16);
+            Vec sum_left = {}, sum_right = {};
+            for (; p < 16 * (step + 1) && f.first[p] == i; ++p)
+                for (int j = 2 * f.second[p]; j < 2 * f.second[p] + 2; ++j, du += 32) {
+                    const Vec u_left = load(du), u_right = load(du + 16);
+                    sum_left += u_left * load(x + j * 32);
+                    sum_right += u_right * load(x + j * 32 + 16);
+                    store(dx + j * 32, load(dx + j * 32) + u_left * left);
+                    store(dx + j * 32 + 16, load(dx + j * 32 + 16) + u_right * right);
+                }
+            store(dx + i * 32, load(dx + i * 32) + sum_left);
+            store(dx + i * 32 + 16, load(dx + i * 32 + 16) + sum_right);
+        }
     }
 };
 
