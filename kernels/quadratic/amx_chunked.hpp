@@ -6,5 +6,6 @@
 namespace linattn::LINATTN_ISA {
 
 void chunked_forward(const quadratic::ForwardCall& call);
+void chunked_backward(const quadratic::BackwardCall& call);
 
 }  // namespace linattn::LINATTN_ISA
