@@ -1,13 +1,14 @@
 # make demo     from nothing to the measured crossover: set-up, then bench/crossover.py --quick
 # make test     set-up, then every test that this machine can run
 # make bench    time the kernels (pytest --benchmark)
-# make gpu      device tests and the crossover on a CUDA device
+# make gpu      every test and measurement for a CUDA device, under 9 minutes (REHEARSE=1: the same on the CPU, tiny)
 # make triton36 the kernels' gate and their tests in the interpreter, with Triton 3.6.0 instead of the one that is there
 # make lint     ruff, formatting, import contract        make types    mypy
 # make docs     API pages into build/docs                make clean    remove builds and caches, not runs
 #
 # PYTHON names the interpreter (python3), VENV the environment (.venv). NOVENV=1 installs nothing and runs PYTHON as it
-# is, for machines without a network that already have torch and pytest. ARGS goes to pytest or to the crossover.
+# is, for machines without a network that already have torch and pytest. ARGS goes to pytest, the crossover or
+# bench/gpu.py.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,9 +41,7 @@ bench: $(READY)
 	$(PY) -m pytest --benchmark $(ARGS)
 
 gpu: $(READY)
-	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make gpu: torch {torch.__version__} sees no CUDA device")'
-	$(PY) -m pytest -m gpu
-	$(PY) bench/crossover.py --device cuda $(ARGS)
+	$(PY) bench/gpu.py $(if $(REHEARSE),--rehearse) $(ARGS)
 
 # A folder of packages ahead of the environment's own. Triton 3.6's interpreter cannot count with numpy 2.4, and makes
 # scalars of arrays in a way that older ones warn of.

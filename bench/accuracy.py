@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linattn.bench.cases import Method, Problem
+from linattn.bench.cases import COEFFICIENTS, Method, Problem
 from linattn.testing import TRUE_FEATURE_MAPS, relative_error, truth_attention
 
 ALL_ROWS_UP_TO = 1024
@@ -57,7 +57,7 @@ def truth_of(method: Method, problem: Problem, tensors: Sequence[Tensor], upstre
         weights = _similarity(method.op, q, k)
         return weights if seen is None else torch.where(seen, weights, 0.0)
 
-    out = truth_attention(q, k, v, similarity)
+    out = truth_attention(q, k, v, similarity, normalize=method.op != "plain")
     if not training or upstream is None:
         return Truth(rows, (out.detach(),))
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), upstream[:, :, rows].double())
@@ -70,7 +70,11 @@ def _similarity(op: str, q: Tensor, k: Tensor) -> Tensor:
     if op == "softmax":
         scores = q @ k.mT * q.shape[-1] ** -0.5
         return torch.exp(scores - scores.detach().amax(dim=-1, keepdim=True))
-    if op == "quadratic":
-        return (1 + q @ k.mT).square()
+    if op in COEFFICIENTS:
+        c0, c1, c2 = COEFFICIENTS[op]
+        s = q @ k.mT
+        return c0 + c1 * s + c2 * s.square()
+    if op == "plain":
+        return q @ k.mT
     phi = TRUE_FEATURE_MAPS[op]
     return phi(q) @ phi(k).mT

@@ -25,6 +25,7 @@ DTYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
 }
 FEATURE_MAP_OPS = ("elu+1", "relu", "relu2", "exp")
+COEFFICIENTS = {"quadratic": (1, 2, 1), "power": (0, 0, 1)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Problem:
 class Method:
     """Who computes it: an operation, the form it takes, and a backend of linattn or the name of a peer.
 
-    `op` is "softmax", "quadratic" or the name of a feature map.
+    `op` is "softmax", "quadratic", "power" ((q.k)^2), "plain" (q.k, not divided by its sum) or a feature map's name.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Method:
     @property
     def kernel(self) -> Literal["softmax", "quadratic", "feature_map"]:
         """The family that `linattn.cost` counts it under."""
-        return "softmax" if self.op == "softmax" else "quadratic" if self.op == "quadratic" else "feature_map"
+        return "softmax" if self.op == "softmax" else "quadratic" if self.op in COEFFICIENTS else "feature_map"
 
 
 SDPA = Method("SDPA", "softmax", "direct", "sdpa")
@@ -104,15 +105,20 @@ def attention_of(method: Method) -> Callable[..., Tensor]:
         return lambda q, k, v, is_causal: linattn.softmax_attention(
             q, k, v, is_causal=is_causal, backend=method.backend
         )
-    if method.op == "quadratic":
+    if method.op in COEFFICIENTS:
         return lambda q, k, v, is_causal: linattn.quadratic_attention(
-            q, k, v, is_causal=is_causal, form=method.form, backend=method.backend
+            q, k, v, coefficients=COEFFICIENTS[method.op], is_causal=is_causal, form=method.form, backend=method.backend
         )
+    if method.op == "plain":
+        return lambda q, k, v, is_causal: linattn.linear_attention(
+            q, k, v, feature_map="identity", normalize=False, is_causal=is_causal, form=method.form,
+            backend=method.backend,
+        )  # fmt: skip
     if method.op in FEATURE_MAP_OPS:
         return lambda q, k, v, is_causal: linattn.linear_attention(
             q, k, v, feature_map=method.op, is_causal=is_causal, form=method.form, backend=method.backend
         )
-    raise unknown_name("op", method.op, ("softmax", "quadratic", *FEATURE_MAP_OPS))
+    raise unknown_name("op", method.op, ("softmax", *COEFFICIENTS, "plain", *FEATURE_MAP_OPS))
 
 
 def prepare(method: Method, problem: Problem, tensors: Sequence[Tensor], upstream: Tensor | None = None) -> Call:

@@ -60,7 +60,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     for part, groups in parts.items():
         for stem, draw in (("time", draw_time), ("nstar", draw_crossover)):
             path = folder / (f"{stem}.png" if len(parts) == 1 else f"{stem}-{part}.png")
-            _save(draw(groups, results.environment), path)
+            save(draw(groups, results.environment), path)
             written.append(path)
     return written
 
@@ -78,7 +78,7 @@ def draw_time(groups: Mapping[Group, Sequence[Row]], environment: Environment) -
     heads = sorted({group.D for group in groups})
     masks = sorted({group.is_causal for group in groups})
     # Legend and title need some width however few the columns are.
-    figure = _new_figure(max(9.0, 3.5 * len(heads) + 0.5), 3.0 * len(masks) + 1.3)
+    figure = new_figure(max(9.0, 3.5 * len(heads) + 0.5), 3.0 * len(masks) + 1.3)
     grid = figure.subplots(len(masks), len(heads), sharex="col", sharey="row", squeeze=False)
     for group, rows in groups.items():
         axes = grid[masks.index(group.is_causal)][heads.index(group.D)]
@@ -101,7 +101,7 @@ def draw_time(groups: Mapping[Group, Sequence[Row]], environment: Environment) -
 def draw_crossover(groups: Mapping[Group, Sequence[Row]], environment: Environment) -> Figure:
     """N* against D beside D^2 and the number of features, one panel a mask."""
     masks = sorted({group.is_causal for group in groups})
-    figure = _new_figure(4.6 * len(masks) + 0.6, 4.9)
+    figure = new_figure(4.6 * len(masks) + 0.6, 4.9)
     panels = figure.subplots(1, len(masks), sharey=True, squeeze=False)[0]
     heads = sorted({group.D for group in groups})
     for axes, is_causal in zip(panels, masks, strict=True):
@@ -194,7 +194,7 @@ def _log_axes(axes: Axes, sizes: Sequence[int]) -> None:
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -262,7 +262,7 @@ def _title(figure: Figure, text: str, groups: Mapping[Group, Sequence[Row]], env
     figure.text(0.5, 1 - 0.42 / figure.get_figheight(), details, ha="center", va="top", fontsize=9, color="#444444")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     try:
         with atomic_file(path) as file:
             figure.savefig(file, format="png")

@@ -72,6 +72,39 @@ def side_by_side(
     return samples, last
 
 
+def in_rounds(
+    calls: Mapping[str, Callable[[], T]], *, device: torch.device, rep_ms: float, rounds: int = 2
+) -> tuple[dict[str, list[float]], dict[str, T]]:
+    """Time every call by `triton.testing.do_bench` for about `rep_ms` milliseconds, `rounds` times in turn.
+
+    For GPUs: unlike `side_by_side` it does not wait after each call, so that short calls are not measured by the time
+    that it takes to launch them. On other devices each round is a single call, to rehearse.
+
+    Returns:
+        as `side_by_side`.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    last: dict[str, T] = {}
+
+    def remembering(name: str) -> Callable[[], None]:
+        def call() -> None:
+            last.pop(name, None)
+            last[name] = calls[name]()
+
+        return call
+
+    for _ in range(rounds):
+        for name in calls:
+            if device.type != "cuda":
+                ms, last[name] = _CpuClock().time(calls[name], 1)
+                samples[name].append(ms)
+                continue
+            from triton.testing import do_bench
+
+            samples[name] += do_bench(remembering(name), warmup=20, rep=rep_ms, return_mode="all")
+    return samples, last
+
+
 def _warm_up(call: Callable[[], T], clock: _CpuClock | _CudaClock) -> float:
     """Run until caches, thread pools and compiled code are in place; the time of the last run, in milliseconds."""
     spent = 0.0

@@ -10,6 +10,7 @@
 #include "common/native/capability.hpp"
 #include "common/native/machine.hpp"
 #include "common/native/problem.hpp"
+#include "feature_map/cpu.hpp"
 #include "quadratic/cpu.hpp"
 
 namespace nb = nanobind;
@@ -124,6 +125,53 @@ void backward(const linattn::Problem& problem, const std::array<double, 3>& c, i
 }
 
 }  // namespace quadratic
+
+namespace feature_map {
+
+using linattn::feature_map::State;
+
+// n, f_sum, fv; all 0 if there is no state.
+using Addresses = std::array<Index, 3>;
+
+State state(const Addresses& a) { return {pointer<Index>(a[0]), pointer<float>(a[1]), pointer<float>(a[2])}; }
+
+const State* if_any(const State& state) { return state.fv == nullptr ? nullptr : &state; }
+
+template <class Call>
+Call make_call(const linattn::Problem& problem, int map, Index chunk, const Tensor& out, Index l, const State& before) {
+    Call call;
+    call.problem = problem;
+    call.map = static_cast<linattn::feature_map::Map>(map);
+    call.chunk = chunk;
+    call.out = rows(out);
+    call.l = pointer<float>(l);
+    call.before = if_any(before);
+    return call;
+}
+
+void forward(const linattn::Problem& problem, int map, Index chunk, const Tensor& out, Index l, const Addresses& before,
+             const Addresses& after) {
+    const State first = state(before), last = state(after);
+    auto call = make_call<linattn::feature_map::ForwardCall>(problem, map, chunk, out, l, first);
+    call.after = if_any(last);
+    const nb::gil_scoped_release released;
+    linattn::feature_map::forward(call);
+}
+
+void backward(const linattn::Problem& problem, int map, Index chunk, const Tensor& out, Index l,
+              const Addresses& before, const Tensor& dout, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+              const Addresses& dafter, const Addresses& dbefore) {
+    const State first = state(before), dlast = state(dafter), dfirst = state(dbefore);
+    auto call = make_call<linattn::feature_map::BackwardCall>(problem, map, chunk, out, l, first);
+    call.dout = rows(dout);
+    call.dq = rows(dq), call.dk = rows(dk), call.dv = rows(dv);
+    call.dafter = if_any(dlast);
+    call.dbefore = if_any(dfirst);
+    const nb::gil_scoped_release released;
+    linattn::feature_map::backward(call);
+}
+
+}  // namespace feature_map
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -133,6 +181,8 @@ NB_MODULE(_native, module) {
     module.def("capabilities", &linattn::capabilities, "What LINATTN_CPU_CAPABILITY accepts on this machine.");
     nb::class_<linattn::Problem>(module, "Problem", "An attention call, as every op takes it.")
         .def("__init__", &make_problem);
+    module.def("feature_map_forward", &feature_map::forward);
+    module.def("feature_map_backward", &feature_map::backward);
     module.def("quadratic_forward", &quadratic::forward);
     module.def("quadratic_backward", &quadratic::backward);
     module.def("instruction_sets", &linattn::instruction_sets,

@@ -104,15 +104,18 @@ def backends(op: str) -> dict[str, str]:
 
 def refusals(op: str, inputs: Inputs, form: Form, with_state: bool) -> dict[str, str]:
     """Why a backend of `op` cannot run these inputs, for those that cannot."""
-    found = {name: _refusal(op, name, inputs, _form(op, name, form, inputs, with_state), True) for name in BACKENDS[op]}
+    found = {}
+    for name in BACKENDS[op]:
+        found[name] = _refusal(op, name, inputs, _form(op, name, form, inputs, with_state), with_state, named=True)
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _refusal(op: str, backend: str, inputs: Inputs, form: cost.Form, named: bool) -> str:
+def _refusal(op: str, backend: str, inputs: Inputs, form: cost.Form, with_state: bool, named: bool) -> str:
     if backend == "torch":
         return _beyond_torch(inputs)
     device = _chosen.device or inputs.q.device.type
-    call = Call(device, inputs.q.dtype, inputs.q.shape[3], inputs.v.shape[3], form, named, inputs.q.shape[2])
+    D, M, T = inputs.q.shape[3], inputs.v.shape[3], inputs.q.shape[2]
+    call = Call(device, inputs.q.dtype, D, M, form, named, T, with_state)
     return BACKENDS[op][backend].refusal(call)
 
 
@@ -140,7 +143,7 @@ def plan(op: str, inputs: Inputs, form: Form, backend: str, with_state: bool) ->
     chosen = None
     for name in BACKENDS[op] if asked == "auto" else (asked,):
         suited = _form(op, name, form, inputs, with_state)
-        refused = _refusal(op, name, inputs, suited, asked != "auto")
+        refused = _refusal(op, name, inputs, suited, with_state, asked != "auto")
         if not refused:
             chosen = Plan(suited, name)
             break
@@ -164,7 +167,7 @@ def _form(op: str, backend: str, form: Form, inputs: Inputs, with_state: bool) -
     T, Tk, sequences = inputs.q.shape[2], inputs.k.shape[2], inputs.sequences // inputs.q.shape[0]
     # `effective_length`, multiplied out so that symbolic sizes stay integers.
     longer = 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, backend, inputs, with_state)
-    return "chunked" if longer and not _refusal(op, backend, inputs, "chunked", named=True) else "direct"
+    return "chunked" if longer and not _refusal(op, backend, inputs, "chunked", with_state, named=True) else "direct"
 
 
 def describe(op: str, backend: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: cost.Form) -> str:
@@ -184,6 +187,8 @@ def chunked_from(op: str, backend: str, inputs: Inputs, with_state: bool) -> flo
     anyway."""
     D, M = inputs.q.shape[3], inputs.v.shape[3]
     if op == "feature_map":
+        if backend == "native":
+            return 0.0  # its chunks are so short that sums win at every length
         length = 2 * D * M / (D + M) * (2 if inputs.is_causal else 1)
     else:
         length = calibration.chunked_from(_key(backend, inputs), D, M, is_causal=inputs.is_causal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,36 +38,86 @@ class Case(NamedTuple):
 
 
 FORWARD, BACKWARD, BOTH = ("forward",), ("backward",), ("forward", "backward")
-YES, NO, EITHER = (True,), (False,), (True, False)
+YES, NO = (True,), (False,)
 SIZES = (16, 32, 64, 128, 256)
 
 # What the command compiles:  op, form, passes, dtypes, head sizes, causal
 CASES = [
-    ("softmax", "direct", BOTH, ("bf16", "fp32"), SIZES, EITHER),
-    ("quadratic", "direct", BOTH, ("bf16", "fp32"), SIZES, EITHER),
-    ("quadratic", "chunked", BOTH, ("bf16", "fp32"), (16, 32, 64, 128), YES),
-    ("quadratic", "recurrent", FORWARD, ("bf16", "fp32"), (64, 128), YES),
-    ("feature_map", "chunked", BOTH, ("bf16", "fp32"), SIZES, EITHER),
-    ("feature_map", "recurrent", FORWARD, ("bf16", "fp32"), (64, 128), YES),
+    ("softmax", "direct", BOTH, ("bf16",), SIZES, YES),
+    ("softmax", "direct", BOTH, ("bf16",), (64, 128), NO),
+    ("softmax", "direct", BOTH, ("fp32",), (64, 128), YES),
+    ("quadratic", "direct", BOTH, ("bf16",), SIZES, YES),
+    ("quadratic", "direct", BOTH, ("bf16",), (64, 128), NO),
+    ("quadratic", "direct", BOTH, ("fp32",), (64, 128), YES),
+    ("quadratic", "chunked", BOTH, ("bf16",), (16, 32, 64, 128), YES),
+    ("quadratic", "chunked", BOTH, ("fp32",), (64,), YES),
+    ("quadratic", "recurrent", FORWARD, ("bf16",), (64, 128), YES),
+    ("feature_map", "chunked", BOTH, ("bf16",), SIZES, YES),
+    ("feature_map", "chunked", BOTH, ("bf16",), (64, 128), NO),
+    ("feature_map", "chunked", BOTH, ("fp32",), (64, 128), YES),
+    ("feature_map", "recurrent", FORWARD, ("bf16",), (64, 128), YES),
 ]
 
-# What the gate holds to LIMITS on sm_80 and sm_90.
+AMPERE, HOPPER = ("sm_80",), ("sm_90",)
+# What the gate holds to LIMITS, and where.
 REQUIRED = [
-    ("softmax", "direct", BOTH, ("bf16",), (64, 128), YES),
-    ("quadratic", "direct", BOTH, ("bf16",), (32, 64, 128), YES),
-    ("quadratic", "direct", BOTH, ("fp32",), (64,), YES),
-    ("feature_map", "chunked", BOTH, ("bf16",), (64, 128), YES),
-    ("feature_map", "recurrent", FORWARD, ("bf16",), (128,), YES),
+    (HOPPER, "softmax", "direct", BOTH, ("bf16",), (64, 128), YES),
+    (AMPERE, "softmax", "direct", BOTH, ("bf16",), (64,), YES),
+    (HOPPER, "quadratic", "direct", BOTH, ("bf16",), (32, 64, 128), YES),
+    (AMPERE, "quadratic", "direct", BOTH, ("bf16",), (64, 128), YES),
+    (HOPPER, "quadratic", "direct", FORWARD, ("fp32",), (64,), YES),
+    (HOPPER, "feature_map", "chunked", BOTH, ("bf16",), (64, 128), YES),
+    (AMPERE, "feature_map", "chunked", BOTH, ("bf16",), (64,), YES),
+    (HOPPER, "feature_map", "recurrent", FORWARD, ("bf16",), (128,), YES),
 ]
 
-LIMITS: dict[tuple[str, str], Limits] = {}
+
+class Family(NamedTuple):
+    """Limits of a kernel at all head sizes; see `gate.Limits`."""
+
+    issue: dict[int, float] | None
+    full_waits: int = 0
+    spill_bytes: int = 128
 
 
-def cases(table: list[tuple]) -> Iterator[Case]:
+# Some 25 % above what Triton 3.6 and 3.9 make of the kernels on sm_90.
+LIMITS = {
+    ("softmax", "forward_kernel"): Family({64: 1.15, 128: 0.65}, full_waits=1),
+    ("softmax", "queries_kernel"): Family({64: 0.7, 128: 0.55}, full_waits=2),
+    ("softmax", "keys_kernel"): Family({64: 0.85, 128: 0.7}, full_waits=2),
+    ("quadratic", "forward_kernel"): Family({32: 1.6, 64: 0.85, 128: 0.5}, full_waits=1),
+    ("quadratic", "queries_kernel"): Family({32: 1.1, 64: 0.6, 128: 0.5}, full_waits=2),
+    ("quadratic", "keys_kernel"): Family({32: 1.9, 64: 1.0, 128: 0.8}, full_waits=2),
+    # Bound by memory: the matrix unit waits for it, not for instructions.
+    ("feature_map", "scan_sums"): Family({64: 11.0, 128: 12.5}, full_waits=1),
+    ("feature_map", "read_sums"): Family({64: 1.3, 128: 1.2}, full_waits=1),
+    ("feature_map", "chunk_gradients"): Family({64: 0.6, 128: 0.5}, full_waits=2, spill_bytes=256),
+    ("feature_map", "walk"): Family(None),
+}
+WAITS_FP32 = 6
+"""A product of fp32 matrices is three of TF32, and none of them overlaps with the next."""
+
+
+def limits(case: Case, kernel: str) -> Limits | None:
+    """What a kernel of a case is held to; None if the table does not say."""
+    family = LIMITS.get((case.op, kernel))
+    if family is None or (family.issue is not None and case.D not in family.issue):
+        return None
+    issue = None if family.issue is None else family.issue[case.D]
+    full_waits = family.full_waits * (WAITS_FP32 if case.dtype == "fp32" else 1)
+    return Limits(issue, full_waits, family.spill_bytes)
+
+
+def cases(table: Iterable[tuple[Any, ...]]) -> Iterator[Case]:
     """The calls of a table."""
     for op, form, *lists in table:
         for direction, dtype, D, causal in itertools.product(*lists):
             yield Case(op, form, direction, dtype, D, causal)
+
+
+def required() -> set[tuple[Case, str]]:
+    """The calls of REQUIRED and the architectures on which they are."""
+    return {(case, name) for names, *line in REQUIRED for name in names for case in cases([tuple(line)])}
 
 
 def launches(case: Case, architecture: str) -> list[Launch]:

@@ -21,7 +21,7 @@ import torch
 import linattn
 from linattn import kernel_cases
 from linattn.errors import ArgumentError, BackendError, unknown_name
-from linattn.kernel_cases import CASES, LIMITS, REQUIRED, Case, launches
+from linattn.kernel_cases import CASES, Case, launches
 from linattn.kernels.common.backend import INTERPRETED, TRITON_ABSENT
 from linattn.kernels.common.gpu import gate
 from linattn.kernels.common.gpu.launch import Launch
@@ -64,13 +64,14 @@ def collect(
         raise BackendError(
             "the kernels cannot be compiled: " + (TRITON_ABSENT or "TRITON_INTERPRET=1 interprets them; unset it")
         )
-    required = set(kernel_cases.cases(REQUIRED))
-    wanted = dict.fromkeys([*kernel_cases.cases(REQUIRED), *([] if required_only else kernel_cases.cases(CASES))])
+    required = kernel_cases.required()
+    every = dict.fromkeys([*kernel_cases.cases(CASES), *(case for case, _ in sorted(required))])
     work = [
-        (case, architecture, case in required and architecture in gate.MATRIX_UNIT)
-        for case in wanted
+        (case, architecture, (case, architecture) in required)
+        for case in every
         if case.op in set(operations)
         for architecture in architectures
+        if (case, architecture) in required or not required_only
     ]
     return {
         "versions": {
@@ -96,10 +97,10 @@ def rows_of(case: Case, architecture: str, required: bool) -> list[Row]:
         recorded = launches(case, architecture)
     except Exception as error:
         return [{**about, "kernel": "", "problems": [f"cannot be launched: {_in_a_line(error)}"]}]
-    return [{**about, **_kernel(launch, case.op, architecture, required)} for launch in recorded]
+    return [{**about, **_kernel(launch, case, architecture, required)} for launch in recorded]
 
 
-def _kernel(launch: Launch, op: str, architecture: str, required: bool) -> Row:
+def _kernel(launch: Launch, case: Case, architecture: str, required: bool) -> Row:
     name = launch.kernel.fn.__name__
     about = {"kernel": name, "configuration": _configuration(launch)}
     try:
@@ -108,8 +109,8 @@ def _kernel(launch: Launch, op: str, architecture: str, required: bool) -> Row:
         return {**about, "problems": [f"does not compile: {_in_a_line(error)}"]}
     problems = []
     if required:
-        limits = LIMITS.get((op, name))
-        problems = gate.violations(reading, limits) if limits else [f"no limits are known for {op} {name}"]
+        limits = kernel_cases.limits(case, name)
+        problems = gate.violations(reading, limits) if limits else [f"no limits are known for {case.op} {name}"]
     return {**about, **_facts(reading), "problems": problems}
 
 
@@ -120,6 +121,7 @@ def _configuration(launch: Launch) -> str:
 
 def _facts(reading: Reading) -> Row:
     hot, clocks = reading.hot, reading.hot.clocks
+    moved = hot.bytes_read + hot.bytes_written
     return {
         "registers": reading.registers,
         "spill_bytes": reading.spill_bytes,
@@ -130,10 +132,11 @@ def _facts(reading: Reading) -> Row:
         "instructions_per_tile": hot.instructions,
         "matrix_per_tile": hot.matrix,
         "flops_per_tile": hot.flops,
-        "bytes_per_tile": hot.bytes_read + hot.bytes_written,
+        "bytes_per_tile": moved,
+        "bytes_per_matrix_clock": round(moved / clocks.matrix, 1) if clocks and clocks.matrix else None,
         "full_waits": hot.full_waits,
-        "spills_in_loops": max((loop.spills for loop in reading.loops), default=hot.spills),
-        "clocks": clocks._asdict() if clocks else None,
+        "spills_per_tile": hot.spills,
+        "clocks": {unit: round(busy, 1) for unit, busy in clocks._asdict().items()} if clocks else None,
         "share": _share(hot),
     }
 
@@ -160,7 +163,7 @@ def _unpacked(item: tuple[Case, str, bool]) -> list[Row]:
 # ---- for people ------------------------------------------------------------------------------------------------------
 HEADER = (
     "op", "form", "pass", "kernel", "dtype", "D", "causal", "arch", "configuration", "regs", "spill", "smem KB", "fit",
-    "matrix", "waits", "KB/tile", "MFLOP/tile", "share", "gate",
+    "matrix", "waits", "KB/tile", "MFLOP/tile", "B/clock", "share", "gate",
 )  # fmt: skip
 
 
@@ -179,20 +182,21 @@ def _cells(row: Row) -> list[object]:
     about += ["yes" if row["causal"] else "no", row["architecture"], row.get("configuration", "")]
     verdict = "-" if not row["required"] else "broken" if row["problems"] else "ok"
     if "registers" not in row:
-        return [*about, *[""] * 9, verdict]
+        return [*about, *[""] * 10, verdict]
     kinds = " ".join(f"{count} {kind}" for kind, count in row["matrix"].items()) or "none"
     serialized = " serialized" if row["serialized"] else ""
     share = row["share"]
     return [
         *about,
         str(row["registers"]),
-        str(row["spill_bytes"]) + (" in loop" if row["spills_in_loops"] else ""),
+        str(row["spill_bytes"]) + (" hot" if row["spills_per_tile"] else ""),
         f"{row['shared_bytes'] / 1024:.0f}",
         str(row["programs"]),
         kinds + serialized,
         str(row["full_waits"]),
         f"{row['bytes_per_tile'] / 1024:.1f}",
         f"{row['flops_per_tile'] / 1e6:.2f}",
+        f"{row['bytes_per_matrix_clock']:.0f}" if share else "",
         f"{share[0]:.2f}-{share[1]:.2f}" if share else "",
         verdict,
     ]

@@ -27,6 +27,8 @@ class Call(NamedTuple):
     """Whether the backend was asked for by name; "auto" is more careful."""
     T: int = 1
     """Query rows."""
+    with_state: bool = False
+    """Whether a state stands before the call or is asked for after it."""
 
 
 class Backend(NamedTuple):

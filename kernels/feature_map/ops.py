@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from ..common.backend import Backend, anything
+from ..common.backend import Backend, Call, anything, native, triton
 from ..common.stateful import define_stateful
 from .contract import SCHEMA, Options, state_shapes
 
+
+def _native(call: Call) -> str:
+    """The native kernels go through sums only: their chunks are short enough to win at every length."""
+    if call.form == "direct":
+        return native(call) or "form='direct': the native kernels go through sums, form='chunked'"
+    return native(call)
+
+
 # In the order in which "auto" tries them.
-BACKENDS = {"reference": Backend("linattn.kernels.feature_map.reference", anything, "plain PyTorch")}
+BACKENDS = {
+    "native": Backend("linattn.kernels.feature_map.cpu", _native),
+    "triton": Backend("linattn.kernels.feature_map.gpu", triton),
+    "reference": Backend("linattn.kernels.feature_map.reference", anything, "plain PyTorch"),
+}
 
 define_stateful("feature_map", Options, SCHEMA, state_shapes, BACKENDS)

@@ -11,8 +11,9 @@ LARGEST_FOLDED = 128
 
 def _triton(call: Call) -> str:
     """Sums over keys are kept in blocks that Triton can hold in registers up to a head size of 128."""
-    if call.form == "chunked" and max(call.D, call.M) > LARGEST_FOLDED:
-        return f"head sizes beyond {LARGEST_FOLDED} in the chunked form, D = {call.D}, M = {call.M}: form='direct' can"
+    if max(call.D, call.M) > LARGEST_FOLDED and (call.form == "chunked" or call.with_state):
+        sizes = f"head sizes beyond {LARGEST_FOLDED}, D = {call.D}, M = {call.M}"
+        return f"{sizes}, are computed only in the direct form and without a state"
     if call.form == "recurrent" and call.T > 1:
         return f"form='recurrent' with T = {call.T} tokens: form='chunked' gives the same"
     return triton(call)

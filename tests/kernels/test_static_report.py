@@ -5,9 +5,13 @@ Compiles instead of interpreting, so it runs in a process without TRITON_INTERPR
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
 
+from linattn import cli, kernel_cases, kernel_report
 from linattn.kernels.common.backend import INTERPRETED
 
 if INTERPRETED:
@@ -35,17 +39,23 @@ def squares(q_ptr, k_ptr, v_ptr, out_ptr, N, BLOCK_Q: tl.constexpr, BLOCK_K: tl.
     tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], acc)
 
 
+def test_required_kernels_stay_within_their_limits() -> None:
+    report = kernel_report.collect(kernel_report.ARCHITECTURES, kernel_report.OPERATIONS, required_only=True)
+    assert len(report["rows"]) >= 25
+    assert not kernel_report.broken(report), kernel_report.render(report)
+
+
 LIMITS = Limits(issue=1.0, full_waits=1)
 
 
-def reading(
-    architecture: str, BLOCK_K: int = 64, D: int = 64, num_warps: int = 8, dtype: torch.dtype = torch.bfloat16
-) -> Reading:
-    tensors = {
-        name: torch.empty(4096, D, device="meta", dtype=dtype) for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
-    }
-    arguments = {**tensors, "N": 4096, "BLOCK_Q": 128, "BLOCK_K": BLOCK_K, "D": D}
-    return read(Launch(squares, (32,), arguments, num_warps, num_stages=2), architecture)
+def launch(BLOCK_K: int = 64, D: int = 64, num_warps: int = 8, dtype: torch.dtype = torch.bfloat16) -> Launch:
+    tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), torch.empty(4096, D, device="meta", dtype=dtype))
+    sizes = {"N": 4096, "BLOCK_Q": 128, "BLOCK_K": BLOCK_K, "D": D}
+    return Launch(squares, (32,), {**tensors, **sizes}, num_warps, num_stages=2)
+
+
+def reading(architecture: str, *sizes: int, **options: Any) -> Reading:
+    return read(launch(*sizes, **options), architecture)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
@@ -76,7 +86,7 @@ def test_gate_rejects_a_planted_spill(architecture: str, sizes: tuple[int, int, 
     assert kernel.spill_bytes > 0
     found = violations(kernel, LIMITS)
     assert any("bytes of registers spilled" in problem for problem in found)
-    assert any("spilled registers in a loop" in problem for problem in found)
+    assert any("spilled registers in the hot loop" in problem for problem in found)
 
 
 def test_gate_rejects_a_planted_serialisation() -> None:
@@ -99,3 +109,53 @@ def test_gate_rejects_what_is_beyond_a_limit_of_its_own() -> None:
     ]
     assert len(violations(kernel, LIMITS._replace(full_waits=0))) == 1
     assert len(violations(kernel, LIMITS._replace(programs=99))) == 1
+
+
+def one_bad_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the report consist of the serialised kernel above, required on sm_90."""
+    case = kernel_cases.Case("softmax", "direct", "forward", "bf16", 64, True)
+    monkeypatch.setattr(kernel_cases, "required", lambda: {(case, "sm_90")})
+    monkeypatch.setattr(kernel_cases, "limits", lambda case, kernel: LIMITS)
+    monkeypatch.setattr(kernel_report, "launches", lambda case, architecture: [launch(BLOCK_K=128, num_warps=4)])
+
+
+def test_command_fails_with_a_bad_kernel_and_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_bad_kernel(monkeypatch)
+    assert cli.main(["kernels", "--required", "--arch", "sm_90"]) == 1
+    out = capsys.readouterr().out
+    assert "softmax direct forward squares bf16 D=64 causal on sm_90: serialized" in out
+    assert "0 of 1 required kernels within their limits" in out
+
+
+def test_json_has_what_the_table_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    one_bad_kernel(monkeypatch)
+    assert cli.main(["kernels", "--required", "--arch", "sm_90,sm_100", "--op", "softmax", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    (row,) = report["rows"]
+    assert report["note"] == "compiled offline; nothing was run on a GPU"
+    assert row["configuration"] == "Q128 K128 w4 s2"
+    assert row["serialized"] and row["problems"] and row["required"]
+    assert row["flops_per_tile"] == 2 * 128 * 128 * (64 + 64)
+    assert 0 < row["share"][0] < row["share"][1] < 1
+
+
+def test_a_launcher_or_a_compiler_that_fails_is_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_launcher(case: kernel_cases.Case, architecture: str) -> list[Launch]:
+        raise RuntimeError("no such tile")
+
+    case = kernel_cases.Case("softmax", "direct", "forward", "bf16", 64, True)
+    monkeypatch.setattr(kernel_report, "launches", broken_launcher)
+    (row,) = kernel_report.rows_of(case, "sm_90", required=True)
+    assert row["problems"] == ["cannot be launched: RuntimeError: no such tile"]
+    monkeypatch.setattr(kernel_report, "launches", lambda case, architecture: [launch(D=48)])
+    (row,) = kernel_report.rows_of(case, "sm_90", required=True)
+    assert row["problems"][0].startswith("does not compile: ")
+    assert kernel_report.render({"versions": {"linattn": "", "triton": ""}, "note": "", "rows": [row]})
+
+
+@pytest.mark.parametrize("words", [["--arch", "sm_91"], ["--op", "sotfmax"], ["--jobs", "0"]])
+def test_command_refuses_what_it_does_not_know(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", *words]) == 2
+    assert capsys.readouterr().err.startswith("linattn: ")

@@ -18,8 +18,8 @@ class Limits(NamedTuple):
     None: a kernel without matrix products."""
     full_waits: int = 0
     """Per pass of the hot loop."""
-    spill_bytes: int = 32
-    """Outside loops, where a few cost nothing. In a loop of matrix products none is allowed."""
+    spill_bytes: int = 128
+    """Outside the hot loop: before it, or where pairs are hidden, in a tile or two of each row of tiles."""
     programs: int = 1
     """On a multiprocessor at once."""
 
@@ -59,9 +59,8 @@ def _matrix_path(reading: Reading) -> list[str]:
 def _hot_loop(reading: Reading, limits: Limits, issue_limit: float) -> list[str]:
     hot, clocks, found = reading.hot, reading.hot.clocks, []
     assert clocks is not None, f"no clocks are estimated on {reading.architecture}"
-    spills = max([loop.spills for loop in reading.loops] or [hot.spills])
-    if spills:
-        found.append(f"{spills} loads and stores of spilled registers in a loop of matrix products")
+    if hot.spills:
+        found.append(f"{hot.spills} loads and stores of spilled registers in the hot loop")
     if hot.full_waits > limits.full_waits:
         found.append(f"{hot.full_waits} full waits in the hot loop, limit {limits.full_waits}")
     if not clocks.matrix:

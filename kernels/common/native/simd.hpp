@@ -113,13 +113,12 @@ LINATTN_INLINE float sum(Vec v) {
     return lanes[0];
 }
 
-// exp(x), relative error below 2e-7; 0 below -87, infinity above 88.7, NaN for NaN.
+// exp(x), relative error below 2e-7; 0 below -87, infinity above 88.8, NaN for NaN.
 LINATTN_INLINE Vec exp(Vec x) {
     const Vec capped = x > 89.0f ? splat(89.0f) : x;
-    const Vec bounded = capped < -88.0f ? splat(-88.0f) : capped;
-    const Vec scaled = bounded * 1.44269504f;
+    const Vec bounded = capped < -87.0f ? splat(-87.0f) : capped;
     constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const Vec n = (scaled + shift) - shift;
+    const Vec n = (bounded * 1.44269504f + shift) - shift;
     // ln 2 in two parts, so that the reduced argument is exact to the last place.
     const Vec r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
     Vec e = splat(1.9875691500e-4f);
@@ -129,11 +128,9 @@ LINATTN_INLINE Vec exp(Vec x) {
     e = e * r + 1.6666665459e-1f;
     e = e * r + 5.0000001201e-1f;
     e = e * r * r + r + 1.0f;
-    // Two steps, so that 2^n neither overflows before the product does nor falls below the normal numbers.
-    const Lanes whole = __builtin_convertvector(n, Lanes), half = whole >> 1;
-    const Vec first = reinterpret_cast<Vec>((half + 127) << 23);
-    const Vec second = reinterpret_cast<Vec>((whole - half + 127) << 23);
-    return x != x ? x : (x < -87.0f ? Vec{} : e * first * second);
+    // 2^n as 2 * 2^(n - 1): 2^128 is no float.
+    const Vec power = reinterpret_cast<Vec>((__builtin_convertvector(n, Lanes) + 126) << 23);
+    return x < -87.0f ? Vec{} : e * power * 2.0f;
 }
 
 }  // namespace linattn::LINATTN_ISA

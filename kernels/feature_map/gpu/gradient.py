@@ -73,8 +73,8 @@ def chunk_gradients(
         o = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
         do = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
         l = l_ptr + (b * Hkv * G + head).to(tl.int64) * row_stride
-        q_c = load_rows(q, first_row, stride_qt, offs_t, offs_c, rows, D_MASK)
-        x = query_features(q_c, scale, offs_c, D_MASK, MAP, LOW)
+        x = load_rows(q, first_row, stride_qt, offs_t, offs_c, rows, D_MASK)
+        x = query_features(x, scale, offs_c, D_MASK, MAP, LOW)
         dA = tl.zeros([CHUNK, CHUNK], tl.float32)
         delta = tl.zeros([CHUNK], tl.float32)
         for m in tl.static_range(M_SLICES):
@@ -99,7 +99,18 @@ def chunk_gradients(
                 for m in tl.static_range(M_SLICES):
                     if SLICES > 1:
                         O, part = load_row_gradient(
-                            do, o, l, first_row, stride_dot, stride_ot, offs_t, m * BLOCK + offs, rows, M_MASK, NORMALIZE, LOW
+                            do,
+                            o,
+                            l,
+                            first_row,
+                            stride_dot,
+                            stride_ot,
+                            offs_t,
+                            m * BLOCK + offs,
+                            rows,
+                            M_MASK,
+                            NORMALIZE,
+                            LOW,
                         )
                     S = load_rows(sums_ptr, at * D, M, offs_c, m * BLOCK + offs, offs_c < D, M_MASK)
                     dx = dot(O, tl.trans(S), dx, PRECISION)
@@ -108,9 +119,12 @@ def chunk_gradients(
                     dx -= delta[:, None] * z[None, :]
             if IS_CAUSAL:
                 dx = dot(tl.trans(dA), fk, dx, PRECISION)
-            dq = scale * dx * slope(q_c.to(tl.float32), MAP)
+            dx *= scale
+            if MAP != "identity":
+                x_c = load_rows(q, first_row, stride_qt, offs_t, offs_c, rows, D_MASK)  # again: registers are scarce
+                dx *= slope(x_c.to(tl.float32), MAP)
             dq_g = dq_ptr + b.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
-            store_rows(dq_g, first_row, stride_dqt, offs_t, offs_c, rows, D_MASK, dq)
+            store_rows(dq_g, first_row, stride_dqt, offs_t, offs_c, rows, D_MASK, dx)
 
         if DK and IS_CAUSAL:
             dk = dot(dA, x, dk, PRECISION)
@@ -121,8 +135,22 @@ def chunk_gradients(
                     p = dot(fk, tl.trans(x), p, PRECISION)
                 else:
                     offs_d = d * BLOCK + offs
-                    x_d = query_features(load_rows(q, first_row, stride_qt, offs_t, offs_d, rows, D_MASK), scale, offs_d, D_MASK, MAP, LOW)
-                    f_d = key_features(load_rows(k_ptr, first_key, stride_kt, offs_t, offs_d, seen, D_MASK), seen, offs_d, D_MASK, MAP, LOW)
+                    x_d = query_features(
+                        load_rows(q, first_row, stride_qt, offs_t, offs_d, rows, D_MASK),
+                        scale,
+                        offs_d,
+                        D_MASK,
+                        MAP,
+                        LOW,
+                    )
+                    f_d = key_features(
+                        load_rows(k_ptr, first_key, stride_kt, offs_t, offs_d, seen, D_MASK),
+                        seen,
+                        offs_d,
+                        D_MASK,
+                        MAP,
+                        LOW,
+                    )
                     p = dot(f_d, tl.trans(x_d), p, PRECISION)
             if SLICES > 1:
                 O, part = load_row_gradient(
@@ -141,7 +169,14 @@ def chunk_gradients(
                     offs_d = d * BLOCK + offs
                     f_d = fk
                     if SLICES > 1:
-                        f_d = key_features(load_rows(k_ptr, first_key, stride_kt, offs_t, offs_d, seen, D_MASK), seen, offs_d, D_MASK, MAP, LOW)
+                        f_d = key_features(
+                            load_rows(k_ptr, first_key, stride_kt, offs_t, offs_d, seen, D_MASK),
+                            seen,
+                            offs_d,
+                            D_MASK,
+                            MAP,
+                            LOW,
+                        )
                     dS = load_rows(dsums_ptr, at * D, M, offs_d, offs_c, offs_d < D, M_MASK)
                     dv = dot(f_d, dS, dv, PRECISION)
             if DK:
@@ -156,6 +191,9 @@ def chunk_gradients(
             dv_ptr += b.to(tl.int64) * stride_dvb + h.to(tl.int64) * stride_dvh
             store_rows(dv_ptr, first_key, stride_dvt, offs_t, offs_c, keys, M_MASK, dv)
         if DK:
-            dk = tl.where(seen[:, None], dk * slope(k.to(tl.float32), MAP), 0.0)
+            if MAP != "identity":
+                k = load_rows(k_ptr, first_key, stride_kt, offs_t, offs_c, seen, D_MASK)
+                dk *= slope(k.to(tl.float32), MAP)
+            dk = tl.where(seen[:, None], dk, 0.0)
             dk_ptr += b.to(tl.int64) * stride_dkb + h.to(tl.int64) * stride_dkh
             store_rows(dk_ptr, first_key, stride_dkt, offs_t, offs_c, keys, D_MASK, dk)

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from ...common.allocation import empty_in_storage_order, empty_row_sums
 from ...common.backend import INTERPRETED
+from ...common.gpu import direct
 from ...common.gpu.architecture import architecture
 from ...common.gpu.launch import launch
 from ...common.gpu.numerics import LOW, precision
-from ...common.packed import sequence_bounds
+from ...common.gpu.similarity import linear
+from ...common.packed import check_sequences
 from ...common.stateful import Plan
 from ..contract import Options
-from .config import DECODED, Config, configuration, splits_for
+from .config import DECODED, configuration, splits_for
 from .gradient import chunk_gradients
+from .maps import map_rows
 from .output import read_sums
 from .recurrent import walk
 from .sums import scan_sums
@@ -37,10 +40,13 @@ def forward(
     save: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, State, State]:
+    before = [x.contiguous() for x in initial_state[1:]]
+    with_state = return_state or bool(before)
+    if runs_direct(plan.form, q.dtype, with_state):
+        return *_direct(q, k, v, key_mask, cu_seqlens, options), [], []
     call = Call(q, k, v, key_mask, cu_seqlens, options)
     out, l = empty_in_storage_order(q, v.shape[3]), empty_row_sums(q)
-    before = [x.contiguous() for x in initial_state[1:]]
-    if walks(plan.form, q.shape[2], k.shape[2], options.is_causal, return_state or bool(before)):
+    if walks(plan.form, q.shape[2], k.shape[2], options.is_causal, with_state):
         after = _walk(call, out, l, before, return_state)
     else:
         after = _chunked(call, out, l, before, return_state)
@@ -116,13 +122,21 @@ def backward(
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str:
-    if walks(form, q.shape[2], k.shape[2], is_causal, with_state=False):
-        return "Triton: the state in registers, token by token, fp32"
+    """The kernels that a call without a state runs, and their configuration."""
     config = configuration(architecture(q.device), q.dtype, q.shape[3], v.shape[3])
-    return (
-        f"Triton ({architecture(q.device)}): sums over chunks of {config.chunk} keys, then rows read them; backward in "
-        f"chunks of {config.backward_chunk}"
-    )
+    if runs_direct(form, q.dtype, with_state=False):
+        forward = direct.describe(q, v, "linear")
+    elif walks(form, q.shape[2], k.shape[2], is_causal, with_state=False):
+        forward = "walk: token by token, the state in registers"
+    else:
+        forward = f"scan_sums, read_sums: chunks of {config.chunk} keys"
+    return f"Triton ({architecture(q.device)}): {forward}; backward in chunks of {config.backward_chunk}"
+
+
+def runs_direct(form: str, dtype: torch.dtype, with_state: bool) -> bool:
+    """Whether the scores of all pairs are computed. States are read and made in chunks, and fp16 needs TF32's range for
+    features that grow fast."""
+    return form == "direct" and not with_state and dtype != torch.float16
 
 
 def walks(form: str, Tq: int, Tk: int, is_causal: bool, with_state: bool) -> bool:
@@ -169,7 +183,7 @@ class Call:
         self.q_offset = min(max(options.q_offset, -q.shape[2]), k.shape[2]) if options.is_causal else 0
         self.config = configuration(architecture(q.device), q.dtype, self.D, self.M)
         self.common: dict[str, Any] = {
-            "key_mask_ptr": key_mask,
+            "key_mask_ptr": None if key_mask is None else key_mask.view(torch.uint8),
             "cu_seqlens_ptr": self.cu_seqlens,
             "stride_mb": 0 if key_mask is None else key_mask.stride(0),
             "stride_mt": 0 if key_mask is None else key_mask.stride(1),
@@ -221,6 +235,43 @@ class Call:
         else:
             n = torch.full((self.sequences,), self.k.shape[2], dtype=torch.int64, device=self.k.device)
         return n + initial_state[0] if initial_state else n
+
+
+def _direct(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    is_causal, q_offset, scale, name, normalize = options
+    if name != "identity":
+        q, k = _mapped(rows_dense(q), rows_dense(k), name)
+    return direct.forward(direct.Problem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, linear(scale), normalize))
+
+
+def _mapped(q: Tensor, k: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    fq, fk = (empty_in_storage_order(x, x.shape[3]) for x in (q, k))
+    rows = 32
+    q_programs, k_programs = (x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], rows) for x in (q, k))
+    launch(
+        map_rows,
+        (q_programs + k_programs,),
+        num_warps=4,
+        num_stages=1,
+        q_ptr=q,
+        k_ptr=k,
+        fq_ptr=fq,
+        fk_ptr=fk,
+        **strides(q=q, k=k, fq=fq, fk=fk),
+        H=q.shape[1],
+        Hkv=k.shape[1],
+        Tq=q.shape[2],
+        Tk=k.shape[2],
+        q_programs=q_programs,
+        D=q.shape[3],
+        BLOCK_T=rows,
+        BLOCK_D=padded(q.shape[3]),
+        MAP=name,
+        LOW=LOW[q.dtype],
+    )
+    return fq, fk
 
 
 def _walk(call: Call, out: Tensor, l: Tensor, before: State, return_state: bool) -> State:
@@ -349,12 +400,3 @@ def rows_dense(x: Tensor) -> Tensor:
 def padded(size: int) -> int:
     """The tile side that holds `size`: a power of two, 16 at least."""
     return max(16, triton.next_power_of_2(size))
-
-
-def check_sequences(cu_seqlens: Tensor, T: int) -> None:
-    """Bounds must partition [0, T): a typed error on the CPU, an asynchronous assertion on a GPU."""
-    if cu_seqlens.device.type == "cpu":
-        sequence_bounds(cu_seqlens, T)
-    elif cu_seqlens.device.type != "meta":
-        valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-        torch._assert_async(valid, f"cu_seqlens must start at 0, not decrease, and end at T={T}")

@@ -1,9 +1,9 @@
 """Which rows, keys and sums a program works on.
 
-Keys 0, CHUNK, 2 CHUNK, ... of a sequence begin a chunk. Row i stands at position p = i + q_offset and sees keys <= p, so
-rows are cut at the same positions: tile r holds the rows at positions [r CHUNK, (r + 1) CHUNK). It reads the sums over
-the chunks before r and the scores within chunk r. Tiles below 0 see no key of this call, tiles past the last chunk see
-all of them. Not causal, offsets are 0 and every row sees all.
+Keys 0, CHUNK, 2 CHUNK, ... of a sequence begin a chunk. Row i stands at position p = i + q_offset and sees keys <= p,
+so rows are cut at the same positions: tile r holds the rows at positions [r CHUNK, (r + 1) CHUNK). It reads the sums
+over the chunks before r and the scores within chunk r. Tiles below 0 see no key of this call, tiles past the last chunk
+see all of them. Not causal, offsets are 0 and every row sees all.
 
 A packed sequence s that begins at `start` has its tiles from place W (start // CHUNK + s) on: sequences cannot collide,
 so every program finds its own without a table made on the host. Places that no tile takes stay idle.
@@ -56,10 +56,7 @@ def tile_at(
     FROM_KEYS: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The sequence and the tile of one place. FROM_KEYS: tiles of keys count, also those before the first row."""
-    if PACKED:
-        s = sequence_at(place // W, cu_seqlens_ptr, sequences, CHUNK)
-    else:
-        s = b
+    s = sequence_at(place // W, cu_seqlens_ptr, sequences, CHUNK) if PACKED else b
     start, Tq, Tk = bounds(s, cu_seqlens_ptr, Tq, Tk, PACKED)
     offset = clamped(q_offset, Tq, Tk, IS_CAUSAL)
     r = first_tile(offset, CHUNK)
@@ -94,9 +91,6 @@ def splits_before(c, chunks, SPLITS: tl.constexpr, REVERSED: tl.constexpr):
 
 @triton.jit
 def source(n, before, c, chunks, SPLITS: tl.constexpr, REVERSED: tl.constexpr):
-    """The n-th sums that a reader at chunk c adds up, n = 0 ... before: splits in scan order, then those of its chunk."""
-    if REVERSED:
-        whole = chunks + SPLITS - 1 - n
-    else:
-        whole = chunks + n
+    """The n-th sums that a reader at chunk c adds up, n = 0 ... before: whole splits, then those of its own chunk."""
+    whole = chunks + SPLITS - 1 - n if REVERSED else chunks + n
     return tl.where((n == before) & (c < chunks), c, whole)

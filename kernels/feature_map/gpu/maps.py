@@ -1,4 +1,5 @@
-"""phi and its slope on tiles (definitions: kernels/feature_map/maps.py), and how rows become features."""
+"""phi and its slope on tiles (definitions: kernels/feature_map/maps.py), and how rows become features: within the
+kernels of the chunked form, or beforehand for the direct form."""
 
 import triton
 import triton.language as tl
@@ -85,3 +86,40 @@ def operand(x, LOW: tl.constexpr):
         return x.to(tl.float32)
     else:
         return x
+
+
+@triton.jit
+def map_rows(
+    q_ptr, k_ptr, fq_ptr, fk_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_fqb, stride_fqh, stride_fqt, stride_fkb, stride_fkh, stride_fkt,
+    H, Hkv, Tq, Tk, q_programs,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, MAP: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """phi of queries and of keys. One program: a tile of rows of either."""
+    pid = tl.program_id(0)
+    if pid < q_programs:
+        _map_tile(
+            q_ptr, fq_ptr, stride_qb, stride_qh, stride_qt, stride_fqb, stride_fqh, stride_fqt,
+            pid, H, Tq, D, BLOCK_T, BLOCK_D, MAP, LOW,
+        )  # fmt: skip
+    else:
+        _map_tile(
+            k_ptr, fk_ptr, stride_kb, stride_kh, stride_kt, stride_fkb, stride_fkh, stride_fkt,
+            pid - q_programs, Hkv, Tk, D, BLOCK_T, BLOCK_D, MAP, LOW,
+        )  # fmt: skip
+
+
+@triton.jit
+def _map_tile(
+    x_ptr, f_ptr, stride_xb, stride_xh, stride_xt, stride_fb, stride_fh, stride_ft,
+    tile, H, T, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, MAP: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BLOCK_T)
+    first = tile % tiles * BLOCK_T
+    h, b = (tile // tiles % H).to(tl.int64), (tile // tiles // H).to(tl.int64)
+    offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    kept = first + offs_t < T
+    x = load_rows(x_ptr + b * stride_xb + h * stride_xh, first, stride_xt, offs_t, offs_d, kept, D)
+    f = rounded(feature(x.to(tl.float32), MAP), LOW)
+    store_rows(f_ptr + b * stride_fb + h * stride_fh, first, stride_ft, offs_t, offs_d, kept, D, f)

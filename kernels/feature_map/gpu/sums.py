@@ -25,7 +25,7 @@ def load_row_gradient(
     if NORMALIZE:
         out = load_rows(out_ptr, first, stride_ot, offs_t, offs_m, kept, SIZE)
         l = tl.load(l_ptr + first + offs_t, mask=kept, other=1.0)
-        do = rounded(dout.to(tl.float32) / tl.where(l <= 0, float("inf"), l)[:, None], LOW)
+        do = rounded(dout.to(tl.float32) * (1 / tl.where(l <= 0, float("inf"), l))[:, None], LOW)
         return do, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     else:
         return operand(dout, LOW), tl.zeros([dout.shape[0]], tl.float32)
@@ -92,7 +92,7 @@ def scan_sums(
             c, g = hi - 1 - n // HEADS, n % HEADS
         else:
             c, g = lo + n, 0
-        if IS_CAUSAL:
+        if IS_CAUSAL:  # noqa: SIM102 (known when compiled; the next line is not)
             if (n < steps) & (g == 0) & (c >= 0) & (c < chunks):
                 at = (base + c).to(tl.int64) * Hkv + h
                 tile = at * (D * M) + offs_d[:, None] * M + offs_m[None, :]

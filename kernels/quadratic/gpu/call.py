@@ -23,6 +23,9 @@ from .layout import State
 FOLD = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
 """Features and sums of products: of fp16 inputs they may leave the range of fp16."""
 
+TINY = 1e-20
+"""A scale of 0, for scores: kernels divide by the slope of a similarity and multiply with it again."""
+
 
 def block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
@@ -181,7 +184,7 @@ class Call:
     def scores(self, read: config.Read) -> dict[str, Any]:
         """What kernels that compute scores take."""
         o, mask = self.options, self.key_mask
-        similarity = quadratic(o.scale, (o.c0, o.c1, o.c2), o.normalize)
+        similarity = quadratic(o.scale or TINY, (o.c0, o.c1, o.c2), o.normalize)
         return dict(
             **self.constants(), **strides("q", self.q), **strides("k", self.k), **strides("v", self.v),
             key_mask_ptr=mask, stride_mb=0 if mask is None else mask.stride(0), KEY_MASK=mask is not None,

@@ -54,45 +54,52 @@ def pull_folded_keys(
     k = load_rows(k_ptr, 0, stride_kt, keep, offs_k, offs_d, D, True, EVEN)
     v = load_rows(v_ptr, 0, stride_vt, keep, offs_k, offs_m, M, True, EVEN)
     dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    # The sums come first: after loops over pairs, Triton 3.6 has every product of this loop wait for the one before.
+    offs = existing(offs_k, key_0, Tk)[:, None]
+    k_tile, v_tile = k_ptr + offs * stride_kt, v_ptr + offs * stride_vt
+    if OF_VALUES:
+        dv = read_pairs(dv, k_tile, sums_ptr, D, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
+        dv = read_record(dv, k_tile, record_ptr, D, 1.0, 1.0, BLOCK_D, BLOCK_M, EVEN, FOLD, PRECISION)
+    else:
+        dk = pull_pairs(dk, k_tile, v_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
+        one = tl.full([BLOCK_K], 1.0, tl.float32)
+        dk = pull_record(dk, k, v, one, record_ptr, 1.0, 1.0, BLOCK_D, BLOCK_M, True, FOLD, PRECISION, GRAM)
+        dk /= slope  # pairs leave their slope to the end
     end = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
     begin, stop = rows_between(key_0 if CAUSAL else 0, end, q_offset, T, CAUSAL)
-    # Tiles of queries on the diagonal, then those that see all of these keys. A loop that may take no step would make
-    # every matrix product wait (ptxas: wgmma serialized), so each takes one, on rows that do not exist.
+    # Tiles of queries on the diagonal, then those that see all of these keys. If the compiler took it that a loop may
+    # take no step, every matrix product would wait (ptxas: wgmma serialized): each takes one, if on rows that do not
+    # count.
     full = begin
     if CAUSAL:
         diagonal = tl.maximum(key_0 + BLOCK_K - 1 - q_offset - begin, 0)
         full = tl.minimum(begin + tl.cdiv(diagonal, BLOCK_Q) * BLOCK_Q, stop)
+    to_full, to_stop = tl.maximum(full, begin + 1), tl.maximum(stop, full + 1)
+    tl.assume(to_full > begin)
+    tl.assume(to_stop > full)
     for _ in tl.static_range(GROUP):
         if CAUSAL:
             dk, dv = pull_keys(
                 dk, dv, k, v, keys, q_ptr, dout_ptr, norm_ptr + row, delta_ptr + row, begin,
-                tl.maximum(full, begin + 1), full, q_offset, stride_qt, stride_gt, D, M, a, b, c,
+                to_full, full, q_offset, stride_qt, stride_gt, D, M, a, b, c,
                 SIMILARITY, True, True, NORMALIZE, not OF_VALUES, OF_VALUES, EVEN, EVEN, LOW, PRECISION,
                 BLOCK_Q, BLOCK_D, BLOCK_M,
             )  # fmt: skip
         dk, dv = pull_keys(
             dk, dv, k, v, keys, q_ptr, dout_ptr, norm_ptr + row, delta_ptr + row, full,
-            tl.maximum(stop, full + 1), stop, q_offset, stride_qt, stride_gt, D, M, a, b, c,
+            to_stop, stop, q_offset, stride_qt, stride_gt, D, M, a, b, c,
             SIMILARITY, False, True, NORMALIZE, not OF_VALUES, OF_VALUES, EVEN, EVEN, LOW, PRECISION,
             BLOCK_Q, BLOCK_D, BLOCK_M,
         )  # fmt: skip
         q_ptr += stride_qh
         dout_ptr += stride_gh
         row += T_all
-    offs = existing(offs_k, key_0, Tk)[:, None]
-    k_tile, v_tile = k_ptr + offs * stride_kt, v_ptr + offs * stride_vt
     gradient_ptr += batch * stride_db + head * stride_dh + (start + key_0) * stride_dt
     if OF_VALUES:
-        dv = read_record(dv, k_tile, record_ptr, D, 1.0, 1.0, BLOCK_D, BLOCK_M, EVEN, FOLD, PRECISION)
-        dv = read_pairs(dv, k_tile, sums_ptr, D, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
         dv = tl.where(keep[:, None], dv, 0.0)
         inside = (keys < Tk)[:, None] & (offs_m < M)[None, :]
         tl.store(gradient_ptr + offs_k[:, None] * stride_dt + offs_m[None, :], rounded(dv, LOW), mask=inside)
     else:
-        dk *= slope
-        one = tl.full([BLOCK_K], 1.0, tl.float32)
-        dk = pull_record(dk, k, v, one, record_ptr, 1.0, 1.0, BLOCK_D, BLOCK_M, True, FOLD, PRECISION, GRAM)
-        dk = pull_pairs(dk, k_tile, v_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
-        dk = tl.where(keep[:, None], dk, 0.0)
+        dk = tl.where(keep[:, None], dk * slope, 0.0)
         inside = (keys < Tk)[:, None] & (offs_d < D)[None, :]
         tl.store(gradient_ptr + offs_k[:, None] * stride_dt + offs_d[None, :], rounded(dk, LOW), mask=inside)

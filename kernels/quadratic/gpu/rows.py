@@ -61,8 +61,19 @@ def read_rows(
     offs_q, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     rows = row_0 + offs_q
     real = (rows >= 0) & (rows < T)
-    q = load_rows(q_ptr, 0, stride_qt, real, offs_q, offs_d, D, True, EVEN)
+    # The sums come first: after loops over pairs, Triton 3.6 has every product of this loop wait for the one before.
+    q_tile = q_ptr + existing(offs_q, row_0, T)[:, None] * stride_qt
+    folded = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
+    folded = read_pairs(folded, q_tile, sums_ptr, D, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
+    folded = read_record(folded, q_tile, record_ptr, D, weight_0, weight_1, BLOCK_D, BLOCK_M, EVEN, FOLD, PRECISION)
+    folded_l = tl.zeros([BLOCK_Q], tl.float32)
+    folded_l = read_row_sums(
+        folded_l, q_tile, record_ptr, D, weight_0, weight_1, weight_2, BLOCK_D, BLOCK_M, EVEN, GRAM
+    )
     acc, l, m = no_sums(BLOCK_Q, BLOCK_M, SIMILARITY)
+    if tl.float16 != LOW:  # pairs of fp16 are summed on a scale of their own
+        acc, l = folded, folded_l
+    q = load_rows(q_ptr, 0, stride_qt, real, offs_q, offs_d, D, True, EVEN)
     begin, full, stop = key_spans(position, boundary, Tk, CHUNK, CAUSAL, KEY_MASK, BLOCK_Q, BLOCK_K)
     acc, l, m = attend(
         acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, begin, full, Tk, position + offs_q, stride_kt, stride_vt, D, M,
@@ -73,10 +84,8 @@ def read_rows(
         a, b, c, SIMILARITY, CAUSAL, KEY_MASK, True, EVEN, EVEN, LOW, PRECISION, BLOCK_K, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     acc, l = settled(acc, l, m, SIMILARITY, LOW)
-    q_tile = q_ptr + existing(offs_q, row_0, T)[:, None] * stride_qt
-    l = read_row_sums(l, q_tile, record_ptr, D, weight_0, weight_1, weight_2, BLOCK_D, BLOCK_M, EVEN, GRAM)
-    acc = read_record(acc, q_tile, record_ptr, D, weight_0, weight_1, BLOCK_D, BLOCK_M, EVEN, FOLD, PRECISION)
-    acc = read_pairs(acc, q_tile, sums_ptr, D, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
+    if tl.float16 == LOW:
+        acc, l = acc + folded, l + folded_l
     if NORMALIZE:
         acc = acc / tl.where(l <= 0, float("inf"), l)[:, None]
     out_ptr += batch * stride_ob + head * stride_oh + first * stride_ot
@@ -106,7 +115,7 @@ def share_rows(
         out_ptr += batch * stride_ob + h * stride_oh + first * stride_ot
         out = tl.load(out_ptr + offs_q * stride_ot + offs_m[None, :], mask=inside, other=0.0).to(tl.float32)
         l = tl.load(l_ptr + place, mask=rows < T, other=0.0)
-        norm = tl.where(l <= 0, 0.0, 1.0 / l)
+        norm = 1.0 / tl.where(l <= 0, float("inf"), l)
         shared = rounded(dout * norm[:, None], FOLD)
         tl.store(norm_ptr + place, norm, mask=rows < T)
         tl.store(delta_ptr + place, tl.sum(dout * out, 1), mask=rows < T)
@@ -158,13 +167,25 @@ def pull_rows(
     offs_q, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     rows = row_0 + offs_q
     real = (rows >= 0) & (rows < T)
+    # The sums come first, as above.
     q = load_rows(q_ptr, 0, stride_qt, real, offs_q, offs_d, D, True, EVEN)
+    offs = existing(offs_q, row_0, T)[:, None]
+    q_tile, shared_tile = q_ptr + offs * stride_qt, shared_ptr + row * M + offs * M
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    dq = pull_pairs(dq, q_tile, shared_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
+    shared = load_rows(shared_ptr + row * M, 0, M, real, offs_q, offs_m, M, True, EVEN)
+    delta = tl.zeros([BLOCK_Q], tl.float32)
+    if NORMALIZE:
+        delta = tl.load(folded_delta_ptr + row + offs_q, mask=real, other=0.0)
+    dq = pull_record(
+        dq, q, shared, -delta, record_ptr, weight_1, weight_2, BLOCK_D, BLOCK_M, NORMALIZE, FOLD, PRECISION, GRAM
+    )
+    dq /= slope  # pairs leave their slope to the end
     dout = load_rows(dout_ptr, 0, stride_gt, real, offs_q, offs_m, M, True, EVEN)
     norm, delta = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     if NORMALIZE:
         norm = tl.load(norm_ptr + row + offs_q, mask=real, other=0.0)
         delta = tl.load(delta_ptr + row + offs_q, mask=real, other=0.0)
-    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     begin, full, stop = key_spans(position, boundary, Tk, CHUNK, CAUSAL, KEY_MASK, BLOCK_Q, BLOCK_K)
     dq = pull_queries(
         dq, q, dout, norm, delta, k_ptr, v_ptr, key_mask_ptr, begin, full, Tk, position + offs_q, stride_kt, stride_vt,
@@ -177,15 +198,6 @@ def pull_rows(
         BLOCK_K, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     dq *= slope
-    shared = load_rows(shared_ptr + row * M, 0, M, real, offs_q, offs_m, M, True, EVEN)
-    if NORMALIZE:
-        delta = tl.load(folded_delta_ptr + row + offs_q, mask=real, other=0.0)
-    dq = pull_record(
-        dq, q, shared, -delta, record_ptr, weight_1, weight_2, BLOCK_D, BLOCK_M, NORMALIZE, FOLD, PRECISION, GRAM
-    )
-    offs = existing(offs_q, row_0, T)[:, None]
-    q_tile, shared_tile = q_ptr + offs * stride_qt, shared_ptr + row * M + offs * M
-    dq = pull_pairs(dq, q_tile, shared_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
     dq_ptr += batch * stride_dqb + head * stride_dqh + first * stride_dqt
     columns = real[:, None] & (offs_d < D)[None, :]
     tl.store(dq_ptr + offs_q[:, None] * stride_dqt + offs_d[None, :], rounded(dq, LOW), mask=columns)

@@ -58,7 +58,7 @@ def group_rows(
     """Which keys come to the sums at a boundary (the chunk before it), or in reverse which rows read just this one."""
     if REVERSE:
         first = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
-        end = first_reader(boundary + 1, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
+        end = first_reader(boundary + 1, last, slot + 1, rows_from_ptr, CHUNK, CAUSAL, TABLE)
         begin, stop = rows_between(first, end, q_offset, T, CAUSAL)
     elif CAUSAL:
         begin, stop = tl.maximum((boundary - 1) * CHUNK, 0), tl.minimum(boundary * CHUNK, T)

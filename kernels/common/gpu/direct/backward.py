@@ -18,7 +18,7 @@ def row_terms(out, dout, l, SIMILARITY: tl.constexpr):
     if SIMILARITY == "softmax":
         return tl.where(l == float("-inf"), float("inf"), l * LOG2E), delta
     else:
-        return tl.where(l <= 0, 0.0, 1.0 / l), delta
+        return 1.0 / tl.where(l <= 0, float("inf"), l), delta
 
 
 @triton.jit

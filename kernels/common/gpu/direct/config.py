@@ -1,7 +1,8 @@
 """Tile sizes of the direct form, by architecture, width of the inputs and head size.
 
-sm_90: read from compiled code (`linattn kernels`): matrix instructions from shared memory or registers, no spill and no
-serialisation in the loops. The others follow from shared memory, 4-byte rows hold half as many elements.
+Chosen by reading compiled code (`linattn kernels`); none was timed yet. On sm_90 in 2-byte types up to head size 128 all
+products run on the asynchronous matrix unit, and the long loops neither serialise it nor, with Triton 3.6, spill. Left
+as it is: dk and dv of head size 256, and fp32 from 128 on, spill.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ INTERPRETER = Row(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), Ti
 _HOPPER = {
     (LOW, 64): Row(Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 4, 3)),
     (LOW, 128): Row(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 4, 3)),
-    (LOW, 256): Row(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 3)),
-    (FP32, 64): Row(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 4, 3)),
-    (FP32, 128): Row(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 3)),
+    (LOW, 256): Row(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(16, 32, 4, 3)),
+    (FP32, 64): Row(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 3)),
+    (FP32, 128): Row(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 3)),
     (FP32, 256): Row(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 4, 3)),
 }
 _AMPERE = {
     (LOW, 64): Row(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 64, 4, 3)),
     (LOW, 128): Row(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 4, 3)),
     (LOW, 256): Row(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 4, 2)),
-    (FP32, 64): Row(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)),
+    (FP32, 64): Row(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 64, 4, 2)),
     (FP32, 128): Row(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
     (FP32, 256): Row(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 2)),
 }
@@ -74,6 +75,11 @@ CONFIGURATIONS = {
     "consumer": _CONSUMER,
     "interpreter": {(width, size): INTERPRETER for width in (LOW, FP32) for size in HEAD_SIZES},
 }
+
+# Programs that fill a chip, two for each multiprocessor of its largest model: decoding splits keys alike on all.
+PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, "consumer": 256, "interpreter": 8}
+MOST_SPLITS = 64
+"""Their sums are added up in one program's registers."""
 
 
 def configuration(architecture: str, dtype: torch.dtype, head_size: int) -> Row:

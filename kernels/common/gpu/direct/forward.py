@@ -26,7 +26,7 @@ def finished(acc, l, m, SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr, LOW: 
     if NORMALIZE:
         out = acc / tl.where(l <= 0, float("inf"), l)[:, None]
         if SIMILARITY == "softmax":
-            return out, (m + tl.log2(l)) * LN2
+            return out, (m + tl.log2(tl.where(l <= 0, 1.0, l))) * LN2
         else:
             _, l = settled(acc, l, m, SIMILARITY, LOW)
             return out, l

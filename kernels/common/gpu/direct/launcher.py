@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,14 @@ from ..launch import launch
 from ..numerics import LOW, precision
 from ..similarity import Similarity
 from .backward import keys_kernel, queries_kernel
-from .config import Row, Tile, configuration
+from .config import MOST_SPLITS, PROGRAMS, Row, Tile, configuration
+from .decode import decode_kernel, merge_kernel
 from .forward import forward_kernel
+
+MOST_QUERIES, MOST_ROWS = 16, 64
+"""Beyond either the forward kernel's tiles are filled well enough."""
+LEAST_STEPS = 4
+"""Tiles of keys that are worth a program of their own."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,21 @@ class Problem:
             return triton.cdiv(length, block)
         return length // block + self.cu_seqlens.shape[0] - 1
 
+    @property
+    def few_queries(self) -> bool:
+        """Whether the queries of all heads that share a key head fit one tile, as in decoding."""
+        T, groups = self.q.shape[2], self.q.shape[1] // self.k.shape[1]
+        return T <= MOST_QUERIES and T * groups <= MOST_ROWS and self.cu_seqlens is None
+
+    def splits(self, tile: Tile) -> tuple[int, int]:
+        """Among how many programs the keys of a head are split, and how many each gets. By shape alone: the order of
+        sums, and so their rounding, must not depend on anything else."""
+        B, Hkv, Tk = self.k.shape[:3]
+        steps = triton.cdiv(Tk, tile.BLOCK_K)
+        idle = PROGRAMS[architecture(self.q.device)] // (B * Hkv)
+        length = triton.cdiv(steps, max(1, min(idle, MOST_SPLITS, steps // LEAST_STEPS)))
+        return triton.cdiv(steps, length), length * tile.BLOCK_K
+
     def arguments(self, tile: Tile) -> dict[str, Any]:
         """What all kernels of the direct form take."""
         q, k, v, kind = self.q, self.k, self.v, self.similarity
@@ -82,6 +103,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     q, k, tile = problem.q, problem.k, problem.row.forward
     B, H, T, _ = q.shape
     out, l = empty_in_storage_order(q, problem.v.shape[3]), empty_row_sums(q)
+    if problem.few_queries:
+        _decode(problem, out, l)
+        return out, l
     tiles = problem.tiles(T, tile.BLOCK_Q)
     launch(
         forward_kernel,
@@ -91,6 +115,35 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         **{"H": H, "G": H // k.shape[1], "tiles": tiles},
     )
     return out, l
+
+
+def _decode(problem: Problem, out: Tensor, l: Tensor) -> None:
+    """Fill out and l in one kernel, or two if the keys are split."""
+    q, k, v, tile = problem.q, problem.k, problem.v, problem.row.decode
+    B, H, T, _ = q.shape
+    Hkv, M = k.shape[1], v.shape[3]
+    splits, length = problem.splits(tile)
+    split = splits > 1
+    acc = q.new_empty((splits, B, H, T, M), dtype=torch.float32) if split else None
+    sums, m = (q.new_empty((splits, B, H, T), dtype=torch.float32) if split else l for _ in range(2))
+    arguments = problem.arguments(replace(tile, BLOCK_Q=max(tile.BLOCK_Q, _block(H // Hkv * T))))
+    launch(
+        decode_kernel,
+        (splits * B * Hkv,),
+        **arguments,
+        **{"out_ptr": out, "l_ptr": sums, "acc_ptr": acc, "m_ptr": m, **_strides("o", out)},
+        **{"Hkv": Hkv, "G": H // Hkv, "splits": splits, "length": length, "SPLIT": split},
+    )
+    if split:
+        launch(
+            merge_kernel,
+            (B * H * T,),
+            **{"acc_ptr": acc, "sums_ptr": sums, "m_ptr": m, "out_ptr": out, "l_ptr": l, **_strides("o", out)},
+            **{"H": H, "T": T, "M": M, "splits": splits, "BLOCK_S": triton.next_power_of_2(splits)},
+            **{name: arguments[name] for name in ("SIMILARITY", "NORMALIZE", "LOW", "BLOCK_M")},
+            num_warps=4,
+            num_stages=1,
+        )
 
 
 def backward(

@@ -1,0 +1,185 @@
+"""One comparison measured: a row a method, with time, useful work, share of the machine's limit, memory and error."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+import linattn
+from linattn.bench.accuracy import truth_of
+from linattn.bench.cases import DTYPES, Method, Problem, prepare
+from linattn.bench.gpu_cases import OURS, Comparison, Goal, value_of
+from linattn.bench.measure import useful_gflops
+from linattn.bench.timing import in_rounds, summarise
+from linattn.cost import flops
+from linattn.errors import BackendError
+
+Row = dict[str, object]
+CHUNK = 1024
+"""Chunk length for which the limit of a causal chunked form is stated."""
+HONEST_ERROR = 3e-2
+"""A peer with a larger error computes something else than what it stands for; goals do not count it."""
+SCORE_STD = 0.25
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine reached in this very run."""
+
+    copy_gb_s: float
+    matmul_tflops: float
+
+
+def measure_limits(device: torch.device, rehearse: bool) -> Limits:
+    """The rate of a large device-to-device copy, bytes read and written, and of a bf16 matrix product."""
+    size, side = (2**20, 256) if rehearse else (2**32, 8192)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    calls: dict[str, Callable[[], Tensor]] = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+    samples, _ = in_rounds(calls, device=device, rep_ms=100)
+    ms = {name: summarise(sample).median for name, sample in samples.items()}
+    return Limits(2 * size / ms["copy"] / 1e6, 2 * side**3 / ms["matmul"] / 1e9)
+
+
+def draw(problem: Problem, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """q, k, v as `testing.make_inputs` scales them, but drawn on the device, and in training an upstream gradient."""
+    generator = torch.Generator(device).manual_seed(0)
+    factor = SCORE_STD**0.5 / problem.D**0.25
+
+    def normal(size: int) -> Tensor:
+        shape = (problem.B, problem.H, problem.N, size)
+        return torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
+
+    dtype = DTYPES[problem.dtype]
+    q, k, v = (
+        (normal(problem.D) * factor).to(dtype),
+        (normal(problem.D) * factor).to(dtype),
+        normal(problem.M).to(dtype),
+    )
+    return (q, k, v), normal(problem.M).to(dtype) if problem.direction == "training" else None
+
+
+def compare(comparison: Comparison, device: torch.device, limits: Limits, *, rep_ms: float = 60.0) -> dict[str, Row]:
+    """Measure every method that runs; the others say why not in `skipped` (refused) or `failed` (anything else)."""
+    problem = comparison.problem
+    tensors, upstream = draw(problem, device)
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
+    for method in comparison.methods:
+        rows[method.name] = {"method": asdict(method), "problem": asdict(problem)}
+        try:
+            call = prepare(method, problem, tensors, upstream)
+            rows[method.name]["peak_mib"] = _peak_mib(call, device)
+            calls[method.name] = call
+        except BackendError as refusal:
+            rows[method.name]["skipped"] = str(refusal)
+        except Exception as error:  # a peer that is absent or breaks must not take the others down
+            rows[method.name]["failed"] = f"{type(error).__name__}: {_first_line(error)}"
+            gc.collect()
+    samples, results = in_rounds(calls, device=device, rep_ms=rep_ms)
+    truths = {}
+    for method in comparison.methods:
+        if method.name not in calls:
+            continue
+        row = rows[method.name]
+        summary = summarise(samples[method.name])
+        row.update(ms=summary.median, p20_ms=summary.p20, p80_ms=summary.p80, repeats=len(samples[method.name]))
+        row.update(rates(method, problem, summary.median, limits))
+        row["runs"] = _described(method, problem, tensors)
+        if method.op not in truths:
+            truths[method.op] = truth_of(method, problem, tensors, upstream)
+        row["error"] = truths[method.op].error(results[method.name])
+        row["gradient_error"] = truths[method.op].gradient_error(results[method.name])
+        row["judged_rows"] = len(truths[method.op].rows)
+    return rows
+
+
+def rates(method: Method, problem: Problem, ms: float, limits: Limits) -> Row:
+    """Useful work and necessary traffic in a second, and the share of the time that the machine's limits allow."""
+    itemsize = DTYPES[problem.dtype].itemsize
+    q, v = (problem.B * problem.H * problem.N * size * itemsize for size in (problem.D, problem.M))
+    # Read q, k, v and write out; backward: read q, k, v, out and dout again, write dq, dk, dv.
+    moved = 2 * q + 2 * v + (4 * q + 4 * v if problem.direction == "training" else 0)
+    bandwidth_ms = moved / limits.copy_gb_s / 1e6
+    matmul_ms = _limiting_gflops(method, problem) / limits.matmul_tflops
+    gflops = useful_gflops(method, problem)
+    return {
+        "TFLOP/s": gflops / ms,
+        "GB/s": moved / ms / 1e6,
+        "limit_ms": max(bandwidth_ms, matmul_ms),
+        "bound": "bandwidth" if bandwidth_ms > matmul_ms else "matrix products",
+        "share of limit": max(bandwidth_ms, matmul_ms) / ms,
+        "share of bandwidth": bandwidth_ms / ms,
+    }
+
+
+def _limiting_gflops(method: Method, problem: Problem) -> float:
+    """The work of the form itself: for a causal chunked quadratic form with the inside of its chunks."""
+    if method.kernel != "quadratic" or method.form != "chunked":
+        return useful_gflops(method, problem)
+    sizes = {"B": problem.B, "H": problem.H, "N": problem.N, "D": problem.D, "M": problem.M}
+    passes = (False, True) if problem.direction == "training" else (False,)
+    return sum(
+        flops("quadratic", "chunked", is_causal=problem.is_causal, chunk=CHUNK, backward=p, **sizes) / 1e9
+        for p in passes
+    )
+
+
+def judge_goals(comparison: Comparison, rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Each goal of a comparison beside what was measured."""
+    honest = [name for name, row in rows.items() if isinstance(e := row.get("error"), float) and e <= HONEST_ERROR]
+    return {f"{comparison.problem}/{goal}": verdict(goal, value_of(goal, rows, honest)) for goal in comparison.goals}
+
+
+def verdict(goal: Goal, value: object) -> Row:
+    """A goal beside what was measured of it."""
+    return {
+        "quantity": goal.quantity,
+        "method": goal.method.name,
+        "rivals": [m.name for m in goal.rivals],
+        "goal": goal.goal,
+        "stretch": goal.stretch,
+        "at_most": goal.at_most,
+        "measured": value,
+        "met": goal.is_met_by(value) if isinstance(value, float) else None,
+    }
+
+
+def broken(rows: Sequence[Row]) -> list[str]:
+    """Rows of our own that failed instead of running or refusing."""
+    ours = [row for row in rows if isinstance(m := row.get("method"), dict) and m["backend"] == OURS]
+    return [str(row["failed"]) for row in ours if "failed" in row]
+
+
+def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """Peak memory of a first call beyond what is held before it; the call also compiles what has to be compiled."""
+    if device.type != "cuda":
+        call()
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _described(method: Method, problem: Problem, tensors: Sequence[Tensor]) -> str:
+    """The kernels that ran and their configuration, for methods of ours."""
+    if method.backend != OURS or method.op in ("power", "plain"):
+        return method.backend
+    q, k, v = tensors
+    options = {} if method.op == "softmax" else {"form": method.form}
+    found = linattn.explain(q, k, v, kernel=method.op, is_causal=problem.is_causal, backend=method.backend, **options)
+    return found.runs
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else ""

@@ -1,0 +1,366 @@
+"""The chunked quadratic form in Triton: the truth, the direct form and the reference agree with it, in every option."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import linattn
+from linattn.kernels.common.backend import INTERPRETED
+from linattn.kernels.common.stateful import Plan
+from linattn.kernels.quadratic.contract import Options
+from linattn.state import QuadraticState
+from linattn.testing import (
+    assert_close_to_truth,
+    assert_matches_truth,
+    condition_number,
+    make_inputs,
+    make_key_mask,
+    relative_error,
+    row_errors,
+    truth_quadratic,
+    truth_quadratic_state,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="needs a CUDA device or TRITON_INTERPRET=1"),
+]
+Function = Callable[..., Any]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that torch.empty hands out holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def chunked(**options: Any) -> Function:
+    return lambda q, k, v: linattn.quadratic_attention(q, k, v, **{"form": "chunked", **options}, backend="triton")
+
+
+def inputs(**how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """One head of 70 keys unless said otherwise: three chunks in the interpreter."""
+    return make_inputs(**{"batch": 1, "heads": 1, "keys": 70, "head_size": 16, "device": DEVICE, **how})
+
+
+def truth(**options: Any) -> Function:
+    return lambda q, k, v: truth_quadratic(q, k, v, **options)
+
+
+def test_memory_is_poisoned() -> None:
+    assert inputs()[0].new_empty(3).isnan().all()
+
+
+# ---- plain calls -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_truth_in_every_dtype(dtype: torch.dtype, is_causal: bool) -> None:
+    x = inputs(dtype=dtype)
+    assert_matches_truth(chunked(is_causal=is_causal), truth(is_causal=is_causal), x)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"head_size": 32, "value_size": 16, "layout": "fused", "keys": 40},
+        {"head_size": 20, "value_size": 33, "layout": "strided", "keys": 33},
+        {"head_size": 16, "value_size": 16, "layout": "transposed", "heads": 4, "kv_heads": 2, "batch": 2, "keys": 37},
+        {"keys": 1},
+        {"keys": 15},
+        {"keys": 129},
+    ],
+    ids=str,
+)
+def test_truth_in_every_shape(how: dict[str, Any]) -> None:
+    x = inputs(dtype=torch.float32, **how)
+    options = {"is_causal": True, "scale": 0.7}
+    assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), x)
+
+
+@pytest.mark.parametrize("D, M", [(64, 128), (128, 64)])
+def test_truth_in_large_heads(D: int, M: int) -> None:
+    x = inputs(dtype=torch.float32, keys=40, head_size=D, value_size=M)
+    assert_matches_truth(chunked(is_causal=True), truth(is_causal=True), x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"coefficients": (1, 1, 0.5)},
+        {"coefficients": (0, 0, 1)},
+        {"coefficients": (0.5, -3, -2), "normalize": False},
+        {"scale": 0.0},
+        {"scale": -1.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_truth_with_every_polynomial(options: dict[str, Any], is_causal: bool) -> None:
+    x = inputs(dtype=torch.float32, keys=50)
+    assert_matches_truth(chunked(is_causal=is_causal, **options), truth(is_causal=is_causal, **options), x)
+
+
+@pytest.mark.parametrize("q_offset", [-40, -7, 0, 5, 33, 100])
+def test_truth_where_queries_and_keys_differ_in_number(q_offset: int) -> None:
+    x = inputs(dtype=torch.float32, queries=45, keys=66)
+    options = {"is_causal": True, "q_offset": q_offset}
+    assert_matches_truth(chunked(**options), truth(**options), x)
+
+
+# ---- masks and packed sequences --------------------------------------------------------------------------------------
+
+
+def masked(keep: str, keys: int) -> Tensor:
+    """[2, keys]. One element has 20 keys or more, so that rows of both kinds, with and without sums, are there."""
+    mask = make_key_mask(2, keys)
+    if keep == "left padding":
+        mask[0, :40], mask[1, :3] = False, False
+    elif keep == "few keys":
+        mask[0] = False
+        mask[0, 35:60:3] = True
+    elif keep == "none":
+        mask[0] = False
+    return mask.to(DEVICE)
+
+
+@pytest.mark.parametrize("keep", ["some", "left padding", "few keys", "none"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_masked_keys_do_not_count(keep: str, is_causal: bool) -> None:
+    q, k, v = inputs(dtype=torch.float32, batch=2, keys=100)
+    mask = masked(keep, 100)
+    spoiled = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (k, v)]
+    options = {"is_causal": is_causal, "key_mask": mask}
+
+    def of_real_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (k, v))
+        return truth_quadratic(q, k, v, **options)
+
+    assert_matches_truth(chunked(**options), of_real_keys, (q, *spoiled))
+
+
+LENGTHS = (0, 5, 40, 0, 70, 17, 0)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_packed_sequences_know_nothing_of_each_other(is_causal: bool, with_mask: bool) -> None:
+    cu_seqlens = torch.tensor(LENGTHS, device=DEVICE).cumsum(0)
+    T = int(cu_seqlens[-1])
+    q, k, v = inputs(dtype=torch.float32, keys=T, heads=2, kv_heads=1)
+    mask = make_key_mask(1, T, keep=0.5).to(DEVICE) if with_mask else None
+    cu_seqlens = torch.nn.functional.pad(cu_seqlens, (1, 0)).int()
+    options = {"is_causal": is_causal, "cu_seqlens": cu_seqlens, "key_mask": mask}
+    assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), (q, k, v))
+
+
+def test_nan_stays_in_its_sequence() -> None:
+    q, k, v = inputs(dtype=torch.float32, keys=90)
+    cu_seqlens = torch.tensor([0, 41, 90], device=DEVICE, dtype=torch.int32)
+    for x in (q, k, v):
+        x[:, :, 41:] = torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = chunked(is_causal=True, cu_seqlens=cu_seqlens)(*leaves)
+    gradients = torch.autograd.grad(out[:, :, :41].sum() + 0 * out[:, :, 41:].nan_to_num().sum(), leaves)
+    assert out[:, :, :41].isfinite().all()
+    assert all(g[:, :, :41].isfinite().all() for g in gradients)
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
+
+
+def parts_of_state(state: QuadraticState) -> list[Tensor]:
+    return [x for x in state if x.is_floating_point()]
+
+
+@pytest.mark.parametrize("form", ["chunked", "direct"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_state_and_its_gradients(form: str, is_causal: bool) -> None:
+    x = inputs(dtype=torch.float32, heads=2, kv_heads=1, head_size=20, value_size=16)
+    options = {"is_causal": is_causal, "enable_gqa": True, "return_state": True, "form": form}
+
+    def with_state(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        out, state = chunked(**options)(q, k, v)
+        assert state.n.tolist() == [70]
+        return [out, *parts_of_state(state)]
+
+    def true(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [truth_quadratic(q, k, v, is_causal=is_causal), *truth_quadratic_state(k, v)[1:]]
+
+    assert_matches_truth(with_state, true, x)
+
+
+@pytest.mark.parametrize("form", ["chunked", "direct"])
+@pytest.mark.parametrize("cut", [3, 40, 69])
+def test_pieces_are_the_whole(form: str, cut: int) -> None:
+    """The gradient to the first piece flows through the state, and so does that to the state after both."""
+    x = inputs(dtype=torch.float32)
+
+    def in_two(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        options: dict[str, Any] = {"is_causal": True, "return_state": True, "form": form}
+        first, state = chunked(**options)(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut])
+        rest, state = chunked(**options, initial_state=state)(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:])
+        assert state.n.tolist() == [70]
+        return [torch.cat([first, rest], 2), *parts_of_state(state)]
+
+    def true(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [truth_quadratic(q, k, v, is_causal=True), *truth_quadratic_state(k, v)[1:]]
+
+    assert_matches_truth(in_two, true, x)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_packed_states(is_causal: bool) -> None:
+    cu_seqlens = torch.tensor([0, 0, 33, 38, 90], device=DEVICE, dtype=torch.int32)
+    q, k, v = inputs(dtype=torch.float32, keys=90)
+    past = make_inputs(batch=4, heads=1, keys=20, head_size=16, dtype=torch.float32, device=DEVICE, seed=5)[1:]
+    options = {"is_causal": is_causal, "cu_seqlens": cu_seqlens}
+    before = QuadraticState(*(x.float() if x.is_floating_point() else x for x in truth_quadratic_state(*past)))
+
+    def with_state(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        out, state = chunked(**options, initial_state=before, return_state=True)(q, k, v)
+        assert state.n.tolist() == [20, 53, 25, 72]
+        return [out, *parts_of_state(state)]
+
+    def true(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        after = truth_quadratic_state(k, v, cu_seqlens=cu_seqlens)[1:]
+        old = truth_quadratic_state(*past)[1:]
+        return [truth_quadratic(q, k, v, **options, past=past), *(a + b for a, b in zip(after, old, strict=True))]
+
+    assert_matches_truth(with_state, true, (q, k, v))
+
+
+@pytest.mark.parametrize("form", ["chunked", "direct"])
+def test_not_causal_rows_see_the_state_and_all_keys(form: str) -> None:
+    q, k, v = inputs(dtype=torch.float32, batch=2, keys=40)
+    past = make_inputs(batch=2, heads=1, keys=20, head_size=16, dtype=torch.float32, device=DEVICE, seed=5)[1:]
+    before = QuadraticState(*(x.float() if x.is_floating_point() else x for x in truth_quadratic_state(*past)))
+    assert_matches_truth(chunked(initial_state=before, form=form), truth(past=past), (q, k, v))
+
+
+def test_a_state_without_keys_is_no_state() -> None:
+    """Its rows with few keys are computed from scores, and its gradient is that of the reference."""
+    q, k, v = inputs(dtype=torch.float32, batch=2, keys=60)
+    mask = masked("few keys", 60)
+    past = [x[:, :, :0] for x in (k, v)]
+    empty = [x if x.dtype == torch.int64 else x.float() for x in truth_quadratic_state(*past)]
+
+    def result(backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, *empty[1:])]
+        before = QuadraticState(empty[0], *leaves[3:])
+        out = linattn.quadratic_attention(
+            *leaves[:3], is_causal=True, key_mask=mask, initial_state=before, form="chunked", backend=backend
+        )
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+    for ours, reference in zip(result("triton"), result("reference"), strict=True):
+        assert_close_to_truth(ours, reference.double(), gradient=True)
+
+
+@pytest.mark.parametrize("form", ["auto", "recurrent"])
+def test_one_token_beside_a_state(form: str) -> None:
+    x = inputs(dtype=torch.float32, keys=41, heads=2, kv_heads=1)
+    past = [t[:, :, :40] for t in x]
+    _, state = chunked(is_causal=True, enable_gqa=True, return_state=True)(*past)
+    out, after = chunked(is_causal=True, enable_gqa=True, initial_state=state, return_state=True, form=form)(
+        *(t[:, :, 40:] for t in x)
+    )
+    assert_close_to_truth(out, truth_quadratic(*x, is_causal=True)[:, :, 40:])
+    for ours, true in zip(after, truth_quadratic_state(*x[1:]), strict=True):
+        assert relative_error(ours, true) < 1e-6
+
+
+# ---- numerics --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_where_all_scores_are_near_minus_one(dtype: torch.dtype) -> None:
+    """It grows with kappa, as the reference's does: what the sums add up to has cancelled."""
+    q, k, v = inputs(dtype=torch.float64, keys=96)
+    direction = torch.nn.functional.normalize(q[:, :, :1], dim=-1)
+    q, k = 0.05 * q - direction, 0.05 * k + direction  # scores of -1 +- 0.1
+    x = [t.to(dtype) for t in (q, k, v)]
+    errors = row_errors(chunked(is_causal=True)(*x), truth_quadratic(*x, is_causal=True), x[2])
+    kappa = condition_number(*x[:2], is_causal=True)
+    assert kappa.median() > 50
+    assert (errors[:, :, 16:] <= 4 * torch.finfo(dtype).eps * kappa[:, :, 16:]).all()
+
+
+def test_fp16_scores_whose_squares_leave_its_range() -> None:
+    q, k, v = inputs(dtype=torch.float64, keys=70, positive=True)
+    x = [t.half() for t in (24 * q, 24 * k, v)]
+    scores = (x[0].double() @ x[1].double().mT).abs()
+    assert scores.max() > 300
+    assert_matches_truth(chunked(is_causal=True), truth(is_causal=True), x)
+
+
+def test_sums_far_from_zero_keep_their_digits() -> None:
+    """All keys and values alike: sums grow with N and every term weighs the same."""
+    q, k, v = inputs(dtype=torch.float32, keys=400, positive=True)
+    assert_matches_truth(chunked(is_causal=True), truth(is_causal=True), (q, k, v + 3))
+
+
+def test_results_repeat_bit_by_bit() -> None:
+    x = [t.requires_grad_() for t in inputs(dtype=torch.bfloat16, heads=2, kv_heads=1)]
+    runs = []
+    for _ in range(2):
+        out = chunked(is_causal=True, enable_gqa=True)(*x)
+        runs.append([out, *torch.autograd.grad(out.float().square().sum(), x)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+def rows_of_table() -> list[tuple[str, torch.dtype, int]]:
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from linattn.kernels.quadratic.gpu.config import CONFIGURATIONS
+
+    dtypes = {2: torch.bfloat16, 4: torch.float32}
+    return [(name, dtypes[itemsize], size) for name, itemsize, size in CONFIGURATIONS]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="other architectures' tiles need not fit this device")
+@pytest.mark.parametrize("architecture, dtype, head_size", rows_of_table(), ids=str)
+def test_every_row_of_the_table(architecture: str, dtype: torch.dtype, head_size: int) -> None:
+    """Chunks as short as tiles allow, so that a short sequence has two."""
+    from linattn.kernels.common.gpu.architecture import as_architecture
+    from linattn.kernels.quadratic.gpu import backward, forward
+
+    q, k, v = inputs(dtype=dtype, keys=280, head_size=head_size)
+    options, plan = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton", 1)
+    dout = torch.randn_like(v)
+    with as_architecture(architecture):
+        out, sums, _, _ = forward(q, k, v, None, None, [], options, False, True, plan)
+        gradients = backward(dout, [], q, k, v, out, sums, [], None, None, [], options, [True] * 4, plan)[:3]
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    true = truth_quadratic(*leaves, is_causal=True)
+    assert_close_to_truth(out, true.detach())
+    for ours, expected in zip(gradients, torch.autograd.grad(true, leaves, dout.double()), strict=True):
+        assert_close_to_truth(ours, expected, gradient=True)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_run_names_what_can() -> None:
+    large = inputs(dtype=torch.float32, keys=3, head_size=160)
+    with pytest.raises(linattn.errors.BackendError, match="only in the direct form"):
+        chunked()(*large)
+    with pytest.raises(linattn.errors.BackendError, match="only in the direct form"):
+        chunked(form="direct", return_state=True)(*large)
+    with pytest.raises(linattn.errors.BackendError, match="form='chunked'"):
+        chunked(form="recurrent", is_causal=True)(*inputs(dtype=torch.float32))
