@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ SHORTEST_S = 5.0
 
 
 class Record:
-    """A JSON file of sections `{section: {key: value}}`. Every `put` reads, replaces one value and renames, so several
-    processes may write in turn and a cut-off loses nothing."""
+    """A JSON file of sections `{section: {key: value}}`. Every `put` reads, replaces one value and renames, so that a
+    cut-off loses nothing; threads of one process may write at any time, processes in turn."""
+
+    _writing = threading.Lock()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,13 +56,14 @@ class Record:
         Raises:
             DataError: the file cannot be written; it stays as it was.
         """
-        found = self.load()
-        found.setdefault(section, {})[key] = value
-        try:
-            with atomic_file(self.path) as file:
-                file.write((json.dumps(found, indent=1) + "\n").encode())
-        except OSError as problem:
-            raise DataError(f"cannot write {self.path}: {problem}") from problem
+        with self._writing:
+            found = self.load()
+            found.setdefault(section, {})[key] = value
+            try:
+                with atomic_file(self.path) as file:
+                    file.write((json.dumps(found, indent=1) + "\n").encode())
+            except OSError as problem:
+                raise DataError(f"cannot write {self.path}: {problem}") from problem
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def _names(what: str, given: str, accepted: tuple[str, ...]) -> list[str]:
 
 
 def _in_a_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 

@@ -47,37 +47,50 @@ struct Task {
 
 // As many rows as keep queries and sums in the second-level cache, and fewer if that would leave threads idle.
 Index rows_of_task(const Problem& p) {
-    Index rows = p.D + p.M >= 128 ? 96 : 192;
+    Index rows = 192;
     const Index all = p.cu_seqlens == nullptr ? p.B * p.Tq : p.Tq;
     while (rows / 2 % strip_rows == 0 && p.H * all < 4 * p.threads * rows) rows /= 2;
     return rows;
 }
 
+// A thread's rows: queries, and sums of p v followed by those of p.
 struct Sums {
-    float *x, *acc, *l;
+    float *x, *acc, *totals;
 };
+
+// Sums over more keys than this are put together from sums over as many: a float that grows by one key at a time loses
+// digits.
+constexpr Index blocks_of_sum = 64;
 
 void compute(const ForwardCall& call, const Similarity& f, const Task& task, const Sums& sums, float* own_keys) {
     const Problem& p = call.problem;
     const Index M = padded(p.M), count = task.end - task.first, row = task.s.first_query + task.first;
     const Index rows = blocks(count, strip_rows) * strip_rows;
     pack_rows(head_rows(p.q, p.dtype, task.s.batch, task.head, row), count, p.D, p.scale, nullptr, rows, sums.x);
-    clear(sums.acc, rows * M);
-    clear(sums.l, rows * width);
-    for (Index block = 0; block < key_blocks(p, task.s, task.end); ++block) {
+    const Index size = rows * (M + width), visible = key_blocks(p, task.s, task.end);
+    const bool many = visible > blocks_of_sum;
+    clear(sums.acc, size);
+    if (many) clear(sums.totals, size);
+    float* const l_lanes = sums.acc + rows * M;
+    for (Index block = 0; block < visible; ++block) {
         const float* keys = task.keys == nullptr ? own_keys : task.keys + block * packed_size(p);
         if (task.keys == nullptr) pack_keys(p, task.s, task.head / (p.H / p.Hkv), block, own_keys);
         const Index last = p.is_causal ? task.first + p.q_offset - block * key_block : key_block;
-        add_keys(f, sums.x, p.D, p.M, unpacked(p, task.s, block, keys), last, static_cast<int>(rows), sums.acc, sums.l);
+        add_keys(f, sums.x, p.D, p.M, unpacked(p, task.s, block, keys), last, static_cast<int>(rows), sums.acc, l_lanes);
+        if (many && ((block + 1) % blocks_of_sum == 0 || block + 1 == visible)) {
+            for (Index i = 0; i < size; i += width) store(sums.totals + i, load(sums.totals + i) + load(sums.acc + i));
+            clear(sums.acc, size);
+        }
     }
+    const float *const acc = many ? sums.totals : sums.acc, *const lanes = acc + rows * M;
     const HeadRows out = head_rows(call.out, p.dtype, task.s.batch, task.head, row);
     float* const l = call.l + (task.s.batch * p.H + task.head) * p.Tq + row;
     for (Index r = 0; r < count; ++r) {
-        l[r] = sum(load(sums.l + r * width));
+        l[r] = sum(load(lanes + r * width));
         if (p.normalize)
-            store_quotient(sums.acc + r * M, p.M, l[r], out, r);
+            store_quotient(acc + r * M, p.M, l[r], out, r);
         else
-            store_row(sums.acc + r * M, p.M, 1, out, r);
+            store_row(acc + r * M, p.M, 1, out, r);
     }
 }
 
@@ -88,7 +101,7 @@ void direct_forward(const ForwardCall& call) {
     const Problem& p = call.problem;
     const Similarity f = similarity(call);
     const Index units = p.sequences * p.Hkv, group = p.H / p.Hkv, rows = rows_of_task(p);
-    const Index own_size = rows * (padded(p.D) + padded(p.M) + width) + packed_size(p);
+    const Index own_size = rows * (padded(p.D) + 2 * (padded(p.M) + width)) + packed_size(p);
     const auto row_blocks = [&](Index unit) { return group * blocks(sequence(p, unit / p.Hkv).queries, rows); };
     // What a unit's keys take when they are packed for all its tasks; a single task packs its own.
     const auto packed_blocks = [&](Index unit) -> Index {
@@ -125,8 +138,9 @@ void direct_forward(const ForwardCall& call) {
             if (threads > 1) barrier();
             float* const x = own + thread * own_size;
             float* const acc = x + rows * padded(p.D);
-            float* const l = acc + rows * padded(p.M);
-            for (Index i = queue.take(); i < count; i = queue.take()) compute(call, f, tasks[i], {x, acc, l}, l + rows * width);
+            float* const totals = acc + rows * (padded(p.M) + width);
+            float* const own_keys = totals + rows * (padded(p.M) + width);
+            for (Index i = queue.take(); i < count; i = queue.take()) compute(call, f, tasks[i], {x, acc, totals}, own_keys);
         });
     }
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..common.backend import Backend, Call, anything, triton
+from ..common.backend import Backend, Call, anything, native, triton
 from ..common.stateful import define_stateful
 from .contract import SCHEMA, Options, state_shapes
 
@@ -21,6 +21,7 @@ def _triton(call: Call) -> str:
 
 # In the order in which "auto" tries them.
 BACKENDS = {
+    "native": Backend("linattn.kernels.quadratic.cpu", native),
     "triton": Backend("linattn.kernels.quadratic.gpu", _triton),
     "reference": Backend("linattn.kernels.quadratic.reference", anything, "plain PyTorch"),
 }

@@ -17,7 +17,7 @@ from linattn.testing import assert_close_to_truth, make_inputs, truth_quadratic,
 def test_explain_says_what_and_why(kernel: str, is_causal: bool) -> None:
     q, k, v = make_inputs(dtype=torch.float32)
     told = linattn.explain(q, k, v, kernel=kernel, is_causal=is_causal)
-    assert told.backend in ("reference", "torch")
+    assert told.backend in ("native", "reference", "torch")
     assert told.form
     assert told.reason
     assert told.backend in str(told) and told.form in str(told)

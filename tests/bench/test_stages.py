@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,10 @@ def test_a_value_is_replaced_by_its_key_and_others_stay(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="record.json"):
         record.put("rows", "c", 4)
     assert record.path.read_text() == "{"
+
+
+def test_threads_may_write_at_once(tmp_path: Path) -> None:
+    record = Record(tmp_path / "record.json")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: Record(record.path).put("rows", str(i), i), range(60)))
+    assert record.section("rows") == {str(i): i for i in range(60)}

@@ -11,7 +11,7 @@ from linattn.kernels.common.backend import INTERPRETED, TRITON_ABSENT
 from linattn.random_calls import OPS
 
 CUDA = torch.cuda.is_available()
-DEVICE, EXTENT, SEEDS = ("cuda", "medium", 60) if CUDA else ("cpu", "tiny", 25)
+DEVICE, EXTENT, SEEDS = ("cuda", "medium", 60) if CUDA else ("cpu", "tiny", 14)
 pytestmark = [
     pytest.mark.skipif(bool(TRITON_ABSENT), reason=TRITON_ABSENT),
     pytest.mark.skipif(not CUDA and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1"),

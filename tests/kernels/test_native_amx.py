@@ -67,9 +67,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 def check(tensors: Tensors, form: str, **options: Any) -> None:
     """Output and all gradients."""
-    assert_matches_truth(
-        lambda *t: run(*t, form=form, **options), lambda *t: truth_quadratic(*t, **options), tensors
-    )
+    assert_matches_truth(lambda *t: run(*t, form=form, **options), lambda *t: truth_quadratic(*t, **options), tensors)
 
 
 def everything(tensors: Tensors, form: str, **options: Any) -> list[Tensor]:
@@ -112,7 +110,15 @@ def test_a_square_that_cannot_be_completed() -> None:
     check(inputs(keys=100), "direct", scale=1e-12)
 
 
-OFFSETS = [(70, 200, 130), (200, 70, -130), (90, 90, -3), (5, 1300, 1295), (1, 1000, 999), (100, 40, 500), (700, 600, 31)]
+OFFSETS = [
+    (70, 200, 130),
+    (200, 70, -130),
+    (90, 90, -3),
+    (5, 1300, 1295),
+    (1, 1000, 999),
+    (100, 40, 500),
+    (700, 600, 31),
+]
 
 
 @pytest.mark.parametrize(("queries", "keys", "q_offset"), OFFSETS)
@@ -125,7 +131,7 @@ def test_offsets(queries: int, keys: int, q_offset: int, form: str) -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("dead", [0, 600, 1090, 1100])
 def test_masked_keys_do_not_count_whatever_they_hold(dead: int, is_causal: bool, form: str) -> None:
-    """With and without a stretch of padding on the left, which leaves rows with fewer than 16 keys far from the start."""
+    """Also behind padding on the left, which leaves rows with fewer than 16 keys far from the start."""
     q, k, v = inputs(keys=1100)
     key_mask = make_key_mask(2, 1100)
     key_mask[0, :dead] = False

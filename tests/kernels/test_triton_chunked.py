@@ -336,11 +336,13 @@ def rows_of_table() -> list[tuple[str, torch.dtype, int]]:
 @pytest.mark.skipif(not INTERPRETED, reason="other architectures' tiles need not fit this device")
 @pytest.mark.parametrize("architecture, dtype, head_size", rows_of_table(), ids=str)
 def test_every_row_of_the_table(architecture: str, dtype: torch.dtype, head_size: int) -> None:
-    """Chunks as short as tiles allow, so that a short sequence has two."""
+    """Chunks as short as tiles allow, and a sequence of little more than one."""
     from linattn.kernels.common.gpu.architecture import as_architecture
-    from linattn.kernels.quadratic.gpu import backward, forward
+    from linattn.kernels.quadratic.gpu import backward, config, forward
 
-    q, k, v = inputs(dtype=dtype, keys=280, head_size=head_size)
+    row = config.row(architecture, dtype, head_size)
+    chunk = max(read.rows for read in (row.read, row.pull_rows, row.pull_keys, row.pull_values))
+    q, k, v = inputs(dtype=dtype, keys=chunk + 20, head_size=head_size, value_size=16)
     options, plan = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton", 1)
     dout = torch.randn_like(v)
     with as_architecture(architecture):

@@ -135,9 +135,9 @@ def test_padding_and_packed_sequences(name: str, is_causal: bool) -> None:
 
 
 def test_many_short_sequences_find_their_tiles() -> None:
-    ends = torch.randint(0, 200, (60,), generator=torch.Generator().manual_seed(0)).sort().values
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends, torch.tensor([200])]).to(DEVICE)
-    check("taylor", inputs(keys=200, heads=1), is_causal=True, cu_seqlens=cu_seqlens)
+    ends = torch.randint(0, 120, (30,), generator=torch.Generator().manual_seed(0)).sort().values
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends, torch.tensor([120])]).to(DEVICE)
+    check("taylor", inputs(keys=120, heads=1), is_causal=True, cu_seqlens=cu_seqlens)
 
 
 ROWS = [(name, *row) for name, rows in CONFIGURATIONS.items() if name != "interpreter" for row in rows]
@@ -173,7 +173,7 @@ def test_a_vanishing_row_sum_keeps_its_digits() -> None:
     key that key's value exactly."""
     q, k, v = inputs(keys=4, heads=1, dtype=torch.bfloat16)
     q, k = torch.zeros_like(q), torch.zeros_like(k)
-    q[..., 0], k[..., 0] = 1.0, 0.9140625  # representable; s = -0.9140625, weight 0.00739
+    q[..., 0], k[..., 0] = 1.0, 1 - 21 / 256  # representable; the weight, (21 / 256)^2, is not
     kind = Kind(similarity.quadratic(-1.0, SQUARE, True), True, None)
     out = run(kind, q, k, v, is_causal=True)
     assert torch.equal(out[:, :, 0], v[:, :, 0])
@@ -199,7 +199,7 @@ def test_rows_without_a_sum_are_zero_with_zero_gradient() -> None:
 
 
 def test_results_repeat_bit_by_bit() -> None:
-    tensors = inputs(keys=70, heads=4, kv_heads=2, dtype=torch.bfloat16)
+    tensors = inputs(keys=50, heads=2, kv_heads=1, dtype=torch.bfloat16)
     once, again = (testing.evaluate(partial(run, KINDS["taylor"], is_causal=True), tensors) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(once[0] + once[1], again[0] + again[1], strict=True))
 

@@ -28,10 +28,15 @@ def as_architecture(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def forced() -> str | None:
+    """What `as_architecture` asks for here, if it does."""
+    return _forced[-1] if _forced else None
+
+
 def architecture(device: torch.device) -> str:
     """The name, out of KNOWN, under which a device's configurations are filed."""
-    if _forced:
-        return _forced[-1]
+    if name := forced():
+        return name
     if INTERPRETED:
         return "interpreter"
     return _of_device(device.index if device.index is not None else torch.cuda.current_device())

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..backend import INTERPRETED
+from .architecture import forced
 
 EMULATED = tl.constexpr(INTERPRETED)
 """In the interpreter low-precision tensors arrive as fp32 (launch.py) and rounding is spelled out."""
@@ -15,7 +16,7 @@ LOW = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl
 
 def precision(dtype: torch.dtype) -> str:
     """The constant PRECISION of a kernel: how fp32 matrices are multiplied. Follows PyTorch's switch for TF32."""
-    if dtype != torch.float32 or INTERPRETED or torch.version.hip:
+    if dtype != torch.float32 or INTERPRETED or torch.version.hip or forced() == "gfx942":
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 

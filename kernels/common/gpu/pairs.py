@@ -159,8 +159,11 @@ def attend(
 def pull_pairs(t, g, norm, seen, a, b, c, SIMILARITY: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr):
     """p of a tile, and ds, the gradient to t up to the slope; norm and seen are broadcastable to t."""
     if SIMILARITY == "softmax":
-        p = tl.exp2(t * a - norm)
-        ds = p * g
+        s = t * a - norm
+        if MASKED:
+            s = tl.where(seen, s, float("-inf"))  # hidden scores may be beyond the sum's range
+        p = tl.exp2(s)
+        return p, p * g
     elif NORMALIZE:
         p = weigh(t, a, b, c, SIMILARITY) * norm
         ds = pull_weights(t, g, a, b, SIMILARITY)

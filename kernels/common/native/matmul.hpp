@@ -29,39 +29,40 @@ template <int W>
 constexpr int panel_rows = accumulators / W;
 
 // c[r][w * width ..] += sum over i < n of a[r * row + i * step] * b[i * stride + w * width ..].
+// The sum over i is complete before it is added: a sum over very many keys then takes few additions to a large number.
 template <int R, int W>
 LINATTN_INLINE void add_tile(const float* a, Index row, Index step, const float* b, Index stride, int n, float* c,
                              Index c_stride) {
-    Vec acc[R][W];
-#pragma GCC unroll 32
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) acc[r][w] = load(c + r * c_stride + w * width);
+    Vec acc[R][W] = {};
     multiply_add(acc, a, row, step, b, stride, n);
 #pragma GCC unroll 32
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) store(c + r * c_stride + w * width, acc[r][w]);
+        for (int w = 0; w < W; ++w) store(c + r * c_stride + w * width, load(c + r * c_stride + w * width) + acc[r][w]);
+}
+
+// Rows r, r + R, ... of a panel, as long as R are left. Returns the first row that is not done.
+template <int R, int W, Index row, Index step>
+LINATTN_INLINE int add_rows(const float* a, const float* b, Index stride, int n, int first, int r, int rows, float* c,
+                            Index c_stride) {
+    for (; r + R <= rows; r += R) {
+        const int some = least(n, first + r + R - 1);
+        if (some > 0) add_tile<R, W>(a + r * row, row, step, b, stride, some, c + r * c_stride, c_stride);
+    }
+    return r;
 }
 
 template <int W, Index row, Index step>
 LINATTN_INLINE void add_panel(const float* a, const float* b, Index stride, int n, int first, int rows, float* c,
                               Index c_stride) {
-    constexpr int R = panel_rows<W>, rest = 4;
-    int r = 0;
-    for (; r + R <= rows; r += R) {
-        const int some = least(n, first + r + R - 1);
-        if (some > 0) add_tile<R, W>(a + r * row, row, step, b, stride, some, c + r * c_stride, c_stride);
-    }
-    for (; r < rows; r += rest) {
-        const int some = least(n, first + r + rest - 1);
-        if (some > 0) add_tile<rest, W>(a + r * row, row, step, b, stride, some, c + r * c_stride, c_stride);
-    }
+    int r = add_rows<panel_rows<W>, W, row, step>(a, b, stride, n, first, 0, rows, c, c_stride);
+    r = add_rows<4, W, row, step>(a, b, stride, n, first, r, rows, c, c_stride);
+    add_rows<2, W, row, step>(a, b, stride, n, first, r, rows, c, c_stride);
 }
 
 // c[r][0 .. columns) += sum over i < n of a[r * row + i * step] * b[i * stride + 0 .. columns), for r < rows.
 // a is 0 where i >= first + r, and first >= n says that it is 0 nowhere: what is 0 for certain is left out.
-// columns is a multiple of width, and rows of 4.
+// columns is a multiple of width, and rows of 2.
 template <Index row, Index step>
 void add_product(const float* a, const float* b, Index stride, int n, int first, int rows, float* c, Index c_stride,
                  Index columns) {

@@ -28,13 +28,12 @@ using Vec = float __attribute__((vector_size(4 * LINATTN_WIDTH)));
 using Lanes = std::int32_t __attribute__((vector_size(4 * LINATTN_WIDTH)));
 using Words = std::uint32_t __attribute__((vector_size(4 * LINATTN_WIDTH)));
 using Halves = std::uint16_t __attribute__((vector_size(2 * LINATTN_WIDTH)));
-using Float16s = _Float16 __attribute__((vector_size(2 * LINATTN_WIDTH)));
 
 struct Bf16 {
     std::uint16_t bits;
 };
 struct Fp16 {
-    _Float16 value;
+    std::uint16_t bits;
 };
 
 template <class T>
@@ -59,9 +58,14 @@ LINATTN_INLINE Vec load(const Bf16* p) {
     return reinterpret_cast<Vec>(__builtin_convertvector(h, Words) << 16);
 }
 LINATTN_INLINE Vec load(const Fp16* p) {
-    Float16s h;
+    Halves h;
     std::memcpy(&h, p, sizeof h);
-    return __builtin_convertvector(h, Vec);
+    const Words all = __builtin_convertvector(h, Words), magnitude = (all & 0x7fff) << 13;
+    // The exponent's bias grows by 112; a product makes subnormal numbers normal on the way. The largest exponent is
+    // that of infinity and NaN.
+    const Words finite = reinterpret_cast<Words>(reinterpret_cast<Vec>(magnitude) * 0x1p112f);
+    const Words special = reinterpret_cast<Words>(magnitude >= 0x0f800000) & 0x7f800000;
+    return reinterpret_cast<Vec>(finite | special | (all & 0x8000) << 16);
 }
 
 LINATTN_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -73,8 +77,16 @@ LINATTN_INLINE void store(Bf16* p, Vec v) {
     std::memcpy(p, &h, sizeof h);
 }
 LINATTN_INLINE void store(Fp16* p, Vec v) {
-    const Float16s h = __builtin_convertvector(v, Float16s);
-    std::memcpy(p, &h, sizeof h);
+    const Words bits = reinterpret_cast<Words>(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    const Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    // Below 2^-14, 0.5 has a subnormal's last place as its own: the sum rounds to it.
+    const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Vec>(magnitude) + 0.5f) - 0x3f000000;
+    const Words infinity = Words{} + 0x7c00, nan = Words{} + 0x7e00;
+    Words h = magnitude < 0x38800000 ? subnormal : normal;
+    h = magnitude >= 0x477ff000 ? infinity : h;  // from 65520 on
+    h = magnitude > 0x7f800000 ? nan : h;
+    const Halves halves = __builtin_convertvector(h | sign, Halves);
+    std::memcpy(p, &halves, sizeof halves);
 }
 
 // The first n < width elements; the other lanes are 0.

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <new>
+#include <thread>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -21,6 +22,9 @@ void watch_for_forks() {
     (void)registered;
 #endif
 }
+
+constexpr int patience = 4000;     // turns that a thread waits for its team before it lets others run
+constexpr int largest_team = 8;    // beyond it, members of one team would have too little work between two meetings
 
 // A block beyond the largest is given back when nothing uses it: one very long call must not hold its memory for ever.
 constexpr std::size_t alignment = 64, smallest_block = std::size_t{1} << 20, largest_kept = std::size_t{1} << 26;
@@ -62,6 +66,63 @@ int usable_threads(int asked) {
     (void)asked;
     return 1;
 #endif
+}
+
+struct alignas(64) Team::Meeting {
+    std::atomic<int> arrived{0}, round{0};
+    std::atomic<Index> next{0};
+    void* shared = nullptr;
+};
+
+void Team::wait() {
+    if (size == 1) return;
+    const int round = meeting_->round.load(std::memory_order_acquire);
+    if (meeting_->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+        meeting_->arrived.store(0, std::memory_order_relaxed);
+        meeting_->round.store(round + 1, std::memory_order_release);
+        return;
+    }
+    // The others come soon, unless they have to share a core with this thread.
+    for (int turns = 0; meeting_->round.load(std::memory_order_acquire) == round; ++turns)
+        if (turns >= patience) std::this_thread::yield();
+}
+
+void* Team::shared(void* mine) {
+    if (member == 0) meeting_->shared = mine;
+    wait();
+    void* given = meeting_->shared;
+    wait();  // before the next is given
+    return given;
+}
+
+Teams::Teams(int threads, Index tasks) : threads_(threads), teams_(threads), tasks_(tasks) {
+    const Index rounds = (tasks + threads - 1) / threads;
+    if (tasks < threads)
+        teams_ = tasks > 0 ? static_cast<int>(tasks) : 1;
+    else if (threads <= largest_team && tasks * 10 < rounds * threads * 9)
+        teams_ = 1;
+    meetings_ = new Team::Meeting[teams_];
+}
+
+Teams::~Teams() { delete[] meetings_; }
+
+// As many threads in each, give or take one.
+int Teams::team_of(int thread) const {
+    return static_cast<int>((static_cast<Index>(thread) + 1) * teams_ - 1) / threads_;
+}
+
+Team Teams::team(int thread) const {
+    const int mine = team_of(thread);
+    int first = thread, last = thread;
+    while (first > 0 && team_of(first - 1) == mine) --first;
+    while (last + 1 < threads_ && team_of(last + 1) == mine) ++last;
+    return {meetings_ + mine, thread - first, last - first + 1};
+}
+
+Index Teams::next(int thread, Index done) {
+    const bool single = teams_ == threads_;
+    const Index task = single ? meetings_[0].next.fetch_add(1) : team_of(thread) + done * teams_;
+    return task < tasks_ ? task : -1;
 }
 
 Scratch::Scratch() : blocks_before_(arena.current), used_before_(arena.used) {}

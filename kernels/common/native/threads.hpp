@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "problem.hpp"
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -33,6 +35,61 @@ inline void barrier() {
 #if defined(_OPENMP)
 #pragma omp barrier
 #endif
+}
+
+// The threads that work on one task together: all of them call work(task, team) with the same task.
+class Team {
+public:
+    struct Meeting;
+
+    Team(Meeting* meeting, int member, int size) : member(member), size(size), meeting_(meeting) {}
+
+    // Every member has come this far, and sees what the others wrote before.
+    void wait();
+
+    // What the first member gives.
+    void* shared(void* mine);
+
+    const int member, size;
+
+private:
+    Meeting* meeting_;
+};
+
+// Tasks handed out to teams of a region's threads. Fewer tasks than threads: a team each. More: teams of one thread,
+// which take the next task when they are done, or one team of all for each task in turn where the last round of single
+// threads would leave many without work.
+class Teams {
+public:
+    Teams(int threads, Index tasks);
+    ~Teams();
+    Teams(const Teams&) = delete;
+    Teams& operator=(const Teams&) = delete;
+
+    Team team(int thread) const;
+    // The team's next task, or -1. `done` counts the team's tasks so far.
+    Index next(int thread, Index done);
+
+private:
+    int team_of(int thread) const;
+
+    int threads_, teams_;
+    Index tasks_;
+    Team::Meeting* meetings_;
+};
+
+// Call work(task, team) for each of `tasks` tasks, in teams of at most `asked` threads together.
+template <class Work>
+void in_teams(int asked, Index tasks, const Work& work) {
+    Teams* teams = nullptr;
+    in_parallel(asked, [&](int thread, int threads) {
+        if (thread == 0) teams = new Teams(threads, tasks);
+        if (threads > 1) barrier();
+        Team team = teams->team(thread);
+        Index done = 0;
+        for (Index task = teams->next(thread, done); task >= 0; task = teams->next(thread, ++done)) work(task, team);
+    });
+    delete teams;
 }
 
 // Numbers 0, 1, ... to whoever comes first.

@@ -26,7 +26,9 @@ class Config:
     output_warps: int
     gradient_warps: int
     stages: int
-    """Of the scan: chunks loaded ahead."""
+    """Of the scan of keys: chunks in flight."""
+    row_stages: int
+    """Of the scan of rows, which reads one operand more."""
     fill: int = 256
     """Programs of a scan below which sequences are split."""
 
@@ -40,30 +42,30 @@ SIZES = (32, 64, 128, 256)
 """Rows are for head sizes up to these: max(D, M)."""
 
 _LOW = {
-    32: Config(128, 128, 32, 32, 32, 128, 4, 4, 4, 3),
-    64: Config(128, 64, 64, 64, 64, 128, 4, 4, 4, 3),
-    128: Config(128, 64, 64, 128, 128, 64, 4, 8, 8, 3),
-    256: Config(64, 64, 64, 128, 128, 64, 8, 8, 8, 2),
+    32: Config(128, 64, 32, 32, 32, 128, 4, 4, 4, 3, 3),
+    64: Config(128, 64, 64, 64, 64, 64, 4, 8, 4, 2, 2),
+    128: Config(128, 64, 64, 128, 128, 64, 8, 8, 8, 2, 2),
+    256: Config(64, 64, 64, 128, 64, 64, 8, 8, 8, 2, 1),
 }
 _WIDE = {
-    32: Config(64, 64, 32, 32, 32, 64, 4, 4, 4, 2),
-    64: Config(64, 64, 64, 64, 64, 64, 4, 4, 8, 2),
-    128: Config(64, 32, 64, 64, 64, 64, 4, 4, 4, 2),
-    256: Config(32, 32, 64, 64, 64, 32, 8, 4, 4, 2),
+    32: Config(64, 32, 32, 32, 32, 64, 4, 4, 4, 2, 2),
+    64: Config(64, 32, 64, 64, 32, 64, 4, 4, 4, 2, 2),
+    128: Config(64, 32, 64, 64, 32, 32, 4, 8, 4, 2, 2),
+    256: Config(16, 32, 64, 32, 32, 16, 8, 4, 4, 2, 1),
 }
 _CONSUMER_LOW = {
-    32: Config(64, 64, 32, 32, 32, 64, 4, 4, 4, 2),
-    64: Config(64, 64, 64, 64, 64, 64, 4, 4, 4, 2),
-    128: Config(64, 32, 64, 64, 64, 64, 4, 4, 4, 2),
-    256: Config(32, 32, 64, 64, 64, 32, 8, 4, 4, 2),
+    32: Config(64, 64, 32, 32, 32, 64, 4, 4, 4, 2, 2),
+    64: Config(64, 64, 64, 64, 64, 64, 4, 4, 4, 2, 2),
+    128: Config(64, 32, 64, 64, 64, 64, 4, 4, 4, 2, 2),
+    256: Config(32, 32, 64, 64, 64, 32, 8, 4, 4, 2, 1),
 }
 _CONSUMER_WIDE = {
-    32: Config(64, 32, 32, 32, 32, 32, 4, 4, 4, 2),
-    64: Config(32, 32, 64, 64, 32, 32, 4, 4, 4, 2),
-    128: Config(32, 16, 32, 32, 32, 32, 4, 4, 4, 2),
-    256: Config(16, 16, 32, 32, 32, 16, 4, 4, 4, 1),
+    32: Config(64, 32, 32, 32, 32, 32, 4, 4, 4, 2, 2),
+    64: Config(32, 32, 64, 64, 32, 32, 4, 4, 4, 2, 2),
+    128: Config(32, 16, 32, 32, 32, 32, 4, 4, 4, 2, 2),
+    256: Config(16, 16, 32, 32, 32, 16, 4, 4, 4, 1, 1),
 }
-_SMALL = {size: Config(16, 16, 16, 16, 16, 16, 4, 4, 4, 1, fill=16) for size in SIZES}
+_SMALL = {size: Config(16, 16, 16, 16, 16, 16, 4, 4, 4, 1, 1, fill=16) for size in SIZES}
 
 # By architecture and whether products are of 4-byte numbers (fp32, and fp16 in TF32).
 TABLE: dict[tuple[str, bool], dict[int, Config]] = {

@@ -76,16 +76,19 @@ def chunk_gradients(
         x = load_rows(q, first_row, stride_qt, offs_t, offs_c, rows, D_MASK)
         x = query_features(x, scale, offs_c, D_MASK, MAP, LOW)
         dA = tl.zeros([CHUNK, CHUNK], tl.float32)
-        delta = tl.zeros([CHUNK], tl.float32)
-        for m in tl.static_range(M_SLICES):
-            if SLICES > 1:
-                v = operand(load_rows(v_ptr, first_key, stride_vt, offs_t, m * BLOCK + offs, seen, M_MASK), LOW)
-            O, part = load_row_gradient(
+        O, delta = load_row_gradient(
+            do, o, l, first_row, stride_dot, stride_ot, offs_t, offs, rows, M_MASK, NORMALIZE, LOW
+        )
+        if IS_CAUSAL and (DQ or DK):
+            dA = dot(v, tl.trans(O), dA, PRECISION)
+        for m in range(1, M_SLICES):
+            v_m = operand(load_rows(v_ptr, first_key, stride_vt, offs_t, m * BLOCK + offs, seen, M_MASK), LOW)
+            O_m, part = load_row_gradient(
                 do, o, l, first_row, stride_dot, stride_ot, offs_t, m * BLOCK + offs, rows, M_MASK, NORMALIZE, LOW
             )
             delta += part
             if IS_CAUSAL and (DQ or DK):
-                dA = dot(v, tl.trans(O), dA, PRECISION)
+                dA = dot(v_m, tl.trans(O_m), dA, PRECISION)
         if IS_CAUSAL and (DQ or DK):
             dA = rounded(tl.where(visible, dA - delta[None, :], 0.0), LOW)
 
@@ -96,24 +99,15 @@ def chunk_gradients(
             before = splits_before(c, chunks, KEY_SPLITS, False)
             for n in range(1 if KEY_SPLITS == 1 else before + 1):
                 at = (base + source(n, before, c, chunks, KEY_SPLITS, False)).to(tl.int64) * Hkv + h
-                for m in tl.static_range(M_SLICES):
-                    if SLICES > 1:
-                        O, part = load_row_gradient(
-                            do,
-                            o,
-                            l,
-                            first_row,
-                            stride_dot,
-                            stride_ot,
-                            offs_t,
-                            m * BLOCK + offs,
-                            rows,
-                            M_MASK,
-                            NORMALIZE,
-                            LOW,
-                        )
-                    S = load_rows(sums_ptr, at * D, M, offs_c, m * BLOCK + offs, offs_c < D, M_MASK)
-                    dx = dot(O, tl.trans(S), dx, PRECISION)
+                S = load_rows(sums_ptr, at * D, M, offs_c, offs, offs_c < D, M_MASK)
+                dx = dot(O, tl.trans(S), dx, PRECISION)
+                for m in range(1, M_SLICES):
+                    offs_m = m * BLOCK + offs
+                    O_m, part = load_row_gradient(
+                        do, o, l, first_row, stride_dot, stride_ot, offs_t, offs_m, rows, M_MASK, NORMALIZE, LOW
+                    )
+                    S = load_rows(sums_ptr, at * D, M, offs_c, offs_m, offs_c < D, M_MASK)
+                    dx = dot(O_m, tl.trans(S), dx, PRECISION)
                 if NORMALIZE:
                     z = tl.load(totals_ptr + at * D + offs_c, mask=offs_c < D, other=0.0)
                     dx -= delta[:, None] * z[None, :]
@@ -130,29 +124,16 @@ def chunk_gradients(
             dk = dot(dA, x, dk, PRECISION)
         if DV and IS_CAUSAL:
             p = tl.zeros([CHUNK, CHUNK], tl.float32)
-            for d in tl.static_range(D_SLICES):
-                if SLICES == 1:
-                    p = dot(fk, tl.trans(x), p, PRECISION)
-                else:
+            if SLICES == 1:
+                p = dot(fk, tl.trans(x), p, PRECISION)
+            else:
+                for d in range(D_SLICES):
                     offs_d = d * BLOCK + offs
-                    x_d = query_features(
-                        load_rows(q, first_row, stride_qt, offs_t, offs_d, rows, D_MASK),
-                        scale,
-                        offs_d,
-                        D_MASK,
-                        MAP,
-                        LOW,
-                    )
-                    f_d = key_features(
-                        load_rows(k_ptr, first_key, stride_kt, offs_t, offs_d, seen, D_MASK),
-                        seen,
-                        offs_d,
-                        D_MASK,
-                        MAP,
-                        LOW,
-                    )
+                    x_d = load_rows(q, first_row, stride_qt, offs_t, offs_d, rows, D_MASK)
+                    x_d = query_features(x_d, scale, offs_d, D_MASK, MAP, LOW)
+                    f_d = load_rows(k_ptr, first_key, stride_kt, offs_t, offs_d, seen, D_MASK)
+                    f_d = key_features(f_d, seen, offs_d, D_MASK, MAP, LOW)
                     p = dot(f_d, tl.trans(x_d), p, PRECISION)
-            if SLICES > 1:
                 O, part = load_row_gradient(
                     do, o, l, first_row, stride_dot, stride_ot, offs_t, offs_c, rows, M_MASK, NORMALIZE, LOW
                 )
@@ -165,26 +146,24 @@ def chunk_gradients(
         for n in range(1 if ROW_SPLITS == 1 else before + 1):
             at = (base + source(n, before, c, chunks, ROW_SPLITS, True)).to(tl.int64) * Hkv + h
             if DV:
-                for d in tl.static_range(D_SLICES):
-                    offs_d = d * BLOCK + offs
-                    f_d = fk
-                    if SLICES > 1:
-                        f_d = key_features(
-                            load_rows(k_ptr, first_key, stride_kt, offs_t, offs_d, seen, D_MASK),
-                            seen,
-                            offs_d,
-                            D_MASK,
-                            MAP,
-                            LOW,
-                        )
-                    dS = load_rows(dsums_ptr, at * D, M, offs_d, offs_c, offs_d < D, M_MASK)
-                    dv = dot(f_d, dS, dv, PRECISION)
+                if SLICES == 1:
+                    dS = load_rows(dsums_ptr, at * D, M, offs, offs_c, offs < D, M_MASK)
+                    dv = dot(fk, dS, dv, PRECISION)
+                else:
+                    for d in range(D_SLICES):
+                        offs_d = d * BLOCK + offs
+                        f_d = load_rows(k_ptr, first_key, stride_kt, offs_t, offs_d, seen, D_MASK)
+                        f_d = key_features(f_d, seen, offs_d, D_MASK, MAP, LOW)
+                        dS = load_rows(dsums_ptr, at * D, M, offs_d, offs_c, offs_d < D, M_MASK)
+                        dv = dot(f_d, dS, dv, PRECISION)
             if DK:
-                for m in tl.static_range(M_SLICES):
-                    if SLICES > 1:
-                        v = operand(load_rows(v_ptr, first_key, stride_vt, offs_t, m * BLOCK + offs, seen, M_MASK), LOW)
-                    dS = load_rows(dsums_ptr, at * D, M, offs_c, m * BLOCK + offs, offs_c < D, M_MASK)
-                    dk = dot(v, tl.trans(dS), dk, PRECISION)
+                dS = load_rows(dsums_ptr, at * D, M, offs_c, offs, offs_c < D, M_MASK)
+                dk = dot(v, tl.trans(dS), dk, PRECISION)
+                for m in range(1, M_SLICES):
+                    offs_m = m * BLOCK + offs
+                    v_m = operand(load_rows(v_ptr, first_key, stride_vt, offs_t, offs_m, seen, M_MASK), LOW)
+                    dS = load_rows(dsums_ptr, at * D, M, offs_c, offs_m, offs_c < D, M_MASK)
+                    dk = dot(v_m, tl.trans(dS), dk, PRECISION)
                 dk += tl.load(dtotals_ptr + at * D + offs_c, mask=offs_c < D, other=0.0)[None, :]
         if DV:
             dv = tl.where(seen[:, None], dv, 0.0)

@@ -354,7 +354,7 @@ def _scan(call: Call, chunk: int, first: State, keep_last: bool, rows: Rows | No
         scan_sums,
         (slices * splits * Hkv * S,),
         num_warps=config.state_warps,
-        num_stages=config.stages,
+        num_stages=config.stages if rows is None else config.row_stages,
         x_ptr=x,
         w_ptr=w,
         out_ptr=out,

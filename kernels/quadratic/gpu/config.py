@@ -48,9 +48,9 @@ _SMALL = Read(16, 16, 16, 4, 2)
 INTERPRETER = Row(32, 8, Fold(16, 4, 2), Fold(16, 4, 2), _SMALL, _SMALL, Read(16, 32, 8, 4, 2), Read(32, 16, 16, 4, 2))
 
 
-def _frugal(WIDTH: int, num_warps: int) -> Row:
-    """Fits 99 KB of shared memory: two steps of features with their sums take 64 KB."""
-    read, fold = Read(64, 32, WIDTH, num_warps, 2), Fold(32, num_warps, 2)
+def _frugal(WIDTH: int, num_warps: int, rows: int = 64) -> Row:
+    """Meant for 99 KB of shared memory: two steps of features with their sums take 64 KB."""
+    read, fold = Read(rows, rows // 2, WIDTH, num_warps, 2), Fold(32, num_warps, 2)
     return Row(512, 264, fold, fold, read, read, read, read)
 
 
@@ -60,7 +60,7 @@ CONFIGURATIONS: dict[tuple[str, int, int], Row] = {
     ("consumer", 2, 128): _frugal(8, 8),
     ("consumer", 4, 32): _frugal(16, 4),
     ("consumer", 4, 64): _frugal(8, 4),
-    ("consumer", 4, 128): _frugal(4, 8),
+    ("consumer", 4, 128): _frugal(4, 8, rows=32),
     ("sm_90", 2, 32): Row(
         256, 528, Fold(64, 4, 3), Fold(64, 4, 2), Read(128, 64, 16, 4, 2), Read(128, 64, 16, 4, 2),
         Read(128, 64, 16, 4, 2), Read(128, 64, 16, 4, 2),

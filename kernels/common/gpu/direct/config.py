@@ -1,8 +1,8 @@
 """Tile sizes of the direct form, by architecture, width of the inputs and head size.
 
-Chosen by reading compiled code (`linattn kernels`); none was timed yet. On sm_90 in 2-byte types up to head size 128 all
-products run on the asynchronous matrix unit, and the long loops neither serialise it nor, with Triton 3.6, spill. Left
-as it is: dk and dv of head size 256, and fp32 from 128 on, spill.
+Chosen by reading compiled code (`linattn kernels`); none was timed yet. On sm_90, in 2-byte types up to head size 128,
+all products run on the asynchronous matrix unit, and the long loops neither serialise it nor, with Triton 3.6, spill.
+Left as it is: dk and dv of head size 256, and fp32 from 128 on, spill.
 """
 
 from __future__ import annotations
