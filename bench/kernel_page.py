@@ -89,7 +89,7 @@ def draw(report: dict[str, Any]) -> Figure:
 
 
 def _panel(axes: Axes, rows: Sequence[Row]) -> None:
-    sizes = sorted({row["D"] for row in rows})
+    sizes = (16, 32, 64, 128, 256)
     names = list(dict.fromkeys((row["direction"], row["kernel"]) for row in rows))
     for index, (direction, kernel) in enumerate(names):
         of_kernel = [row for row in rows if (row["direction"], row["kernel"]) == (direction, kernel)]
@@ -99,6 +99,7 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
         axes.vlines(places, low, high, color=color, linewidth=2.5, alpha=0.45)
         axes.plot(places, low, "o", color=color, markersize=4.5, label=f"{direction}: {kernel}")
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    axes.set_xlim(-0.5, len(sizes) - 0.5)
     axes.set_ylim(0, 1)
     axes.grid(axis="y", alpha=0.3)
     if names:

@@ -2,6 +2,9 @@
 #include "quadratic/cpu.hpp"
 
 #include "common/native/capability.hpp"
+#if defined(LINATTN_X86)
+#include "quadratic/amx.hpp"
+#endif
 
 namespace linattn {
 
@@ -22,6 +25,7 @@ namespace quadratic {
 
 void forward(const ForwardCall& call) {
 #if defined(LINATTN_X86)
+    if (capability() >= Capability::amx && isa_amx::takes(call)) return isa_amx::forward(call);
     if (capability() >= Capability::avx512) return isa_avx512::forward(call);
     if (capability() >= Capability::avx2) return isa_avx2::forward(call);
 #endif
@@ -30,6 +34,7 @@ void forward(const ForwardCall& call) {
 
 void backward(const BackwardCall& call) {
 #if defined(LINATTN_X86)
+    if (capability() >= Capability::amx && isa_amx::takes(call)) return isa_amx::backward(call);
     if (capability() >= Capability::avx512) return isa_avx512::backward(call);
     if (capability() >= Capability::avx2) return isa_avx2::backward(call);
 #endif

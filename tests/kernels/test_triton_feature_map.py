@@ -14,11 +14,13 @@ from linattn.kernels.common.stateful import Plan
 from linattn.kernels.feature_map.contract import Options
 from linattn.testing import (
     LAYOUTS,
+    TRUE_FEATURE_MAPS,
     assert_close_to_truth,
     assert_matches_truth,
     evaluate,
     make_inputs,
     make_key_mask,
+    relative_error,
     truth_feature_state,
     truth_linear,
 )
@@ -76,9 +78,48 @@ def test_maps(feature_map):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(("dtype", "feature_map"), [(torch.bfloat16, "relu"), (torch.float16, "elu+1")])
 def test_low_precision(dtype, feature_map, is_causal):
-    """Not elu+1 in bf16: its features lie around 1, and in dq their common part cancels. The error of any arithmetic
-    that rounds features, out or dA to bf16 is then about the budget itself."""
+    """Not elu+1 in bf16: its features lie around 1, and in dq their common part cancels (next test)."""
     check(inputs(dtype=dtype, keys=70), feature_map=feature_map, is_causal=is_causal)
+
+
+def gradients_of_rounded_factors(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, is_causal: bool) -> tuple[Tensor, ...]:
+    """dq, dk, dv of elu+1 for one key head, in float64 but for out and the factors of products: those are rounded to
+    bf16, as any kernel must that feeds a matrix unit."""
+
+    def low(x: Tensor) -> Tensor:
+        return x.bfloat16().double()
+
+    q, k, v, dout = (x.double() for x in (q, k, v, dout))
+    phi, slope = TRUE_FEATURE_MAPS["elu+1"], lambda x: torch.where(x > 0, 1.0, x.exp())
+    fq, fk = low(phi(q)), low(phi(k))
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.float64, device=q.device)
+    seen = seen.tril() if is_causal else seen
+    p = low(fq @ fk.mT * seen)
+    row_sums = p.sum(-1, keepdim=True)
+    out, do = low(p @ v / row_sums), low(dout / row_sums)
+    dA = low((do @ v.mT - (do * out).sum(-1, keepdim=True)) * seen)
+    dk, dv = ((x.mT @ y).sum(1, keepdim=True) for x, y in ((dA, fq), (p, do)))
+    return dA @ fk * slope(q), dk * slope(k), dv
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_bf16_gradients_of_elu(is_causal):
+    """At most twice the error of the same numbers rounded elsewhere, and the rounding of the result."""
+    tensors = inputs(dtype=torch.bfloat16, keys=70)
+    dout = torch.randn(1, 2, 70, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+
+    def pulled_back(function, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
+        return torch.autograd.grad(function(*leaves), leaves, dout.to(dtype))
+
+    gradients = pulled_back(lambda *x: attend(*x, is_causal=is_causal), torch.bfloat16)
+    truth = pulled_back(lambda *x: truth_linear(*x, is_causal=is_causal), torch.float64)
+    emulated = gradients_of_rounded_factors(*tensors, dout, is_causal)
+    for name, actual, true, low in zip("qkv", gradients, truth, emulated, strict=True):
+        error, emulated_error = relative_error(actual, true), relative_error(low, true)
+        assert emulated_error < 0.03, f"the emulation of d{name} is itself off: {emulated_error:.2e}"
+        allowed = 2 * emulated_error + torch.finfo(torch.bfloat16).eps / 2
+        assert error <= allowed, f"gradient of {name}: {error:.2e} exceeds {allowed:.2e}"
 
 
 @pytest.mark.parametrize("feature_map", ["relu", "identity"])

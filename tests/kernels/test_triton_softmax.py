@@ -85,7 +85,7 @@ def test_nothing_leaks_out_of_padding(is_causal: bool) -> None:
     assert (dk.masked_select(hidden) == 0).all() and (dv.masked_select(hidden) == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum, within the spoilt sequence
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's arithmetic within the spoilt sequence
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_packed_sequences(is_causal: bool) -> None:
     q, k, v = inputs(keys=90, heads=2, kv_heads=1)

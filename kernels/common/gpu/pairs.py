@@ -163,16 +163,15 @@ def pull_pairs(t, g, norm, seen, a, b, c, SIMILARITY: tl.constexpr, MASKED: tl.c
         if MASKED:
             s = tl.where(seen, s, float("-inf"))  # hidden scores may be beyond the sum's range
         p = tl.exp2(s)
-        return p, p * g
-    elif NORMALIZE:
-        p = weigh(t, a, b, c, SIMILARITY) * norm
-        ds = pull_weights(t, g, a, b, SIMILARITY)
+        ds = p * g
     else:
         p = weigh(t, a, b, c, SIMILARITY)
+        if NORMALIZE:
+            p *= norm
         ds = pull_weights(t, g, a, b, SIMILARITY)
-    if MASKED:
-        p = tl.where(seen, p, 0.0)
-        ds = tl.where(seen, ds, 0.0)
+        if MASKED:
+            p = tl.where(seen, p, 0.0)
+            ds = tl.where(seen, ds, 0.0)
     return p, ds
 
 
@@ -221,8 +220,7 @@ def pull_keys(
     there, so that they give nothing. Rows of keys that do not count are left with anything: store zeros there.
     """
     offs_q, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
-    # The few tiles on the diagonal load nothing ahead: what that needs would be spilled, and missing in the long loop.
-    for i0 in tl.range(start, stop, BLOCK_Q, num_stages=1 if MASKED else None):
+    for i0 in tl.range(start, stop, BLOCK_Q):
         queries = i0 + offs_q
         real = queries < end
         q = load_rows(q_ptr, i0, stride_qt, real, offs_q, offs_d, D, RAGGED, EVEN_D)

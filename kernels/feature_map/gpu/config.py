@@ -41,31 +41,87 @@ DECODED = 8
 SIZES = (32, 64, 128, 256)
 """Rows are for head sizes up to these: max(D, M)."""
 
+# fmt: off
 _LOW = {
-    32: Config(128, 64, 32, 32, 32, 128, 4, 4, 4, 3, 3),
-    64: Config(128, 64, 64, 64, 64, 64, 4, 8, 4, 2, 2),
-    128: Config(128, 64, 64, 128, 128, 64, 8, 8, 8, 2, 2),
-    256: Config(64, 64, 64, 128, 64, 64, 8, 8, 8, 2, 1),
+    32: Config(
+        chunk=128, backward_chunk=64, features=32, columns=32, gradient=32, keys=128,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=3, row_stages=3,
+    ),
+    64: Config(
+        chunk=128, backward_chunk=64, features=64, columns=64, gradient=64, keys=64,
+        state_warps=4, output_warps=8, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    128: Config(
+        chunk=128, backward_chunk=64, features=64, columns=128, gradient=128, keys=64,
+        state_warps=8, output_warps=8, gradient_warps=8, stages=2, row_stages=2,
+    ),
+    256: Config(
+        chunk=64, backward_chunk=64, features=64, columns=128, gradient=64, keys=64,
+        state_warps=8, output_warps=8, gradient_warps=8, stages=2, row_stages=1,
+    ),
 }
 _WIDE = {
-    32: Config(64, 32, 32, 32, 32, 64, 4, 4, 4, 2, 2),
-    64: Config(64, 32, 64, 64, 32, 64, 4, 4, 4, 2, 2),
-    128: Config(64, 32, 64, 64, 32, 32, 4, 8, 4, 2, 2),
-    256: Config(16, 32, 64, 32, 32, 16, 8, 4, 4, 2, 1),
+    32: Config(
+        chunk=64, backward_chunk=32, features=32, columns=32, gradient=32, keys=64,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    64: Config(
+        chunk=64, backward_chunk=32, features=64, columns=64, gradient=32, keys=64,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    128: Config(
+        chunk=64, backward_chunk=32, features=64, columns=64, gradient=32, keys=32,
+        state_warps=4, output_warps=8, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    256: Config(
+        chunk=16, backward_chunk=32, features=64, columns=32, gradient=32, keys=16,
+        state_warps=8, output_warps=4, gradient_warps=4, stages=2, row_stages=1,
+    ),
 }
 _CONSUMER_LOW = {
-    32: Config(64, 64, 32, 32, 32, 64, 4, 4, 4, 2, 2),
-    64: Config(64, 64, 64, 64, 64, 64, 4, 4, 4, 2, 2),
-    128: Config(64, 32, 64, 64, 64, 64, 4, 4, 4, 2, 2),
-    256: Config(32, 32, 64, 64, 64, 32, 8, 4, 4, 2, 1),
+    32: Config(
+        chunk=64, backward_chunk=64, features=32, columns=32, gradient=32, keys=64,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    64: Config(
+        chunk=64, backward_chunk=64, features=64, columns=64, gradient=64, keys=64,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    128: Config(
+        chunk=64, backward_chunk=32, features=64, columns=64, gradient=64, keys=64,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    256: Config(
+        chunk=32, backward_chunk=32, features=64, columns=64, gradient=64, keys=32,
+        state_warps=8, output_warps=4, gradient_warps=4, stages=2, row_stages=1,
+    ),
 }
 _CONSUMER_WIDE = {
-    32: Config(64, 32, 32, 32, 32, 32, 4, 4, 4, 2, 2),
-    64: Config(32, 32, 64, 64, 32, 32, 4, 4, 4, 2, 2),
-    128: Config(32, 16, 32, 32, 32, 32, 4, 4, 4, 2, 2),
-    256: Config(16, 16, 32, 32, 32, 16, 4, 4, 4, 1, 1),
+    32: Config(
+        chunk=64, backward_chunk=32, features=32, columns=32, gradient=32, keys=32,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    64: Config(
+        chunk=32, backward_chunk=32, features=64, columns=64, gradient=32, keys=32,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    128: Config(
+        chunk=32, backward_chunk=16, features=32, columns=32, gradient=32, keys=32,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
+    ),
+    256: Config(
+        chunk=16, backward_chunk=16, features=32, columns=32, gradient=32, keys=16,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=1, row_stages=1,
+    ),
 }
-_SMALL = {size: Config(16, 16, 16, 16, 16, 16, 4, 4, 4, 1, 1, fill=16) for size in SIZES}
+_SMALL = {
+    size: Config(
+        chunk=16, backward_chunk=16, features=16, columns=16, gradient=16, keys=16,
+        state_warps=4, output_warps=4, gradient_warps=4, stages=1, row_stages=1, fill=16,
+    )
+    for size in SIZES
+}
+# fmt: on
 
 # By architecture and whether products are of 4-byte numbers (fp32, and fp16 in TF32).
 TABLE: dict[tuple[str, bool], dict[int, Config]] = {
