@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from linattn.bench.cases import Problem
 from linattn.bench.pytest_plugin import BenchmarkPlugin
-from linattn.bench.targets import AVX2_TARGETS, TARGETS, methods_on
+from linattn.bench.targets import AVX2_TARGETS, TARGETS, Target, methods_on
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -17,5 +18,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("problem", "targets"), [(p, targets) for p in problems], ids=map(str, problems))
 
 
-def test_targets(problem, targets, benchmarks: BenchmarkPlugin) -> None:
+def test_targets(problem: Problem, targets: tuple[Target, ...], benchmarks: BenchmarkPlugin) -> None:
     benchmarks.check(problem, methods_on(problem, targets))

@@ -114,7 +114,7 @@ def _measure(
 ) -> None:
     tensors = problem.inputs(device)
     calls = {
-        method.form: prepare(replace(method, backend=backend), problem, tensors)
+        str(method.form): prepare(replace(method, backend=backend), problem, tensors)
         for method in (QUADRATIC_CHUNKED, QUADRATIC_DIRECT)
     }
     samples, _ = side_by_side(calls, device=device, budget_s=budget_s)

@@ -73,7 +73,7 @@ def key_of(backend: str, device: str, dtype: torch.dtype) -> str:
     return f"{backend}/{_machine(backend, device)}/{DTYPES[dtype]}"
 
 
-@torch.compiler.assume_constant_result  # asks the machine, which traced code cannot
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asks the machine, which traced code cannot
 def _machine(backend: str, device: str) -> str:
     if backend == "native":
         return str(backends.capability())
@@ -112,5 +112,5 @@ def _interpolated(points: list[tuple[int, float]], D: int) -> float:
     for (left, a), (right, b) in zip(points, points[1:], strict=False):
         if right >= D:
             share = math.log(D / left) / math.log(right / left)
-            return a * (b / a) ** share
+            return a * math.exp(share * math.log(b / a))
     return points[-1][1]

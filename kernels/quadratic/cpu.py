@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,11 +63,11 @@ def backward(
     dout, out, l = unit_last_stride(dout), unit_last_stride(out), l.contiguous()
     before, dafter = [x.contiguous() for x in initial_state], [x.contiguous() for x in dstate]
     gradients = [empty_in_storage_order(x, x.shape[3]) for x in (q, k, v)]
+    dq, dk, dv = (strided(x) if want else NOT_WANTED for x, want in zip(gradients, wanted, strict=False))
     dbefore = [torch.empty_like(x) for x in before[1:]] if wanted[3] else []
     quadratic_backward(
         call.problem, _coefficients(options), FORMS[plan.form], plan.chunk_size, strided(out), address(l),
-        _addresses(before), strided(dout),
-        *(strided(x) if want else NOT_WANTED for x, want in zip(gradients, wanted, strict=False)),
+        _addresses(before), strided(dout), dq, dk, dv,
         _addresses([None, *dafter] if dafter else []), _addresses([None, *dbefore] if dbefore else []),
     )  # fmt: skip
     return *gradients, dbefore  # type: ignore[return-value]
@@ -86,7 +88,7 @@ def _empty_state(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Tensor
     return [k.new_empty(n, dtype=torch.int64), *(k.new_empty(shape, dtype=torch.float32) for shape in sums)]
 
 
-def _addresses(state: list[Tensor | None]) -> tuple[int, ...]:
+def _addresses(state: Sequence[Tensor | None]) -> tuple[int, ...]:
     return tuple(address(x) for x in state) or (0,) * 6
 
 

@@ -44,7 +44,7 @@ def recording() -> Iterator[list[Launch]]:
         _recorded.pop()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **arguments: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: Any, num_stages: Any, **arguments: Any) -> None:
     """Run `kernel` on `grid`; `arguments` are its parameters by name, constants included."""
     call = Launch(kernel, grid, arguments, num_warps, num_stages)
     if _recorded:

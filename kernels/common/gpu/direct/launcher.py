@@ -156,7 +156,7 @@ def backward(
     Hkv, Tk = k.shape[1:3]
     dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
     norm, delta = (torch.empty_like(l), torch.empty_like(l)) if problem.normalize else (None, None)
-    rows = {
+    rows: dict[str, Any] = {
         "norm_ptr": norm,
         "delta_ptr": delta,
         "dout_ptr": dout,
@@ -202,9 +202,8 @@ def _readable(problem: Problem) -> Problem:
     """With last strides of 1, as kernels read them. Other strides may be anything: only then is something copied."""
     if problem.cu_seqlens is not None:
         check_sequences(problem.cu_seqlens, problem.q.shape[2])
-    tensors = [_unit_last_stride(x) for x in (problem.q, problem.k, problem.v)]
-    options = (problem.key_mask, problem.cu_seqlens, problem.is_causal, problem.q_offset)
-    return Problem(*tensors, *options, problem.similarity, problem.normalize)
+    q, k, v = (_unit_last_stride(x) for x in (problem.q, problem.k, problem.v))
+    return replace(problem, q=q, k=k, v=v)
 
 
 def _unit_last_stride(x: Tensor) -> Tensor:
