@@ -269,17 +269,72 @@ def test_a_state_without_keys_is_no_state() -> None:
         assert_close_to_truth(ours, reference.double(), gradient=True)
 
 
-@pytest.mark.parametrize("form", ["auto", "recurrent"])
-def test_one_token_beside_a_state(form: str) -> None:
-    x = inputs(dtype=torch.float32, keys=41, heads=2, kv_heads=1)
-    past = [t[:, :, :40] for t in x]
-    _, state = chunked(is_causal=True, enable_gqa=True, return_state=True)(*past)
-    out, after = chunked(is_causal=True, enable_gqa=True, initial_state=state, return_state=True, form=form)(
-        *(t[:, :, 40:] for t in x)
-    )
-    assert_close_to_truth(out, truth_quadratic(*x, is_causal=True)[:, :, 40:])
-    for ours, true in zip(after, truth_quadratic_state(*x[1:]), strict=True):
-        assert relative_error(ours, true) < 1e-6
+# ---- decoding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernels but those of a step."""
+    from linattn.kernels.quadratic.gpu import chunked
+
+    monkeypatch.delattr(chunked, "forward")
+
+
+def state_of(k: Tensor, v: Tensor) -> QuadraticState:
+    return QuadraticState(*(x.float() if x.is_floating_point() else x for x in truth_quadratic_state(k, v)))
+
+
+@pytest.mark.usefixtures("only_steps")
+@pytest.mark.parametrize(
+    "dtype, D, M, options",
+    [
+        (torch.float32, 16, 16, {"form": "recurrent"}),
+        (torch.float32, 20, 17, {"scale": 0.7, "coefficients": (1, 1, 0.5)}),
+        (torch.bfloat16, 32, 16, {}),
+        (torch.bfloat16, 17, 20, {"coefficients": (0.5, -3, -2), "normalize": False}),
+    ],
+    ids=str,
+)
+def test_steps_are_the_whole(dtype: torch.dtype, D: int, M: int, options: dict[str, Any]) -> None:
+    """One token three times, then, if that is not the recurrent form, three tokens."""
+    x = inputs(dtype=dtype, keys=26, heads=4, kv_heads=2, head_size=D, value_size=M)
+    state, outs = state_of(*(t[:, :, :20] for t in x[1:])), []
+    steps = [20, 21, 22, 23] if "form" in options else [20, 21, 22, 23, 26]
+    for start, stop in zip(steps, steps[1:], strict=False):
+        token = [t[:, :, start:stop] for t in x]
+        how = {"form": "auto", "is_causal": True, "enable_gqa": True, "initial_state": state, "return_state": True}
+        out, state = chunked(**how | options)(*token)
+        outs.append(out)
+    seen = [t[:, :, : steps[-1]] for t in x]
+    true = truth_quadratic(*seen, is_causal=True, **{n: o for n, o in options.items() if n != "form"})
+    assert_close_to_truth(torch.cat(outs, 2), true[:, :, 20:])
+    for ours, expected in zip(state, truth_quadratic_state(*seen[1:]), strict=True):
+        assert relative_error(ours, expected) < 1e-6
+
+
+@pytest.mark.usefixtures("only_steps")
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_masked_tokens_are_not_added_to_a_state(is_causal: bool) -> None:
+    q, k, v = inputs(dtype=torch.float32, keys=24, batch=2)
+    mask = torch.tensor([[True, False, True, True], [False, False, False, False]], device=DEVICE)
+    past, new = [x[:, :, :20] for x in (k, v)], [x[:, :, 20:] for x in (k, v)]
+    spoiled = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in new]
+    options = {"is_causal": is_causal, "key_mask": mask}
+    before = state_of(*past)
+    out, after = chunked(**options, form="auto", initial_state=before, return_state=True)(q[:, :, 20:], *spoiled)
+    assert_close_to_truth(out, truth_quadratic(q[:, :, 20:], *new, past=past, **options))
+    assert after.n.tolist() == [23, 20]
+    for ours, old, true in zip(after[1:], before[1:], truth_quadratic_state(*new, key_mask=mask)[1:], strict=True):
+        assert relative_error(ours, old.double() + true) < 1e-6
+
+
+@pytest.mark.usefixtures("only_steps")
+def test_the_first_token_gives_its_value() -> None:
+    """Whatever its score: here it is -1 but for 1e-4, and the sums of a state would lose all digits."""
+    q, k, v = inputs(dtype=torch.float32, keys=1)
+    q = -(1 - 1e-4) * k / k.square().sum(-1, keepdim=True)
+    out = chunked(is_causal=True, form="auto", initial_state=state_of(k[:, :, :0], v[:, :, :0]))(q, k, v)
+    assert relative_error(out, v.double()) < 1e-6
 
 
 # ---- numerics --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The Triton backend of the quadratic ops: which kernels a call runs on.
 
-Direct form: `direct`, or `chunked` where a state stands before or after. Chunked form: `chunked`.
+Direct form: `direct`, or `chunked` where a state stands before or after. Chunked form: `chunked`. A few tokens beside a
+state: `step`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...common.stateful import Plan
 from ..contract import Options
-from . import chunked, direct
+from . import chunked, direct, step
 
 State = list[Tensor]
 
@@ -26,6 +27,8 @@ def forward(
     save: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, State, State]:
+    if step.runs(q, k, cu_seqlens, initial_state):
+        return step.forward(q, k, v, key_mask, initial_state, options, return_state, plan)
     if plan.form == "chunked" or initial_state:
         plan = _scores_unless_chunked(plan)
         return chunked.forward(q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, plan)
@@ -63,4 +66,6 @@ def _scores_unless_chunked(plan: Plan) -> Plan:
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str:
     """The kernels that a call runs, and their configuration."""
+    if form == "recurrent":
+        return step.describe(q, v)
     return chunked.describe(q, k, v, is_causal) if form == "chunked" else direct.describe(q, v)

@@ -181,14 +181,18 @@ class Call:
             GRAM=gram_precision(self.q.dtype), size=layout.record_size(self.BLOCK_D, self.BLOCK_M),
         )  # fmt: skip
 
-    def scores(self, read: config.Read) -> dict[str, Any]:
-        """What kernels that compute scores take."""
+    def pairs(self) -> dict[str, Any]:
+        """Rows, keys and what their scores weigh."""
         o, mask = self.options, self.key_mask
         similarity = quadratic(o.scale or TINY, (o.c0, o.c1, o.c2), o.normalize)
         return dict(
-            **self.constants(), **strides("q", self.q), **strides("k", self.k), **strides("v", self.v),
+            **strides("q", self.q), **strides("k", self.k), **strides("v", self.v),
             key_mask_ptr=mask, stride_mb=0 if mask is None else mask.stride(0), KEY_MASK=mask is not None,
             T=self.q.shape[2], Tk=self.k.shape[2], a=similarity.a, b=similarity.b, c=similarity.c,
             slope=similarity.slope, SIMILARITY=similarity.kind, NORMALIZE=o.normalize, GROUP=self.group,
-            WIDTH=read.WIDTH, LOW=LOW[self.q.dtype], FOLD=LOW[FOLD[self.q.dtype]],
+            LOW=LOW[self.q.dtype],
         )  # fmt: skip
+
+    def scores(self, read: config.Read) -> dict[str, Any]:
+        """What kernels that compute scores and read sums take."""
+        return self.constants() | self.pairs() | dict(WIDTH=read.WIDTH, FOLD=LOW[FOLD[self.q.dtype]])

@@ -29,6 +29,15 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Step:
+    """How many numbers of a state a program holds, its warps."""
+
+    numbers: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
 class Row:
     chunk: int
     programs: int
@@ -39,13 +48,19 @@ class Row:
     pull_rows: Read
     pull_keys: Read
     pull_values: Read
+    step: Step = Step(4096, 4)
 
+
+STEP_TOKENS = 8
+"""Tokens up to which a call passes over the state itself, whatever the form."""
 
 HEAD_SIZES = (32, 64, 128)
 """Rows of the table: the larger of BLOCK_D and BLOCK_M fits."""
 
 _SMALL = Read(16, 16, 16, 4, 2)
-INTERPRETER = Row(32, 8, Fold(16, 4, 2), Fold(16, 4, 2), _SMALL, _SMALL, Read(16, 32, 8, 4, 2), Read(32, 16, 16, 4, 2))
+INTERPRETER = Row(
+    32, 8, Fold(16, 4, 2), Fold(16, 4, 2), _SMALL, _SMALL, Read(16, 32, 8, 4, 2), Read(32, 16, 16, 4, 2), Step(1024, 4)
+)
 
 
 def _frugal(WIDTH: int, num_warps: int, rows: int = 64) -> Row:
