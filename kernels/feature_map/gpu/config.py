@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -78,13 +78,14 @@ _WIDE = {
         state_warps=8, output_warps=4, gradient_warps=4, stages=2, row_stages=1,
     ),
 }
+# Also for sm_80, which multiplies from registers too: the larger tiles spill there.
 _CONSUMER_LOW = {
     32: Config(
         chunk=64, backward_chunk=64, features=32, columns=32, gradient=32, keys=64,
         state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
     ),
     64: Config(
-        chunk=64, backward_chunk=64, features=64, columns=64, gradient=64, keys=64,
+        chunk=64, backward_chunk=32, features=64, columns=64, gradient=64, keys=64,
         state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
     ),
     128: Config(
@@ -111,9 +112,11 @@ _CONSUMER_WIDE = {
     ),
     256: Config(
         chunk=16, backward_chunk=16, features=32, columns=32, gradient=32, keys=16,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=1, row_stages=1,
+        state_warps=8, output_warps=4, gradient_warps=4, stages=1, row_stages=1,
     ),
 }
+# Triton 3.9 cannot pipeline the scan in bf16 for sm_100: its compiler fails.
+_UNPIPELINED_LOW = {size: replace(row, stages=1, row_stages=1) for size, row in _LOW.items()}
 _SMALL = {
     size: Config(
         chunk=16, backward_chunk=16, features=16, columns=16, gradient=16, keys=16,
@@ -125,11 +128,11 @@ _SMALL = {
 
 # By architecture and whether products are of 4-byte numbers (fp32, and fp16 in TF32).
 TABLE: dict[tuple[str, bool], dict[int, Config]] = {
-    ("sm_80", False): _LOW,
-    ("sm_80", True): _WIDE,
+    ("sm_80", False): _CONSUMER_LOW,
+    ("sm_80", True): _CONSUMER_WIDE,
     ("sm_90", False): _LOW,
     ("sm_90", True): _WIDE,
-    ("sm_100", False): _LOW,
+    ("sm_100", False): _UNPIPELINED_LOW,
     ("sm_100", True): _WIDE,
     ("gfx942", False): _CONSUMER_LOW,
     ("gfx942", True): _CONSUMER_WIDE,

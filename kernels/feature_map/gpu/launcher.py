@@ -1,4 +1,7 @@
-"""Which kernels a call runs, and with what."""
+"""Which kernels a call runs, and with what.
+
+A chunk is a tile of rows here, so the table in `config` sets its size: `plan.chunk_size` is not read.
+"""
 
 from __future__ import annotations
 
@@ -83,41 +86,7 @@ def backward(
     if wanted[1] or wanted[2] or want_initial:
         dinitial = _scan(call, config.backward_chunk, after, keep_last=want_initial, rows=rows)
     if any(wanted[:3]):
-        places, W = call.places(config.backward_chunk, from_keys=True)
-        block = min(config.gradient, max(padded(call.D), padded(call.M)))
-        slices = triton.cdiv(max(call.D, call.M), block)
-        launch(
-            chunk_gradients,
-            (slices * places * k.shape[1] * k.shape[0],),
-            num_warps=config.gradient_warps,
-            num_stages=1,
-            q_ptr=call.q,
-            k_ptr=call.k,
-            v_ptr=call.v,
-            out_ptr=rows.out,
-            dout_ptr=rows.dout,
-            l_ptr=rows.l,
-            totals_ptr=keys.totals,
-            sums_ptr=keys.sums,
-            dtotals_ptr=dinitial.totals,
-            dsums_ptr=dinitial.sums,
-            dq_ptr=dq,
-            dk_ptr=dk,
-            dv_ptr=dv,
-            **strides(q=call.q, k=call.k, v=call.v, o=rows.out, do=rows.dout, dq=dq, dk=dk, dv=dv),
-            places=places,
-            sequences=call.sequences,
-            W=W,
-            BLOCK=block,
-            CHUNK=config.backward_chunk,
-            KEY_SPLITS=keys.splits,
-            ROW_SPLITS=dinitial.splits,
-            DQ=wanted[0],
-            DK=wanted[1],
-            DV=wanted[2],
-            **call.common,
-            **call.products,
-        )
+        _chunk_gradients(call, rows, keys, dinitial, (dq, dk, dv), wanted)
     return dq, dk, dv, dinitial.last if want_initial else []
 
 
@@ -375,6 +344,48 @@ def _scan(call: Call, chunk: int, first: State, keep_last: bool, rows: Rows | No
         **call.products,
     )
     return Sums(totals, sums, [x[:, 0] if splits == 1 else x.sum(1) for x in last], splits)
+
+
+def _chunk_gradients(
+    call: Call, rows: Rows, keys: Sums, dsums: Sums, gradients: tuple[Tensor, ...], wanted: list[bool]
+) -> None:
+    """Fill those of dq, dk and dv that are wanted."""
+    config, (dq, dk, dv) = call.config, gradients
+    places, W = call.places(config.backward_chunk, from_keys=True)
+    block = min(config.gradient, max(padded(call.D), padded(call.M)))
+    slices = triton.cdiv(max(call.D, call.M), block)
+    launch(
+        chunk_gradients,
+        (slices * places * call.k.shape[1] * call.k.shape[0],),
+        num_warps=config.gradient_warps,
+        num_stages=1,
+        q_ptr=call.q,
+        k_ptr=call.k,
+        v_ptr=call.v,
+        out_ptr=rows.out,
+        dout_ptr=rows.dout,
+        l_ptr=rows.l,
+        totals_ptr=keys.totals,
+        sums_ptr=keys.sums,
+        dtotals_ptr=dsums.totals,
+        dsums_ptr=dsums.sums,
+        dq_ptr=dq,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        **strides(q=call.q, k=call.k, v=call.v, o=rows.out, do=rows.dout, dq=dq, dk=dk, dv=dv),
+        places=places,
+        sequences=call.sequences,
+        W=W,
+        BLOCK=block,
+        CHUNK=config.backward_chunk,
+        KEY_SPLITS=keys.splits,
+        ROW_SPLITS=dsums.splits,
+        DQ=wanted[0],
+        DK=wanted[1],
+        DV=wanted[2],
+        **call.common,
+        **call.products,
+    )
 
 
 def _pair(name: str, sums: State) -> dict[str, Tensor | None]:
