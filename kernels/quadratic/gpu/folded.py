@@ -82,12 +82,15 @@ def read_record(
     acc, x_tile, record_ptr, D, weight_0, weight_1, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     EVEN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + the terms of degree 1 and 0."""
-    offs_d, offs_m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    """acc + the terms of degree 1 and 0. Wide numbers go through shared memory by slices, since three TF32 products
+    hold each twice there."""
+    STEP: tl.constexpr = SLICE if tl.float32 == FOLD else BLOCK_D
+    offs_d, offs_m = tl.arange(0, STEP), tl.arange(0, BLOCK_M)
     linear_ptr = record_ptr + BLOCK_D * BLOCK_D
-    linear = tl.load(linear_ptr + offs_d[:, None] * BLOCK_M + offs_m[None, :]) * weight_1
-    x = rounded(load_columns(x_tile, 0, offs_d, D, EVEN), FOLD)
-    acc = dot(x, rounded(linear, FOLD), acc, PRECISION)
+    for first in tl.range(0, BLOCK_D, STEP):
+        linear = tl.load(linear_ptr + (first + offs_d)[:, None] * BLOCK_M + offs_m[None, :]) * weight_1
+        x = rounded(load_columns(x_tile, tl.multiple_of(first, STEP), offs_d, D, EVEN), FOLD)
+        acc = dot(x, rounded(linear, FOLD), acc, PRECISION)
     return acc + tl.load(linear_ptr + BLOCK_D * BLOCK_M + BLOCK_D + offs_m)[None, :] * weight_0
 
 
@@ -110,17 +113,27 @@ def read_row_sums(
 
 @triton.jit
 def pull_record(
-    acc, x, y, factor, record_ptr, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROW_SUMS: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
+    acc, x_tile, y_tile, factor, record_ptr, D, M, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr, ROW_SUMS: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradient to x of the terms of degree 1 against y, and `factor` (by row) times that of the row sum."""
-    offs_d, offs_m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    """Add the gradient to x of the terms of degree 1 against y, and `factor` (by row) times that of the row sum; by
+    slices as in `read_record`."""
+    STEP_M: tl.constexpr = SLICE if tl.float32 == FOLD else BLOCK_M
+    STEP_D: tl.constexpr = SLICE if tl.float32 == FOLD else BLOCK_D
+    offs_d = tl.arange(0, BLOCK_D)
     linear_ptr = record_ptr + BLOCK_D * BLOCK_D
-    linear = tl.load(linear_ptr + offs_d[None, :] * BLOCK_M + offs_m[:, None]) * weight_1
-    acc = dot(rounded(y, FOLD), rounded(linear, FOLD), acc, PRECISION)
+    for first in tl.range(0, BLOCK_M, STEP_M):
+        offs = tl.arange(0, STEP_M)
+        linear = tl.load(linear_ptr + offs_d[None, :] * BLOCK_M + (first + offs)[:, None]) * weight_1
+        y = rounded(load_columns(y_tile, tl.multiple_of(first, STEP_M), offs, M, EVEN), FOLD)
+        acc = dot(y, rounded(linear, FOLD), acc, PRECISION)
     if ROW_SUMS:
-        gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + offs_d[None, :])
-        row = dot(x.to(tl.float32), gram, None, GRAM) * (2 * weight_2)
+        row = tl.zeros(acc.shape, tl.float32)
+        for first in tl.range(0, BLOCK_D, STEP_D):
+            offs = tl.arange(0, STEP_D)
+            gram = tl.load(record_ptr + (first + offs)[:, None] * BLOCK_D + offs_d[None, :])
+            x = load_columns(x_tile, tl.multiple_of(first, STEP_D), offs, D, EVEN).to(tl.float32)
+            row = dot(x, gram, row, GRAM)
         x_sum = tl.load(linear_ptr + BLOCK_D * BLOCK_M + offs_d)
-        acc += (row + (x_sum * weight_1)[None, :]) * factor[:, None]
+        acc += (row * (2 * weight_2) + (x_sum * weight_1)[None, :]) * factor[:, None]
     return acc

@@ -63,7 +63,9 @@ def pull_folded_keys(
     else:
         dk = pull_pairs(dk, k_tile, v_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
         one = tl.full([BLOCK_K], 1.0, tl.float32)
-        dk = pull_record(dk, k, v, one, record_ptr, 1.0, 1.0, BLOCK_D, BLOCK_M, True, FOLD, PRECISION, GRAM)
+        dk = pull_record(
+            dk, k_tile, v_tile, one, record_ptr, D, M, 1.0, 1.0, BLOCK_D, BLOCK_M, EVEN, True, FOLD, PRECISION, GRAM
+        )
         dk /= slope  # pairs leave their slope to the end
     end = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
     begin, stop = rows_between(key_0 if CAUSAL else 0, end, q_offset, T, CAUSAL)

@@ -173,13 +173,13 @@ def pull_rows(
     q_tile, shared_tile = q_ptr + offs * stride_qt, shared_ptr + row * M + offs * M
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     dq = pull_pairs(dq, q_tile, shared_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
-    shared = load_rows(shared_ptr + row * M, 0, M, real, offs_q, offs_m, M, True, EVEN)
     delta = tl.zeros([BLOCK_Q], tl.float32)
     if NORMALIZE:
         delta = tl.load(folded_delta_ptr + row + offs_q, mask=real, other=0.0)
     dq = pull_record(
-        dq, q, shared, -delta, record_ptr, weight_1, weight_2, BLOCK_D, BLOCK_M, NORMALIZE, FOLD, PRECISION, GRAM
-    )
+        dq, q_tile, shared_tile, -delta, record_ptr, D, M, weight_1, weight_2, BLOCK_D, BLOCK_M, EVEN, NORMALIZE,
+        FOLD, PRECISION, GRAM,
+    )  # fmt: skip
     dq /= slope  # pairs leave their slope to the end
     dout = load_rows(dout_ptr, 0, stride_gt, real, offs_q, offs_m, M, True, EVEN)
     norm, delta = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
