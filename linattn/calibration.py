@@ -73,10 +73,9 @@ def key_of(backend: str, device: str, dtype: torch.dtype) -> str:
     return f"{backend}/{_machine(backend, device)}/{DTYPES[dtype]}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asks the machine, which traced code cannot
 def _machine(backend: str, device: str) -> str:
     if backend == "native":
-        return str(backends.capability())
+        return backends.CAPABILITY
     if backend == "triton" and device == "cuda":
         from linattn.kernels.common.gpu.architecture import architecture
 

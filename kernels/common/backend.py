@@ -72,11 +72,6 @@ def _beyond_fused(call: Call) -> str:
     return ""
 
 
-def capability() -> str:
-    """The instruction set of the native kernels."""
-    return str(importlib.import_module("linattn._native").capability())
-
-
 def _native_absent() -> str:
     try:
         extension = importlib.import_module("linattn._native")
@@ -94,6 +89,12 @@ def _native_absent() -> str:
     return ""
 
 
+def _capability() -> str:
+    return "absent" if NATIVE_ABSENT else str(importlib.import_module("linattn._native").capability())
+
+
 NATIVE_ABSENT = _native_absent()
+CAPABILITY = _capability()
+"""The instruction set of the native kernels. A constant, since traced code cannot ask for it."""
 TRITON_ABSENT = "" if importlib.util.find_spec("triton") else "triton is not installed: pip install 'linattn[triton]'"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

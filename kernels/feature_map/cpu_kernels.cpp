@@ -19,6 +19,7 @@ using feature_map::State;
 
 constexpr int longest_chunk = key_block, usual_chunk = 48;  // 48: whole strips of registers at every width
 constexpr Index shortest_segment = 4 * usual_chunk;
+constexpr Index many_keys = 4096;  // and more: their sums are taken in two levels
 
 LINATTN_INLINE int fours(Index rows) { return static_cast<int>(blocks(rows, 4) * 4); }
 LINATTN_INLINE Index clamped(Index x, Index low, Index high) { return most(low, least(x, high)); }
@@ -149,6 +150,44 @@ inline void store_state(const Work& w, const float* S, const float* z, Index tas
     }
 }
 
+// S [Dp][Mp] and z [Dp], to which chunks are added. Of very many keys, where a chunk would be lost in the sum of all before
+// it, recent ones have a sum of their own, which joins the others now and then.
+struct Sums {
+    const Index size;
+    float *S, *z;
+    float *recent, *settled;  // S = settled + recent; or null
+    Index folds = 0;
+
+    Sums(const Work& w, Scratch& scratch, float* memory, Index keys)
+        : size(w.size()), S(memory), z(memory + w.Dp * w.Mp),
+          recent(keys > many_keys ? scratch.take<float>(2 * size) : nullptr),
+          settled(recent == nullptr ? nullptr : recent + size) {
+        clear(S, size);
+    }
+    Sums(const Work& w, Scratch& scratch, Index keys) : Sums(w, scratch, scratch.take<float>(w.size()), keys) {}
+
+    // Call this between setting S and adding the first chunk.
+    void begin() {
+        folds = 0;
+        if (recent != nullptr) settle();
+    }
+    // Call add(S, z) for the sums that a chunk of rows or keys is to be added to.
+    template <class Add>
+    void fold(const Work& w, const Add& add) {
+        float* to = recent == nullptr ? S : recent;
+        add(to, to + w.Dp * w.Mp);
+        if (recent == nullptr) return;
+        for (Index i = 0; i < size; i += width) store(S + i, load(settled + i) + load(recent + i));
+        if (++folds % (many_keys / usual_chunk) == 0) settle();
+    }
+
+private:
+    void settle() {
+        __builtin_memcpy(settled, S, sizeof(float) * size);
+        clear(recent, size);
+    }
+};
+
 // One chunk of keys, as features and values.
 struct Keys {
     Index j0 = 0;
@@ -190,9 +229,11 @@ struct Keys {
         pack_transposed({const_cast<float*>(v), v_stride, Dtype::fp32}, count, w.p.M, 1, nullptr, vt);
     }
     // S += phi(k)^T v, z += sum of phi(k).
-    void fold(const Work& w, float* S, float* z) const {
-        multiply<1>({{k, 1, w.Dp, v, v_stride, count}}, fours(w.p.D), w.Mp, S, w.Mp, true);
-        for (int c = 0; c < count; ++c) add_all(k + c * w.Dp, w.Dp, z);
+    void fold(const Work& w, Sums& sums) const {
+        sums.fold(w, [&](float* S, float* z) {
+            multiply<1>({{k, 1, w.Dp, v, v_stride, count}}, fours(w.p.D), w.Mp, S, w.Mp, true);
+            for (int c = 0; c < count; ++c) add_all(k + c * w.Dp, w.Dp, z);
+        });
     }
 };
 
@@ -247,9 +288,9 @@ LINATTN_INLINE float dot(const float* a, const float* b, Index n) {
 
 // ---- forward ----
 
-void read_rows(const Work& w, const Segment& part, Queries& q, Index i0, Index i1, const Keys& keys, const float* S,
-               const float* z) {
+void read_rows(const Work& w, const Segment& part, Queries& q, Index i0, Index i1, const Keys& keys, const Sums& sums) {
     if (i0 >= i1) return;
+    const float *S = sums.S, *z = sums.z;
     for (Index g = 0; g < w.group; ++g) {
         q.load(w, part, part.head * w.group + g, i0, i1);
         float* l = q.row_sums(w, part);
@@ -285,34 +326,35 @@ void sum_segment(const Work& w, Index unit) {
     if (w.p.is_causal && part.index + 1 == part.count) return;
     Scratch scratch;
     Keys keys(w, scratch);
-    float *S = w.sums + unit * w.size(), *z = S + w.Dp * w.Mp;
-    clear(S, w.size());
+    Sums sums(w, scratch, w.sums + unit * w.size(), part.last_key - part.first_key);
+    sums.begin();
     for (Index j = part.first_key; j < part.last_key; j += w.chunk) {
         keys.load(w, part, j, least(j + w.chunk, part.last_key));
-        keys.fold(w, S, z);
+        keys.fold(w, sums);
     }
 }
 
 // The sums before a segment's first key: of the initial state and all earlier segments; of all segments if rows see all.
-void sums_before(const Work& w, const Segment& part, Index task, float* S, float* z) {
-    clear(S, w.size());
-    if (w.call.before != nullptr) add_state(w, *w.call.before, task, S, z);
+void sums_before(const Work& w, const Segment& part, Index task, Sums& sums) {
+    clear(sums.S, w.size());
+    if (w.call.before != nullptr) add_state(w, *w.call.before, task, sums.S, sums.z);
     const Index end = w.p.is_causal ? part.index : part.count;
-    for (Index i = 0; i < end; ++i) add_all(w.sums_of(task, i), w.size(), S);
+    for (Index i = 0; i < end; ++i) add_all(w.sums_of(task, i), w.size(), sums.S);
+    sums.begin();
 }
 
 void forward_segment(const Work& w, const ForwardCall& call, Index unit) {
     Scratch scratch;
     const Segment part = w.segment(unit);
     const Index task = unit / w.segments;
-    float *S = scratch.take<float>(w.size()), *z = S + w.Dp * w.Mp;
+    Sums sums(w, scratch, part.last_key - part.first_key);
     Keys keys(w, scratch);
     Queries queries(w, scratch);
-    sums_before(w, part, task, S, z);
+    sums_before(w, part, task, sums);
     const auto read = [&](Index from, Index to) {
         keys.count = 0;
         for (Index i = from; i < to; i += w.chunk)
-            read_rows(w, part, queries, i, least(i + w.chunk, to), keys, S, z);
+            read_rows(w, part, queries, i, least(i + w.chunk, to), keys, sums);
     };
     if (!w.p.is_causal) {
         read(part.first_row, part.last_row);
@@ -325,12 +367,12 @@ void forward_segment(const Work& w, const ForwardCall& call, Index unit) {
             if (i0 == i1 && i0 == part.last_row && !(last && call.after != nullptr)) break;  // nobody reads on
             keys.load(w, part, j, end);
             if (i0 < i1) keys.transpose_keys(w);
-            read_rows(w, part, queries, i0, i1, keys, S, z);
-            keys.fold(w, S, z);
+            read_rows(w, part, queries, i0, i1, keys, sums);
+            keys.fold(w, sums);
         }
         if (last) read(w.row_of(part.sequence, part.last_key), part.last_row);
     }
-    if (call.after != nullptr && part.index + 1 == part.count) store_state(w, S, z, task, *call.after);
+    if (call.after != nullptr && part.index + 1 == part.count) store_state(w, sums.S, sums.z, task, *call.after);
 }
 
 void count_keys(const ForwardCall& call) {
@@ -369,11 +411,13 @@ struct RowGradients {
 };
 
 // dS += x^T dout, dz -= sum of delta x.
-void fold_rows(const Work& w, const Queries& q, const RowGradients& rows, float* dS, float* dz) {
-    multiply<1>({{q.x, 1, w.Dp, rows.dout, w.Mp, q.count}}, fours(w.p.D), w.Mp, dS, w.Mp, true);
-    for (int r = 0; r < q.count; ++r)
-        for (Index d = 0; d < w.Dp; d += width)
-            store(dz + d, load(dz + d) - rows.delta[r] * load(q.x + r * w.Dp + d));
+void fold_rows(const Work& w, const Queries& q, const RowGradients& rows, Sums& sums) {
+    sums.fold(w, [&](float* dS, float* dz) {
+        multiply<1>({{q.x, 1, w.Dp, rows.dout, w.Mp, q.count}}, fours(w.p.D), w.Mp, dS, w.Mp, true);
+        for (int r = 0; r < q.count; ++r)
+            for (Index d = 0; d < w.Dp; d += width)
+                store(dz + d, load(dz + d) - rows.delta[r] * load(q.x + r * w.Dp + d));
+    });
 }
 
 // S [D][Mp] as panels of key_block of its rows, each [M][key_block].
@@ -398,11 +442,13 @@ struct Backward {
     Keys keys;
     Queries queries;
     RowGradients rows;
-    float *S, *z, *panels, *other_tile, *gradient, *dv;
+    Sums sums;
+    float *panels, *other_tile, *gradient, *dv;
 
     Backward(const Work& work, const BackwardCall& c, Index unit)
         : w(work), call(c), part(work.segment(unit)), task(unit / work.segments), keys(work, scratch),
-          queries(work, scratch), rows(work, scratch), S(scratch.take<float>(work.size())), z(S + work.Dp * work.Mp),
+          queries(work, scratch), rows(work, scratch),
+          sums(work, scratch, part.last_key - part.first_key + part.last_row - part.first_row),
           panels(scratch.take<float>(blocks(work.p.D, key_block) * key_block * work.p.M)),
           other_tile(scratch.take<float>(longest_chunk * key_block)),
           gradient(scratch.take<float>(longest_chunk * work.Dp)), dv(scratch.take<float>(longest_chunk * work.Mp)) {}
@@ -412,14 +458,14 @@ struct Backward {
         rows.load(w, call, part, queries, queries.sums);
     }
 
-    // Down: rows read the sums of earlier keys again. `S` is transposed in `panels`.
+    // Down: rows read the sums of earlier keys again, which lie transposed in `panels`.
     void query_gradients(Index i0, Index i1) {
         if (i0 >= i1) return;
         for (Index g = 0; g < w.group; ++g) {
             load_rows(g, i0, i1);
             for (int r = 0; r < queries.rows; ++r)
                 for (Index d = 0; d < w.Dp; d += width)
-                    store(gradient + r * w.Dp + d, -rows.delta[r] * load(z + d));
+                    store(gradient + r * w.Dp + d, -rows.delta[r] * load(sums.z + d));
             add_through(w, rows.dout, w.Mp, queries.rows, panels, gradient);
             if (keys.count > 0) {
                 queries.score(w, part, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, queries.tile);
@@ -432,8 +478,8 @@ struct Backward {
     }
 
     void down() {
-        sums_before(w, part, task, S, z);
-        transpose_sums(w, S, panels);
+        sums_before(w, part, task, sums);
+        transpose_sums(w, sums.S, panels);
         const auto read = [&](Index from, Index to) {
             keys.count = 0;
             for (Index i = from; i < to; i += w.chunk) query_gradients(i, least(i + w.chunk, to));
@@ -447,27 +493,27 @@ struct Backward {
             keys.load(w, part, j, end);
             keys.transpose_values(w);
             query_gradients(i0, i1);
-            keys.fold(w, S, z);
-            transpose_sums(w, S, panels);
+            keys.fold(w, sums);
+            transpose_sums(w, sums.S, panels);
         }
         if (part.index + 1 == part.count) read(w.row_of(part.sequence, part.last_key), part.last_row);
     }
 
-    // Up: keys learn what later rows made of them, from S = dS and z = dz, then from the rows of their own chunk, which
-    // are folded in.
+    // Up: keys learn what later rows made of them, from the sums, now dS and dz, then from the rows of their own chunk,
+    // which are folded in.
     void key_gradients(Index i0, Index i1) {
         const int count = fours(keys.count);
-        for (int c = 0; c < count; ++c) __builtin_memcpy(gradient + c * w.Dp, z, sizeof(float) * w.Dp);
-        transpose_sums(w, S, panels);
+        for (int c = 0; c < count; ++c) __builtin_memcpy(gradient + c * w.Dp, sums.z, sizeof(float) * w.Dp);
+        transpose_sums(w, sums.S, panels);
         add_through(w, keys.v, keys.v_stride, count, panels, gradient);
-        multiply<1>({{keys.k, w.Dp, 1, S, w.Mp, w.p.D}}, count, w.Mp, dv, w.Mp, false);
+        multiply<1>({{keys.k, w.Dp, 1, sums.S, w.Mp, w.p.D}}, count, w.Mp, dv, w.Mp, false);
         for (Index g = 0; g < w.group && i0 < i1; ++g) {
             load_rows(g, i0, i1);
             queries.score(w, part, keys, queries.x, w.Dp, keys.kt, w.p.D, nullptr, queries.tile);
             queries.score(w, part, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, other_tile);
             multiply<1>({{queries.tile, 1, key_block, rows.dout, w.Mp, queries.count}}, count, w.Mp, dv, w.Mp, true);
             multiply<1>({{other_tile, 1, key_block, queries.x, w.Dp, queries.count}}, count, w.Dp, gradient, w.Dp, true);
-            fold_rows(w, queries, rows, S, z);
+            fold_rows(w, queries, rows, sums);
         }
         const Index at = part.sequence.first_key + keys.j0, batch = part.sequence.batch;
         const auto rows_of = [&](const Rows& tensor) { return head_rows(tensor, w.p.dtype, batch, part.head, at); };
@@ -482,15 +528,16 @@ struct Backward {
         for (Index i = from; i < to; i += w.chunk)
             for (Index g = 0; g < w.group; ++g) {
                 load_rows(g, i, least(i + w.chunk, to));
-                fold_rows(w, queries, rows, S, z);
+                fold_rows(w, queries, rows, sums);
             }
     }
 
     void up() {
-        clear(S, w.size());
-        if (call.dafter != nullptr) add_state(w, *call.dafter, task, S, z);
+        clear(sums.S, w.size());
+        if (call.dafter != nullptr) add_state(w, *call.dafter, task, sums.S, sums.z);
         const Index first = w.p.is_causal ? part.index + 1 : 0;
-        for (Index i = first; i < part.count; ++i) add_all(w.sums_of(w.tasks + task, i), w.size(), S);
+        for (Index i = first; i < part.count; ++i) add_all(w.sums_of(w.tasks + task, i), w.size(), sums.S);
+        sums.begin();
         const bool last = part.index + 1 == part.count;
         if (w.p.is_causal && last) fold(w.row_of(part.sequence, part.last_key), part.last_row);
         const Index chunks = blocks(part.last_key - part.first_key, w.chunk);
@@ -506,15 +553,16 @@ struct Backward {
         }
         if (call.dbefore == nullptr || part.index > 0) return;
         if (w.p.is_causal) fold(part.first_row, w.row_of(part.sequence, part.first_key));
-        store_state(w, S, z, task, *call.dbefore);
+        store_state(w, sums.S, sums.z, task, *call.dbefore);
     }
 
     // The gradient that the rows of this segment alone give to the sums before it.
     void sum_rows(float* dS) {
         if (w.p.is_causal && part.index == 0) return;  // read by nobody
-        clear(S, w.size());
+        clear(sums.S, w.size());
+        sums.begin();
         fold(part.first_row, part.last_row);
-        __builtin_memcpy(dS, S, sizeof(float) * w.size());
+        __builtin_memcpy(dS, sums.S, sizeof(float) * w.size());
     }
 };
 

@@ -114,4 +114,6 @@ def test_auto_always_ends_at_a_correct_path(dtype: torch.dtype, head_size: int, 
     out = linattn.softmax_attention(q, k, v, enable_gqa=True, **options)
     assert_close_to_truth(out, truth_softmax(q, k, v, **options))
     out = linattn.quadratic_attention(q, k, v, enable_gqa=True, **options)
-    assert_close_to_truth(out, truth_quadratic(q, k, v, **options))
+    # A weighted mean of values of both signs may come out small; weights rounded to bf16 err by the size of its terms.
+    size = float(truth_quadratic(q, k, v.abs(), **options).norm())
+    assert_close_to_truth(out, truth_quadratic(q, k, v, **options), floor=size)
