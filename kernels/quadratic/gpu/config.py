@@ -77,7 +77,7 @@ CONFIGURATIONS: dict[tuple[str, int, int], Row] = {
     ("consumer", 2, 64): _frugal(16, 4),
     ("consumer", 2, 128): _frugal(8, 8),
     ("consumer", 4, 32): _frugal(16, 4),
-    ("consumer", 4, 64): _frugal(8, 8, step=16),
+    ("consumer", 4, 64): _frugal(4, 8, rows=32, step=16),
     ("consumer", 4, 128): _frugal(4, 8, rows=32, step=16),
     ("sm_90", 2, 32): Row(
         256, 528, Fold(64, 4, 3), Fold(64, 4, 2), Read(128, 64, 16, 4, 2), Read(128, 64, 16, 4, 2),
