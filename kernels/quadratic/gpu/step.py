@@ -7,6 +7,8 @@ gave and the scores of the new keys, which no query reads from a state.
 
 from __future__ import annotations
 
+import itertools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,7 +57,7 @@ def forward(
     c0, c1, c2 = call.weights
     arguments = call.pairs() | dict(
         {f"{name}_ptr": x for name, x in zip(STATE, before, strict=True)},
-        **{f"{name}_after_ptr": x for name, x in zip(STATE, after or [None] * len(STATE), strict=True)},
+        **{f"{name}_after_ptr": x for name, x in itertools.zip_longest(STATE, after)},
         **strides("out", out, "o"), l_ptr=l, parts_ptr=parts, l_parts_ptr=l_parts, H=H, D=D, M=M,
         weight_0=c0, weight_1=c1, weight_2=c2, q_offset=call.options.q_offset, CAUSAL=call.options.is_causal,
         BLOCK_D=call.BLOCK_D, BLOCK_M=call.BLOCK_M, PAIRS=PAIRS, ROWS=ROWS, OF_PAIRS=of_pairs, OF_ROWS=of_rows,
