@@ -59,6 +59,7 @@ private:
     void load_keys();
     Lines lines(int degree, float* State::*field, bool of_values, double weight) const;
     void take(const Lines& part, Index f0, Index f1);
+    void fold(const Lines& part, const float* sums, int count, float* after) const;
     void finish();
     float add_new_keys(Index row, float* acc) const;
 
@@ -116,32 +117,35 @@ Lines Decoder::lines(int degree, float* State::*field, bool of_values, double we
             static_cast<float>(weight), of_values ? v_ : k_, of_values ? acc_ : moments_};
 }
 
-// Lines f0 to f1 of a part. Products write whole vectors to an even number of lines: where the state has other sizes,
-// they work on a padded copy.
+// Lines f0 to f1 of a part. Products read whole vectors: lines of other lengths are copied and padded first.
 void Decoder::take(const Lines& part, Index f0, Index f1) {
     const Index columns = part.columns, stride = padded(columns);
-    const int count = static_cast<int>(f1 - f0), even = static_cast<int>(whole_pairs(count));
-    const int rows = static_cast<int>(whole_pairs(rows_)), keys = static_cast<int>(keys_);
-    const bool in_place = stride == columns && even == count;
-    const float* before = part.before + f0 * columns;
-    float *after = part.after == nullptr ? nullptr : part.after + f0 * columns, *sums = in_place ? after : block_;
-    if (!in_place)
-        pack_rows({const_cast<float*>(before), columns, Dtype::fp32}, count, columns, 1, nullptr, even, block_);
-    else if (after != nullptr)
-        __builtin_memcpy(after, before, static_cast<std::size_t>(count * columns) * sizeof(float));
-
+    const int count = static_cast<int>(f1 - f0), rows = static_cast<int>(whole_pairs(rows_));
+    const float* sums = part.before + f0 * columns;
+    if (stride != columns) {
+        pack_rows({const_cast<float*>(sums), columns, Dtype::fp32}, count, columns, 1, nullptr, count, block_);
+        sums = block_;
+    }
     for (Index r = 0; r < rows; ++r)
         make_products(x_ + r * D_, part.degree, f0, f1, part.weight, 2 * part.weight, products_ + r * block_lines);
-    add_product<block_lines, 1>(products_, in_place ? before : block_, stride, count, count, rows, part.read,
-                                stride, stride);
-    if (after == nullptr) return;
-    for (Index j = 0; j < keys_; ++j) {
+    add_product<block_lines, 1>(products_, sums, stride, count, count, rows, part.read, stride, stride);
+    if (part.after == nullptr) return;
+    for (Index j = 0; j < keys_; ++j)
         make_products(k_ + j * D_, part.degree, f0, f1, 1, 1, products_ + j * block_lines);
-        clear(products_ + j * block_lines + count, even - count);
-    }
-    add_product<1, block_lines>(products_, part.added, stride, keys, keys, even, sums, stride, stride);
-    for (Index f = 0; f < count && !in_place; ++f)
-        __builtin_memcpy(after + f * columns, block_ + f * stride, static_cast<std::size_t>(columns) * sizeof(float));
+    fold(part, sums, count, part.after + f0 * columns);
+}
+
+// after = sums + what the new keys add to them.
+void Decoder::fold(const Lines& part, const float* sums, int count, float* after) const {
+    const Index columns = part.columns, stride = padded(columns);
+    for (int f = 0; f < count; ++f)
+        for (Index m = 0; m < columns; m += width) {
+            Vec total = load(sums + f * stride + m);
+            for (Index j = 0; j < keys_; ++j)
+                total += products_[j * block_lines + f] * load(part.added + j * stride + m);
+            float* to = after + f * columns + m;
+            m + width <= columns ? store(to, total) : store_first(to, total, static_cast<int>(columns - m));
+        }
 }
 
 void Decoder::run() {

@@ -86,9 +86,7 @@ def test_dtypes_and_layouts(dtype, layout):
 @pytest.mark.parametrize("coefficients", [(1, 2, 1), (1, 1, 0.5), (0, 0, 1), (2, 0.3, 0.7)])
 def test_coefficients(coefficients, normalize):
     q, k, v = make_inputs(keys=60, head_size=20, dtype=torch.float32)
-    assert_steps_give_the_whole(
-        q, k, v, [50, 1, 9], coefficients=coefficients, normalize=normalize, scale=-0.7
-    )
+    assert_steps_give_the_whole(q, k, v, [50, 1, 9], coefficients=coefficients, normalize=normalize, scale=-0.7)
 
 
 @pytest.mark.parametrize("form", ["direct", "chunked", "recurrent"])
