@@ -28,8 +28,8 @@ struct Lines {
     float* read;         // [rows][padded(columns)]: what rows collect
 };
 
-// to[f - f0] = weight * product f of the entries of x, f0 <= f < f1: 1, x_f, or x_a x_b with a >= b at a (a + 1) / 2 + b,
-// where `different` is the weight for a > b.
+// to[f - f0] = weight * product f of the entries of x, f0 <= f < f1: 1, x_f, or x_a x_b with a >= b at
+// a (a + 1) / 2 + b, where `different` is the weight for a > b.
 void make_products(const float* x, int degree, Index f0, Index f1, float weight, float different, float* to) {
     if (degree == 0) {
         to[0] = weight;
