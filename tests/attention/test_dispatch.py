@@ -117,3 +117,15 @@ def test_auto_always_ends_at_a_correct_path(dtype: torch.dtype, head_size: int, 
     # A weighted mean of values of both signs may come out small; weights rounded to bf16 err by the size of its terms.
     size = float(truth_quadratic(q, k, v.abs(), **options).norm())
     assert_close_to_truth(out, truth_quadratic(q, k, v, **options), floor=size)
+
+
+def test_without_the_native_module_auto_computes_elsewhere_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linattn.kernels.common.backend.NATIVE_ABSENT", "the native module is not built")
+    q, k, v = make_inputs(dtype=torch.float32)
+    for kernel in ("quadratic", "elu+1"):
+        told = linattn.explain(q, k, v, kernel=kernel)
+        assert told.backend == "reference"
+        assert "not built" in told.refused["native"] and "not built" in str(told)
+    with pytest.raises(BackendError, match="not built"):
+        linattn.quadratic_attention(q, k, v, backend="native")
+    assert_close_to_truth(linattn.quadratic_attention(q, k, v), truth_quadratic(q, k, v))

@@ -54,6 +54,9 @@ class Row:
 STEP_TOKENS = 8
 """Tokens up to which a call passes over the state itself, whatever the form."""
 
+STEP_QUERIES = 64
+"""Queries of a key head up to which it does: with more, what blocks of the state give is larger than the state."""
+
 HEAD_SIZES = (32, 64, 128)
 """Rows of the table: the larger of BLOCK_D and BLOCK_M fits."""
 
@@ -63,9 +66,9 @@ INTERPRETER = Row(
 )
 
 
-def _frugal(WIDTH: int, num_warps: int, rows: int = 64) -> Row:
+def _frugal(WIDTH: int, num_warps: int, rows: int = 64, step: int = 32) -> Row:
     """Meant for 99 KB of shared memory: two steps of features with their sums take 64 KB."""
-    read, fold = Read(rows, rows // 2, WIDTH, num_warps, 2), Fold(32, num_warps, 2)
+    read, fold = Read(rows, rows // 2, WIDTH, num_warps, 2), Fold(step, num_warps, 2)
     return Row(512, 264, fold, fold, read, read, read, read)
 
 
@@ -74,8 +77,8 @@ CONFIGURATIONS: dict[tuple[str, int, int], Row] = {
     ("consumer", 2, 64): _frugal(16, 4),
     ("consumer", 2, 128): _frugal(8, 8),
     ("consumer", 4, 32): _frugal(16, 4),
-    ("consumer", 4, 64): _frugal(8, 4),
-    ("consumer", 4, 128): _frugal(4, 8, rows=32),
+    ("consumer", 4, 64): _frugal(4, 8, rows=32, step=16),
+    ("consumer", 4, 128): _frugal(4, 8, rows=32, step=16),
     ("sm_90", 2, 32): Row(
         256, 528, Fold(64, 4, 3), Fold(64, 4, 2), Read(128, 64, 16, 4, 2), Read(128, 64, 16, 4, 2),
         Read(128, 64, 16, 4, 2), Read(128, 64, 16, 4, 2),

@@ -95,20 +95,32 @@ def read_record(
 
 
 @triton.jit
+def add_squares(
+    l, x, x_tile, record_ptr, first, D, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr, GRAM: tl.constexpr,
+):  # fmt: skip
+    """l + the part of x.(w1 z + w2 Z x) that a slice of columns of Z gives."""
+    offs_d, offs = tl.arange(0, BLOCK_D), tl.arange(0, SLICE)
+    gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + (first + offs)[None, :])
+    x_sum = tl.load(record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M) + first + offs)
+    row = dot(x, gram, None, GRAM) * weight_2 + x_sum[None, :] * weight_1
+    return l + tl.sum(load_columns(x_tile, first, offs, D, EVEN).to(tl.float32) * row, 1)
+
+
+@triton.jit
 def read_row_sums(
     l, x_tile, record_ptr, D, weight_0, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     EVEN: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
     """l + w0 n + x.(w1 z + w2 Z x), in fp32; a slice of columns of Z at a time, to save registers."""
-    x_sum_ptr = record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    x = load_columns(x_tile, 0, offs_d, D, EVEN).to(tl.float32)
-    for first in tl.static_range(0, BLOCK_D, SLICE):
-        offs = first + tl.arange(0, SLICE)
-        gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + offs[None, :])
-        row = dot(x, gram, None, GRAM) * weight_2 + tl.load(x_sum_ptr + offs)[None, :] * weight_1
-        l += tl.sum(load_columns(x_tile, first, tl.arange(0, SLICE), D, EVEN).to(tl.float32) * row, 1)
-    return l + tl.load(x_sum_ptr + BLOCK_D + BLOCK_M) * weight_0
+    x = load_columns(x_tile, 0, tl.arange(0, BLOCK_D), D, EVEN).to(tl.float32)
+    if GRAM == "tf32":
+        for first in tl.static_range(0, BLOCK_D, SLICE):
+            l = add_squares(l, x, x_tile, record_ptr, first, D, weight_1, weight_2, BLOCK_D, BLOCK_M, EVEN, GRAM)
+    else:  # several products a slice: unrolled, they would spill registers
+        for first in tl.range(0, BLOCK_D, SLICE):
+            l = add_squares(l, x, x_tile, record_ptr, first, D, weight_1, weight_2, BLOCK_D, BLOCK_M, EVEN, GRAM)
+    return l + tl.load(record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M) + BLOCK_D + BLOCK_M) * weight_0
 
 
 @triton.jit

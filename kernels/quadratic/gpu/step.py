@@ -28,7 +28,8 @@ FINISH = config.Fold(32, 4, 1)
 def runs(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, initial_state: State) -> bool:
     """Whether a call is so short that the time to pass over its state is all of its time."""
     few = max(q.shape[2], k.shape[2]) <= config.STEP_TOKENS
-    return bool(initial_state) and cu_seqlens is None and few
+    queries = q.shape[1] // k.shape[1] * q.shape[2]
+    return bool(initial_state) and cu_seqlens is None and few and queries <= config.STEP_QUERIES
 
 
 def forward(
