@@ -1,6 +1,7 @@
 // The kernels of one instruction set; the build compiles this file once for each (CMakeLists.txt).
 #include "quadratic/cpu.hpp"
 #include "quadratic/cpu_chunked.hpp"
+#include "quadratic/cpu_decode.hpp"
 #include "quadratic/cpu_direct.hpp"
 
 namespace linattn::LINATTN_ISA {
@@ -9,9 +10,11 @@ using quadratic::BackwardCall;
 using quadratic::Form;
 using quadratic::ForwardCall;
 
-// A call with a state goes through sums in any form: `direct` then means one chunk.
+// A call with a state goes through sums in any form: in one pass if it has few tokens, else `direct` means one chunk.
 void forward(const ForwardCall& call) {
-    if (call.form == Form::direct && call.before == nullptr) {
+    if (is_decoding(call)) {
+        decode(call);
+    } else if (call.form == Form::direct && call.before == nullptr) {
         direct_forward(call);
         if (call.after != nullptr) final_state(call);
     } else {
