@@ -102,7 +102,7 @@ LIMITS = {
     # Bound by memory: the matrix unit waits for it, not for instructions.
     ("feature_map", "scan_sums"): Family({64: 11.0, 128: 12.5}, full_waits=1),
     ("feature_map", "read_sums"): Family({64: 1.3, 128: 1.2}, full_waits=1),
-    ("feature_map", "chunk_gradients"): Family({64: 0.6, 128: 0.5}, full_waits=2, spill_bytes=256),
+    ("feature_map", "chunk_gradients"): Family({64: 0.8, 128: 0.5}, full_waits=2, spill_bytes=256),
     ("feature_map", "walk"): Family(None),
 }
 WAITS_FP32 = 6
