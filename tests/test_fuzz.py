@@ -90,7 +90,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_command_prints_what_repeats_a_failure(planted: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fuzz", "--backend", "planted", "--op", "quadratic", "--seconds", "1.5", "--device", "cpu"]) == 1
+    assert cli.main(["fuzz", "--backend", "planted", "--op", "quadratic", "--seconds", "8", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "gradient of k is off by" in printed and "M = 1 is beyond it" in printed and "next     --start" in printed
     again = next(line for line in printed.splitlines() if "python -m linattn fuzz" in line)
