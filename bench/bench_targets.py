@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from linattn.bench.cases import Problem
 from linattn.bench.pytest_plugin import BenchmarkPlugin
-from linattn.bench.targets import AVX2_TARGETS, TARGETS, Target, methods_on
+from linattn.bench.targets import Target, methods_on, of_this_process
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a problem; with `--benchmark-quick` only problems of up to 4096 tokens."""
-    targets = AVX2_TARGETS if torch.backends.cpu.get_cpu_capability() == "AVX2" else TARGETS
+    targets = of_this_process()
     longest = 4096 if metafunc.config.getoption("--benchmark-quick") else 1 << 30
     problems = list(dict.fromkeys(t.problem for t in targets if longest >= t.problem.N))
     metafunc.parametrize(("problem", "targets"), [(p, targets) for p in problems], ids=map(str, problems))

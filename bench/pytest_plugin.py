@@ -63,7 +63,7 @@ class BenchmarkPlugin:
         terminalreporter.write_line(f"{environment.device}, {environment.threads} threads, torch {environment.torch}")
         terminalreporter.write_line(f"peak MiB: {self._memory.how}\n")
         terminalreporter.write_line(tables.report(self._results.rows))
-        reached = targets.table(self._results.rows)
+        reached = targets.table(self._results.rows, targets.of_this_process())
         if reached:
             terminalreporter.write_line(f"\ntargets (P: a prototype reached it, G: a goal, 1: one head)\n{reached}")
         terminalreporter.write_line(f"\nwritten: {self.path}, {self.path.with_suffix('.csv')}")

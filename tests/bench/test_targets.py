@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from linattn.bench import targets
 from linattn.bench.cases import QUADRATIC_DIRECT, SDPA, Method, Problem, attention_of
@@ -26,8 +27,15 @@ def test_a_target_is_a_ratio_of_times_on_one_problem() -> None:
 
 
 def test_what_was_not_measured_is_not_in_the_table() -> None:
-    assert targets.table([row(QUADRATIC_DIRECT, 20.0)]) == ""
-    assert targets.table([]) == ""
+    assert targets.table([row(QUADRATIC_DIRECT, 20.0)], targets.TARGETS) == ""
+    assert targets.table([], targets.TARGETS) == ""
+
+
+def test_the_targets_follow_the_instruction_set_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert targets.of_this_process() == targets.AVX2_TARGETS
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert targets.of_this_process() == targets.TARGETS
 
 
 def test_every_target_names_methods_that_exist() -> None:
