@@ -6,6 +6,8 @@
 
 #include <array>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "common/native/capability.hpp"
 #include "common/native/machine.hpp"
@@ -54,8 +56,11 @@ nb::dict build_info() {
 
 using linattn::Index;
 
-// Address, then the strides of B, H and T, in elements.
-using Tensor = std::array<Index, 4>;
+// Address, then the strides of B, H, T and the last dimension (which is 1), in elements.
+using Tensor = std::array<Index, 5>;
+
+// Of a state's tensors, n first; none if there is no state.
+using Addresses = std::vector<Index>;
 
 template <class T>
 T* pointer(Index address) {
@@ -74,104 +79,56 @@ void make_problem(linattn::Problem* self, int dtype, const std::array<Index, 7>&
                                 static_cast<float>(scale), normalize, threads};
 }
 
-namespace quadratic {
-
-using linattn::quadratic::State;
-
-// n, k_sum, kk, v_sum, kv, kkv; all 0 if there is no state.
-using Addresses = std::array<Index, 6>;
-
-State state(const Addresses& a) {
-    return {pointer<Index>(a[0]), pointer<float>(a[1]), pointer<float>(a[2]),
-            pointer<float>(a[3]), pointer<float>(a[4]), pointer<float>(a[5])};
+void make_quadratic_options(linattn::quadratic::Options* self, double c0, double c1, double c2, int form, Index chunk) {
+    new (self) linattn::quadratic::Options{c0, c1, c2, static_cast<linattn::quadratic::Form>(form), chunk};
 }
 
-const State* if_any(const State& state) { return state.kkv == nullptr ? nullptr : &state; }
-
-template <class Call>
-Call make_call(const linattn::Problem& problem, const std::array<double, 3>& c, int form, Index chunk, const Tensor& out,
-          Index l, const State& before) {
-    Call call;
-    call.problem = problem;
-    call.c0 = c[0], call.c1 = c[1], call.c2 = c[2];
-    call.form = static_cast<linattn::quadratic::Form>(form);
-    call.chunk = chunk;
-    call.out = rows(out);
-    call.l = pointer<float>(l);
-    call.before = if_any(before);
-    return call;
+void make_feature_map_options(linattn::feature_map::Options* self, int map, Index chunk) {
+    new (self) linattn::feature_map::Options{static_cast<linattn::feature_map::Map>(map), chunk};
 }
 
-void forward(const linattn::Problem& problem, const std::array<double, 3>& c, int form, Index chunk, const Tensor& out,
-             Index l, const Addresses& before, const Addresses& after) {
-    const State first = state(before), last = state(after);
-    auto call = make_call<linattn::quadratic::ForwardCall>(problem, c, form, chunk, out, l, first);
-    call.after = if_any(last);
-    const nb::gil_scoped_release released;
-    linattn::quadratic::forward(call);
+// A call's state, if it has one: n, and pointers to sums for the rest of its fields.
+template <class State>
+class Given {
+public:
+    explicit Given(const Addresses& a) : any_(!a.empty()) {
+        if (any_) set(a, std::make_index_sequence<sizeof(State) / sizeof(float*) - 1>{});
+    }
+    const State* get() const { return any_ ? &state_ : nullptr; }
+
+private:
+    template <std::size_t... field>
+    void set(const Addresses& a, std::index_sequence<field...>) {
+        state_ = {pointer<Index>(a.at(0)), pointer<float>(a.at(field + 1))...};
+    }
+
+    bool any_;
+    State state_;
+};
+
+// The functions `<op>_forward` and `<op>_backward`.
+template <class Options, class State>
+void define(nb::module_& module, const std::string& op, void (*forward)(const linattn::ForwardCallOf<Options, State>&),
+            void (*backward)(const linattn::BackwardCallOf<Options, State>&)) {
+    using linattn::Problem;
+    module.def((op + "_forward").c_str(),
+               [forward](const Problem& problem, const Options& options, const Tensor& out, Index l,
+                         const Addresses& before, const Addresses& after) {
+                   const Given<State> first(before), last(after);
+                   const nb::gil_scoped_release released;
+                   forward({{options, problem, rows(out), pointer<float>(l), first.get()}, last.get()});
+               });
+    module.def((op + "_backward").c_str(),
+               [backward](const Problem& problem, const Options& options, const Tensor& out, Index l,
+                          const Addresses& before, const Tensor& dout, const Tensor& dq, const Tensor& dk,
+                          const Tensor& dv, const Addresses& dafter, const Addresses& dbefore) {
+                   const Given<State> first(before), dlast(dafter), dfirst(dbefore);
+                   const nb::gil_scoped_release released;
+                   backward({{options, problem, rows(out), pointer<float>(l), first.get()},
+                             rows(dout), rows(dq), rows(dk), rows(dv), dlast.get(), dfirst.get()});
+               });
 }
 
-void backward(const linattn::Problem& problem, const std::array<double, 3>& c, int form, Index chunk, const Tensor& out,
-              Index l, const Addresses& before, const Tensor& dout, const Tensor& dq, const Tensor& dk,
-              const Tensor& dv, const Addresses& dafter, const Addresses& dbefore) {
-    const State first = state(before), dlast = state(dafter), dfirst = state(dbefore);
-    auto call = make_call<linattn::quadratic::BackwardCall>(problem, c, form, chunk, out, l, first);
-    call.dout = rows(dout);
-    call.dq = rows(dq), call.dk = rows(dk), call.dv = rows(dv);
-    call.dafter = if_any(dlast);
-    call.dbefore = if_any(dfirst);
-    const nb::gil_scoped_release released;
-    linattn::quadratic::backward(call);
-}
-
-}  // namespace quadratic
-
-namespace feature_map {
-
-using linattn::feature_map::State;
-
-// n, f_sum, fv; all 0 if there is no state.
-using Addresses = std::array<Index, 3>;
-
-State state(const Addresses& a) { return {pointer<Index>(a[0]), pointer<float>(a[1]), pointer<float>(a[2])}; }
-
-const State* if_any(const State& state) { return state.fv == nullptr ? nullptr : &state; }
-
-template <class Call>
-Call make_call(const linattn::Problem& problem, int map, Index chunk, const Tensor& out, Index l, const State& before) {
-    Call call;
-    call.problem = problem;
-    call.map = static_cast<linattn::feature_map::Map>(map);
-    call.chunk = chunk;
-    call.out = rows(out);
-    call.l = pointer<float>(l);
-    call.before = if_any(before);
-    return call;
-}
-
-void forward(const linattn::Problem& problem, int map, Index chunk, const Tensor& out, Index l, const Addresses& before,
-             const Addresses& after) {
-    const State first = state(before), last = state(after);
-    auto call = make_call<linattn::feature_map::ForwardCall>(problem, map, chunk, out, l, first);
-    call.after = if_any(last);
-    const nb::gil_scoped_release released;
-    linattn::feature_map::forward(call);
-}
-
-void backward(const linattn::Problem& problem, int map, Index chunk, const Tensor& out, Index l,
-              const Addresses& before, const Tensor& dout, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-              const Addresses& dafter, const Addresses& dbefore) {
-    const State first = state(before), dlast = state(dafter), dfirst = state(dbefore);
-    auto call = make_call<linattn::feature_map::BackwardCall>(problem, map, chunk, out, l, first);
-    call.dout = rows(dout);
-    call.dq = rows(dq), call.dk = rows(dk), call.dv = rows(dv);
-    call.dafter = if_any(dlast);
-    call.dbefore = if_any(dfirst);
-    const nb::gil_scoped_release released;
-    linattn::feature_map::backward(call);
-}
-
-}  // namespace feature_map
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -181,10 +138,10 @@ NB_MODULE(_native, module) {
     module.def("capabilities", &linattn::capabilities, "What LINATTN_CPU_CAPABILITY accepts on this machine.");
     nb::class_<linattn::Problem>(module, "Problem", "An attention call, as every op takes it.")
         .def("__init__", &make_problem);
-    module.def("feature_map_forward", &feature_map::forward);
-    module.def("feature_map_backward", &feature_map::backward);
-    module.def("quadratic_forward", &quadratic::forward);
-    module.def("quadratic_backward", &quadratic::backward);
+    nb::class_<linattn::quadratic::Options>(module, "QuadraticOptions").def("__init__", &make_quadratic_options);
+    nb::class_<linattn::feature_map::Options>(module, "FeatureMapOptions").def("__init__", &make_feature_map_options);
+    define(module, "quadratic", linattn::quadratic::forward, linattn::quadratic::backward);
+    define(module, "feature_map", linattn::feature_map::forward, linattn::feature_map::backward);
     module.def("instruction_sets", &linattn::instruction_sets,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");

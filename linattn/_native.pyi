@@ -1,4 +1,6 @@
-from typing import TypedDict
+from typing import Protocol, TypedDict, TypeVar
+
+_Options = TypeVar("_Options", contravariant=True)
 
 class BuildInfo(TypedDict):
     version: str
@@ -8,8 +10,8 @@ class BuildInfo(TypedDict):
     build_type: str
     stable_abi: bool
 
-_Strided = tuple[int, int, int, int]
-_Addresses = tuple[int, ...]
+_Strided = tuple[int, ...]
+_Addresses = list[int]
 
 class Problem:
     def __init__(
@@ -30,51 +32,46 @@ class Problem:
         /,
     ) -> None: ...
 
-def quadratic_forward(
-    problem: Problem,
-    coefficients: tuple[float, float, float],
-    form: int,
-    chunk: int,
-    out: _Strided,
-    l: int,
-    before: _Addresses,
-    after: _Addresses,
-    /,
-) -> None: ...
-def quadratic_backward(
-    problem: Problem,
-    coefficients: tuple[float, float, float],
-    form: int,
-    chunk: int,
-    out: _Strided,
-    l: int,
-    before: _Addresses,
-    dout: _Strided,
-    dq: _Strided,
-    dk: _Strided,
-    dv: _Strided,
-    dafter: _Addresses,
-    dbefore: _Addresses,
-    /,
-) -> None: ...
-def feature_map_forward(
-    problem: Problem, map: int, chunk: int, out: _Strided, l: int, before: _Addresses, after: _Addresses, /
-) -> None: ...
-def feature_map_backward(
-    problem: Problem,
-    map: int,
-    chunk: int,
-    out: _Strided,
-    l: int,
-    before: _Addresses,
-    dout: _Strided,
-    dq: _Strided,
-    dk: _Strided,
-    dv: _Strided,
-    dafter: _Addresses,
-    dbefore: _Addresses,
-    /,
-) -> None: ...
+class QuadraticOptions:
+    def __init__(self, c0: float, c1: float, c2: float, form: int, chunk: int, /) -> None: ...
+
+class FeatureMapOptions:
+    def __init__(self, map: int, chunk: int, /) -> None: ...
+
+class _Forward(Protocol[_Options]):
+    def __call__(
+        self,
+        problem: Problem,
+        options: _Options,
+        out: _Strided,
+        l: int,
+        before: _Addresses,
+        after: _Addresses,
+        /,
+    ) -> None: ...
+
+class _Backward(Protocol[_Options]):
+    def __call__(
+        self,
+        problem: Problem,
+        options: _Options,
+        out: _Strided,
+        l: int,
+        before: _Addresses,
+        dout: _Strided,
+        dq: _Strided,
+        dk: _Strided,
+        dv: _Strided,
+        dafter: _Addresses,
+        dbefore: _Addresses,
+        /,
+    ) -> None: ...
+
+quadratic_forward: _Forward[QuadraticOptions]
+quadratic_backward: _Backward[QuadraticOptions]
+feature_map_forward: _Forward[FeatureMapOptions]
+feature_map_backward: _Backward[FeatureMapOptions]
+
 def capability() -> str: ...
 def capabilities() -> list[str]: ...
 def instruction_sets() -> list[str]: ...

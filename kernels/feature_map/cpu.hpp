@@ -5,7 +5,7 @@
 // Rows with l <= 0 are 0, as are their gradients. Derivations: README.md.
 #pragma once
 
-#include "common/native/problem.hpp"
+#include "common/native/call.hpp"
 
 namespace linattn::feature_map {
 
@@ -19,25 +19,14 @@ struct State {
     float* fv = nullptr;     // [D, M]
 };
 
-struct Call {
-    Problem problem;
+struct Options {
     Map map = Map::identity;
-    Index chunk = 0;                // keys of a chunk, at most 64; 0: the kernel chooses
-    Rows out;                       // [B, H, Tq, M]; read by the backward pass
-    float* l = nullptr;             // [B, H, Tq] dense; read by the backward pass
-    const State* before = nullptr;  // or null
+    Index chunk = 0;  // keys of a chunk, at most 64; 0: the kernel chooses
 };
 
-struct ForwardCall : Call {
-    const State* after = nullptr;  // null: nobody asked for it
-};
-
-struct BackwardCall : Call {
-    Rows dout;
-    Rows dq, dk, dv;                 // no data: not wanted
-    const State* dafter = nullptr;   // n is null; null: no gradient comes that way
-    const State* dbefore = nullptr;  // n is null; null: not wanted
-};
+using Call = CallOf<Options, State>;
+using ForwardCall = ForwardCallOf<Options, State>;
+using BackwardCall = BackwardCallOf<Options, State>;
 
 // Chooses by capability. `problem.threads` threads; the same bits for the same number of them.
 void forward(const ForwardCall& call);

@@ -22,59 +22,6 @@ constexpr Index many_keys = 4096;  // and more: their sums are taken in two leve
 LINATTN_INLINE int fours(Index rows) { return static_cast<int>(blocks(rows, 4) * 4); }
 LINATTN_INLINE Index clamped(Index x, Index low, Index high) { return most(low, least(x, high)); }
 
-// sum over i < n of a[r * row + i * step] * b[i * stride ...]. Row r needs no more than the first `seen + r` of n.
-struct Product {
-    const float* a;
-    Index row, step;
-    const float* b;
-    Index stride;
-    Index n, seen = Index{1} << 40;
-};
-
-template <int R, int W, int terms>
-LINATTN_INLINE void tile(const Product (&products)[terms], Index r, Index j, float* c, Index c_stride, bool add) {
-    Vec acc[R][W];
-#pragma GCC unroll 32
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) acc[i][w] = add ? load(c + (r + i) * c_stride + j + w * width) : Vec{};
-#pragma GCC unroll 2
-    for (int t = 0; t < terms; ++t) {
-        const Product& p = products[t];
-        multiply_add(acc, p.a + r * p.row, p.row, p.step, p.b + j, p.stride,
-                     static_cast<int>(clamped(p.seen + r + R - 1, 0, p.n)));
-    }
-#pragma GCC unroll 32
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) store(c + (r + i) * c_stride + j + w * width, acc[i][w]);
-}
-
-template <int W, int terms>
-LINATTN_INLINE void panel(const Product (&products)[terms], int rows, Index j, float* c, Index c_stride, bool add) {
-    constexpr int R = panel_rows<W>;
-    int r = 0;
-    for (; r + R <= rows; r += R) tile<R, W>(products, r, j, c, c_stride, add);
-    for (; r + 4 <= rows; r += 4) tile<4, W>(products, r, j, c, c_stride, add);
-    if (r < rows) tile<2, W>(products, r, j, c, c_stride, add);
-}
-
-// c [rows][columns] = (or, to add, +=) the sum of the products. rows: of 4; columns: of a vector.
-template <int terms>
-inline void multiply(const Product (&products)[terms], int rows, Index columns, float* c, Index c_stride, bool add) {
-    Index j = 0;
-    for (; j + widest * width <= columns; j += widest * width) panel<widest>(products, rows, j, c, c_stride, add);
-    switch ((columns - j) / width) {
-        case 3:
-            if constexpr (widest > 3) panel<3>(products, rows, j, c, c_stride, add);
-            return;
-        case 2:
-            if constexpr (widest > 2) panel<2>(products, rows, j, c, c_stride, add);
-            return;
-        case 1: return panel<1>(products, rows, j, c, c_stride, add);
-    }
-}
-
 // Rows and keys of one segment of a sequence.
 struct Segment {
     Sequence sequence;

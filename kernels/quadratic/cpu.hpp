@@ -5,7 +5,7 @@
 // Rows with l <= 0 are 0, as are their gradients. Derivations: README.md.
 #pragma once
 
-#include "common/native/problem.hpp"
+#include "common/native/call.hpp"
 
 namespace linattn::quadratic {
 
@@ -21,26 +21,15 @@ struct State {
 
 enum class Form : int { direct, chunked, recurrent };
 
-struct Call {
-    Problem problem;
+struct Options {
     double c0 = 1, c1 = 2, c2 = 1;
     Form form = Form::direct;
-    Index chunk = 0;                // rows of a chunk; 0: the kernel chooses
-    Rows out;                       // [B, H, Tq, M]; read by the backward pass
-    float* l = nullptr;             // [B, H, Tq] dense; read by the backward pass
-    const State* before = nullptr;  // or null
+    Index chunk = 0;  // rows of a chunk; 0: the kernel chooses
 };
 
-struct ForwardCall : Call {
-    const State* after = nullptr;  // null: nobody asked for it
-};
-
-struct BackwardCall : Call {
-    Rows dout;
-    Rows dq, dk, dv;                // no data: not wanted
-    const State* dafter = nullptr;  // n is null; null: no gradient comes that way
-    const State* dbefore = nullptr; // n is null; null: not wanted
-};
+using Call = CallOf<Options, State>;
+using ForwardCall = ForwardCallOf<Options, State>;
+using BackwardCall = BackwardCallOf<Options, State>;
 
 // Chooses by capability, dtype and sizes. `problem.threads` threads; the same bits for the same number of them.
 void forward(const ForwardCall& call);

@@ -28,56 +28,72 @@ constexpr int widest = accumulators / group_rows;
 template <int W>
 constexpr int panel_rows = accumulators / W;
 
-// c[r][w * width ..] += sum over i < n of a[r * row + i * step] * b[i * stride + w * width ..].
-// The sum over i is complete before it is added: a sum over very many keys then takes few additions to a large number.
-template <int R, int W>
-LINATTN_INLINE void add_tile(const float* a, Index row, Index step, const float* b, Index stride, int n, float* c,
-                             Index c_stride) {
+// sum over i < n of a[r * row + i * step] * b[i * stride + ...]. a is 0 where i >= seen + r: what is 0 for certain is
+// left out.
+struct Product {
+    const float* a;
+    Index row, step;
+    const float* b;
+    Index stride;
+    Index n, seen = Index{1} << 40;
+};
+
+// The sums are complete before they meet what is in c: one over very many keys then takes few additions to a large number.
+template <int R, int W, int terms>
+LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, float* c, Index c_stride, Index j, bool add) {
     Vec acc[R][W] = {};
-    multiply_add(acc, a, row, step, b, stride, n);
-#pragma GCC unroll 32
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) store(c + r * c_stride + w * width, load(c + r * c_stride + w * width) + acc[r][w]);
-}
-
-// Rows r, r + R, ... of a panel, as long as R are left. Returns the first row that is not done.
-template <int R, int W, Index row, Index step>
-LINATTN_INLINE int add_rows(const float* a, const float* b, Index stride, int n, int first, int r, int rows, float* c,
-                            Index c_stride) {
-    for (; r + R <= rows; r += R) {
-        const int some = least(n, first + r + R - 1);
-        if (some > 0) add_tile<R, W>(a + r * row, row, step, b, stride, some, c + r * c_stride, c_stride);
+#pragma GCC unroll 2
+    for (int t = 0; t < terms; ++t) {
+        const Product& p = products[t];
+        const Index n = most<Index>(0, least(p.n, p.seen + r + R - 1));
+        multiply_add(acc, p.a + r * p.row, p.row, p.step, p.b + j, p.stride, static_cast<int>(n));
     }
-    return r;
+#pragma GCC unroll 32
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+        for (int w = 0; w < W; ++w) {
+            float* at = c + (r + i) * c_stride + j + w * width;
+            store(at, add ? load(at) + acc[i][w] : acc[i][w]);
+        }
 }
 
-template <int W, Index row, Index step>
-LINATTN_INLINE void add_panel(const float* a, const float* b, Index stride, int n, int first, int rows, float* c,
-                              Index c_stride) {
-    int r = add_rows<panel_rows<W>, W, row, step>(a, b, stride, n, first, 0, rows, c, c_stride);
-    r = add_rows<4, W, row, step>(a, b, stride, n, first, r, rows, c, c_stride);
-    add_rows<2, W, row, step>(a, b, stride, n, first, r, rows, c, c_stride);
+template <int W, int terms>
+LINATTN_INLINE void compute_panel(const Product (&products)[terms], int rows, float* c, Index c_stride, Index j, bool add) {
+    constexpr int R = panel_rows<W>;
+    int r = 0;
+    for (; r + R <= rows; r += R) compute_tile<R, W>(products, r, c, c_stride, j, add);
+    for (; r + 4 <= rows; r += 4) compute_tile<4, W>(products, r, c, c_stride, j, add);
+    for (; r < rows; r += 2) compute_tile<2, W>(products, r, c, c_stride, j, add);
 }
 
-// c[r][0 .. columns) += sum over i < n of a[r * row + i * step] * b[i * stride + 0 .. columns), for r < rows.
-// a is 0 where i >= first + r, and first >= n says that it is 0 nowhere: what is 0 for certain is left out.
-// columns is a multiple of width, and rows of 2.
-template <Index row, Index step>
-void add_product(const float* a, const float* b, Index stride, int n, int first, int rows, float* c, Index c_stride,
-                 Index columns) {
+template <int terms>
+LINATTN_INLINE void compute_panels(const Product (&products)[terms], int rows, Index columns, float* c, Index c_stride,
+                                    bool add) {
     Index j = 0;
     for (; j + widest * width <= columns; j += widest * width)
-        add_panel<widest, row, step>(a, b + j, stride, n, first, rows, c + j, c_stride);
+        compute_panel<widest>(products, rows, c, c_stride, j, add);
     switch ((columns - j) / width) {
         case 3:
-            if constexpr (widest > 3) add_panel<3, row, step>(a, b + j, stride, n, first, rows, c + j, c_stride);
+            if constexpr (widest > 3) compute_panel<3>(products, rows, c, c_stride, j, add);
             return;
         case 2:
-            if constexpr (widest > 2) add_panel<2, row, step>(a, b + j, stride, n, first, rows, c + j, c_stride);
+            if constexpr (widest > 2) compute_panel<2>(products, rows, c, c_stride, j, add);
             return;
-        case 1: return add_panel<1, row, step>(a, b + j, stride, n, first, rows, c + j, c_stride);
+        case 1: return compute_panel<1>(products, rows, c, c_stride, j, add);
     }
+}
+
+// c [rows][columns] = (or, to add, +=) the sum of the products. columns is a multiple of width, and rows of 2.
+template <int terms>
+void multiply(const Product (&products)[terms], int rows, Index columns, float* c, Index c_stride, bool add) {
+    compute_panels(products, rows, columns, c, c_stride, add);
+}
+
+// c += one product whose row and step the compiler knows, which makes every address in the inner loop a constant.
+template <Index row, Index step>
+void add_product(const float* a, const float* b, Index stride, Index n, Index seen, int rows, float* c, Index c_stride,
+                 Index columns) {
+    compute_panels<1>({{a, row, step, b, stride, n, seen}}, rows, columns, c, c_stride, true);
 }
 
 }  // namespace linattn::LINATTN_ISA
