@@ -1,4 +1,4 @@
-// linattn._native: the only file that knows nanobind.
+// linattn._native. This file and recurrent/bindings.cpp alone know nanobind.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
@@ -12,6 +12,7 @@
 #include "common/native/problem.hpp"
 #include "feature_map/cpu.hpp"
 #include "quadratic/cpu.hpp"
+#include "recurrent/bindings.hpp"
 
 namespace nb = nanobind;
 
@@ -185,6 +186,7 @@ NB_MODULE(_native, module) {
     module.def("feature_map_backward", &feature_map::backward);
     module.def("quadratic_forward", &quadratic::forward);
     module.def("quadratic_backward", &quadratic::backward);
+    linattn::recurrent::define(module);
     module.def("instruction_sets", &linattn::instruction_sets,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");

@@ -75,6 +75,24 @@ def feature_map_backward(
     dbefore: _Addresses,
     /,
 ) -> None: ...
+def recurrent_forward(
+    cell: int,
+    sizes: tuple[int, int, int],
+    shared: tuple[int, int, int, int, int, int, int],
+    threads: int,
+    projected: tuple[int, int, int],
+    last: tuple[int, int],
+    /,
+) -> None: ...
+def recurrent_backward(
+    cell: int,
+    sizes: tuple[int, int, int],
+    shared: tuple[int, int, int, int, int, int, int],
+    threads: int,
+    arriving: tuple[int, int, int],
+    wanted: tuple[int, int, int],
+    /,
+) -> None: ...
 def capability() -> str: ...
 def capabilities() -> list[str]: ...
 def instruction_sets() -> list[str]: ...
