@@ -219,9 +219,10 @@ def model_card(results: dict[str, Any], scores: list[Score]) -> str:
     largest = max(results["languages"], key=results["languages"].get)
     return f"""# Model card: which language does a surname come from?
 
-A character model ({settings["cell"]}, layers: {settings["layers"]} of {settings["hidden"]}, dropout {settings["dropout"]}), trained
-for {settings["epochs"]} epochs on four fifths of {results["names"]} surnames in {len(recalls)} languages (data:
-{settings["data"]}). Input: letters without accents. Output: a probability for each language.
+A character model ({settings["cell"]}, layers: {settings["layers"]} of {settings["hidden"]}, dropout
+{settings["dropout"]}), trained for {settings["epochs"]} epochs on four fifths of {results["names"]} surnames in
+{len(recalls)} languages (data: {settings["data"]}). Input: letters without accents. Output: a probability for each
+language.
 
 - On the other fifth: {_accuracy_lines(results)}.
 - **Read the recall of a language, not the accuracy.** {largest} makes up {results["languages"][largest]} of
