@@ -1,4 +1,4 @@
-// linattn._native: the only file that knows nanobind.
+// linattn._native. This file and recurrent/bindings.cpp alone know nanobind.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
@@ -14,6 +14,7 @@
 #include "common/native/problem.hpp"
 #include "feature_map/cpu.hpp"
 #include "quadratic/cpu.hpp"
+#include "recurrent/bindings.hpp"
 
 namespace nb = nanobind;
 
@@ -142,6 +143,7 @@ NB_MODULE(_native, module) {
     nb::class_<linattn::feature_map::Options>(module, "FeatureMapOptions").def("__init__", &make_feature_map_options);
     define(module, "quadratic", linattn::quadratic::forward, linattn::quadratic::backward);
     define(module, "feature_map", linattn::feature_map::forward, linattn::feature_map::backward);
+    linattn::recurrent::define(module);
     module.def("instruction_sets", &linattn::instruction_sets,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");

@@ -72,6 +72,24 @@ quadratic_backward: _Backward[QuadraticOptions]
 feature_map_forward: _Forward[FeatureMapOptions]
 feature_map_backward: _Backward[FeatureMapOptions]
 
+def recurrent_forward(
+    cell: int,
+    sizes: tuple[int, int, int],
+    shared: tuple[int, int, int, int, int, int, int],
+    threads: int,
+    projected: tuple[int, int, int],
+    last: tuple[int, int],
+    /,
+) -> None: ...
+def recurrent_backward(
+    cell: int,
+    sizes: tuple[int, int, int],
+    shared: tuple[int, int, int, int, int, int, int],
+    threads: int,
+    arriving: tuple[int, int, int],
+    wanted: tuple[int, int, int],
+    /,
+) -> None: ...
 def capability() -> str: ...
 def capabilities() -> list[str]: ...
 def instruction_sets() -> list[str]: ...

@@ -34,12 +34,17 @@ COMMANDS = {
     "crossover": Command("linattn.bench.crossover", "measure from which length on the linear form is the faster one"),
     "calibrate": Command("linattn.bench.calibrate", "measure where the chunked form begins to pay, for later calls"),
     "train lm": Command("linattn.language", "train a character language model on a text file"),
+    "train names": Command("linattn.rnn.train_names", "learn from which language a surname comes"),
+    "train running-average": Command("linattn.rnn.train_running_average", "recurrent networks learn a running mean"),
+    "names predict": Command("linattn.rnn.predict_name", "the languages that a surname reminds a trained model of"),
     "runs": Command("linattn.runs", "list training runs and compare their histories, in a table and a figure"),
     "study scaling": Command("linattn.examples.scaling", "why scores are divided by sqrt(D)"),
     "study argmax": Command("linattn.examples.argmax", "looking up the best key, and why it cannot learn"),
     "study kernels": Command("linattn.examples.kernels", "similarities that keep the denominator away from zero"),
     "study karate": Command("linattn.examples.karate", "Zachary's karate club by graph convolution and by attention"),
     "study accumulation": Command("linattn.examples.accumulation", "micro-batches under BatchNorm and LayerNorm"),
+    "study gradients": Command("linattn.examples.gradients", "how gradients vanish and explode through time"),
+    "study beam": Command("linattn.examples.beam", "beam search: a worked example, what it misses, what it costs"),
     "study depth": Command("linattn.examples.depth", "plain and residual networks of 20 and 56 layers"),
 }
 

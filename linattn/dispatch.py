@@ -19,6 +19,7 @@ from linattn.kernels.common.registration import implementation
 from linattn.kernels.common.stateful import Plan
 from linattn.kernels.feature_map.ops import BACKENDS as FEATURE_MAP
 from linattn.kernels.quadratic.ops import BACKENDS as QUADRATIC
+from linattn.kernels.recurrent.ops import BACKENDS as RECURRENT
 from linattn.kernels.softmax.ops import BACKENDS as SOFTMAX
 
 # In the order in which "auto" tries them.
@@ -29,6 +30,7 @@ BACKENDS: dict[str, dict[str, Backend]] = {
     },
     "quadratic": QUADRATIC,
     "feature_map": FEATURE_MAP,
+    "recurrent": RECURRENT,
 }
 
 
@@ -59,7 +61,7 @@ _chosen = _Chosen()
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Run every attention call of this thread on one backend, unless a call names its own.
+    """Run every attention and recurrence of this thread on one backend, unless a call names its own.
 
     A call that this backend cannot run raises `BackendError`; it never falls back.
 
@@ -79,6 +81,11 @@ def use_backend(backend: str) -> Iterator[None]:
         _chosen.backend = before
 
 
+def named_backend(backend: str) -> str:
+    """The backend that a call names, or else the one of `use_backend` around it; "auto" if there is neither."""
+    return _chosen.backend if backend == "auto" else backend
+
+
 @contextmanager
 def noting(device: str) -> Iterator[Callable[[], Choice]]:
     """Remember what is decided about the calls inside, as if their tensors were on `device`; yields a function that
@@ -91,7 +98,7 @@ def noting(device: str) -> Iterator[Callable[[], Choice]]:
 
 
 def backends(op: str) -> dict[str, str]:
-    """The backends of an op ("softmax", "quadratic", "feature_map") and whether each can run on this machine."""
+    """The backends of an op ("softmax", "quadratic", "feature_map", "recurrent"), and whether each can run here."""
     if op not in BACKENDS:
         raise unknown_name("operation", op, BACKENDS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,7 +144,7 @@ def _beyond_torch(inputs: Inputs) -> str:
 def plan(op: str, inputs: Inputs, form: Form, backend: str, with_state: bool) -> Plan:
     """How an op is to be computed: on the backend that the call or `use_backend` names, or else on the first that can;
     the reference always can."""
-    asked = _chosen.backend if backend == "auto" else backend
+    asked = named_backend(backend)
     if asked != "auto" and asked not in BACKENDS[op]:
         raise unknown_name(f"backend of {op} attention", asked, ("auto", *BACKENDS[op]), BackendError)
     chosen = None

@@ -19,7 +19,7 @@ import torch
 
 import linattn
 
-OPERATIONS = ("softmax", "quadratic", "feature_map")
+OPERATIONS = ("softmax", "quadratic", "feature_map", "recurrent")
 
 # The modules that each extra of pyproject.toml brings to users.
 EXTRAS = {

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from linattn.errors import ArgumentError, StateError, unknown_name
-from linattn.rnn.checks import check_sequence, check_size, check_state
+from linattn.recurrence import Activation, State, check_state, recur
+from linattn.rnn.checks import check_size
+from linattn.rnn.sequences import Sequences, sequences
 
-Nonlinearity = Callable[[Tensor], Tensor]
+NONLINEARITIES = ("tanh", "relu", "identity")
 
 
 class LSTMState(NamedTuple):
@@ -23,7 +25,49 @@ class LSTMState(NamedTuple):
     c: Tensor
 
 
-class RNNLayer(nn.Module):
+class RecurrentLayer(nn.Module):
+    """What both layers share: `weight_x [G H, F]`, `weight_h [G H, H]` and `bias [G H]` with the rows of G gates.
+
+    Raises: ArgumentError (sizes).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        gates: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_size("input_size", input_size)
+        check_size("hidden_size", hidden_size)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        rows = gates * hidden_size
+        self.weight_x = nn.Parameter(torch.empty(rows, input_size, device=device, dtype=dtype))
+        self.weight_h = nn.Parameter(torch.empty(rows, hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        # Input weights within 1/sqrt(F) instead, as torch.nn.Linear draws them, learn the running average four times
+        # worse: loss .019 and .023 against .0048 and .0037 (F = 1, H = 32, tanh, Adam 1e-4, 5,000 batches of 32).
+        within = 1 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -within, within)
+
+    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+        """All h `[B, T, H]`, 0 behind a sequence's end, and the last state of these checked inputs."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}"
+
+
+class RNNLayer(RecurrentLayer):
     """Elman layer: `h_t = act(W_h h_{t-1} + W_x x_t + b)`, with one bias.
 
     Args:
@@ -35,16 +79,20 @@ class RNNLayer(nn.Module):
     Parameters: `weight_x [H, F]`, `weight_h [H, H]`, `bias [H]`: H (F + H + 1) numbers, drawn uniformly within
     1/sqrt(H), as `torch.nn.RNN` does.
 
-    Call: `layer(x, initial=None, kept_states=None) -> (all_h, last_h)`
-        x: `[B, T, F]`, T >= 1, of the parameters' dtype and device (any under autocast).
+    Call: `layer(x, initial=None, kept_states=None, *, lengths=None) -> (all_h, last_h)`
+        x: `[B, T, F]`, T >= 1, of the parameters' dtype and device (any under autocast), or a `PackedSequence`.
         initial: h_0 `[B, H]`, zero by default.
         kept_states: a list; every h_t `[B, H]` is appended with its gradient retained, so that after `backward()` its
             `.grad` is the full dL/dh_t through all later steps (the gradient at `all_h` is only the direct part).
-        Returns all_h `[B, T, H]` and last_h = h_T `[B, H]`.
+        lengths: int64 `[B]`, 1 to T each: the steps of each sequence of a padded batch. What stands behind them in x is
+            ignored, whatever it is.
+        Returns all_h `[B, T, H]`, 0 in padding, packed if x was; and last_h `[B, H]`, the state at each sequence's end.
 
-    Cost: 2 B T H (F + H) flops forward, memory O(B T H).
+    Cost: 2 B T H (F + H) flops forward, memory O(B T H). The loop is `linattn.recurrence.recur`, which says what runs
+    on which backend.
 
-    Raises: ArgumentError (sizes, unknown nonlinearity), ShapeError, DtypeError, DeviceError (x), StateError (initial).
+    Raises: ArgumentError (sizes, unknown nonlinearity, lengths), ShapeError, DtypeError, DeviceError (x), StateError
+    (initial).
 
     Source: Elman, Finding structure in time, 1990.
 
@@ -58,48 +106,45 @@ class RNNLayer(nn.Module):
         self,
         input_size: int,
         hidden_size: int,
-        nonlinearity: str | Nonlinearity = "tanh",
+        nonlinearity: str | Activation = "tanh",
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_size("input_size", input_size)
-        check_size("hidden_size", hidden_size)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.nonlinearity = _nonlinearity(nonlinearity)
-        self.weight_x = nn.Parameter(torch.empty(hidden_size, input_size, device=device, dtype=dtype))
-        self.weight_h = nn.Parameter(torch.empty(hidden_size, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        _draw(self.weight_x, self.weight_h, self.bias)
+        super().__init__(input_size, hidden_size, 1, device=device, dtype=dtype)
+        if isinstance(nonlinearity, str) and nonlinearity not in NONLINEARITIES:
+            raise unknown_name("nonlinearity", nonlinearity, NONLINEARITIES)
+        if not isinstance(nonlinearity, str) and not callable(nonlinearity):
+            raise ArgumentError(f"nonlinearity must be a name or a function of a tensor, got {nonlinearity!r}")
+        self.nonlinearity = nonlinearity
 
     def forward(
-        self, x: Tensor, initial: Tensor | None = None, kept_states: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        check_sequence(x, self.input_size, self.weight_x)
-        projected = F.linear(x, self.weight_x, self.bias)
-        shape = (x.shape[0], self.hidden_size)
-        h = projected.new_zeros(shape) if initial is None else check_state("initial", initial, shape, x)
+        self,
+        x: Tensor | PackedSequence,
+        initial: Tensor | None = None,
+        kept_states: list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        given = sequences(x, lengths, self.input_size, self.weight_x)
+        if initial is not None:
+            check_state("initial", initial, (given.batch, self.hidden_size), given.padded)
+        kept: list[State] | None = None if kept_states is None else []
+        all_h, (last_h,) = self.walk(given, None if initial is None else (initial,), kept)
+        if kept_states is not None and kept is not None:
+            kept_states.extend(h for (h,) in kept)
+        return given.like_given(all_h), last_h
 
-        recur = self.weight_h.t()
-        all_h = []
-        for projected_t in projected.unbind(1):
-            h = self.nonlinearity(torch.addmm(projected_t, h, recur))
-            if kept_states is not None:
-                kept_states.append(_retained(h))
-            all_h.append(h)
-        return torch.stack(all_h, 1), h
+    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+        projected = F.linear(x.padded, self.weight_x, self.bias)
+        return recur(projected, self.weight_h, initial, cell=self.nonlinearity, lengths=x.lengths, kept=kept)
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}, nonlinearity={getattr(self.nonlinearity, '__name__', '?')}"
+        name = self.nonlinearity if isinstance(self.nonlinearity, str) else self.nonlinearity.__name__
+        return f"{super().extra_repr()}, nonlinearity={name}"
 
 
-class LSTMLayer(nn.Module):
+class LSTMLayer(RecurrentLayer):
     """Long short-term memory, one bias a gate:
 
         i, f, o = sigmoid(x_t U + h_{t-1} W + b)     g = tanh(x_t U + h_{t-1} W + b)     each with its own U, W, b
@@ -115,15 +160,15 @@ class LSTMLayer(nn.Module):
     Parameters: `weight_x [4H, F]`, `weight_h [4H, H]`, `bias [4H]`, stacked in the order i, f, g, o (that of
     `torch.nn.LSTM`): 4 H (F + H + 1) numbers, drawn uniformly within 1/sqrt(H), as `torch.nn.LSTM` does.
 
-    Call: `layer(x, initial=None, kept_states=None) -> (all_h, LSTMState(h, c))`
-        x: `[B, T, F]`, T >= 1, of the parameters' dtype and device (any under autocast).
+    Call: `layer(x, initial=None, kept_states=None, *, lengths=None) -> (all_h, LSTMState(h, c))`
+        x, lengths, all_h: as for `RNNLayer`.
         initial: a pair (h_0, c_0) of `[B, H]` tensors, zero by default.
         kept_states: a list; every LSTMState(h_t, C_t) is appended with gradients retained on both.
-        Returns all_h `[B, T, H]` and the last state, two `[B, H]` tensors.
+        The last state is that at each sequence's end, two `[B, H]` tensors.
 
     Cost: 8 B T H (F + H) flops forward, memory O(B T H).
 
-    Raises: ArgumentError (sizes), ShapeError, DtypeError, DeviceError (x), StateError (initial).
+    Raises: as `RNNLayer`.
 
     Source: Hochreiter and Schmidhuber, Long short-term memory, 1997; forget gate: Gers et al., 2000.
 
@@ -141,85 +186,32 @@ class LSTMLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_size("input_size", input_size)
-        check_size("hidden_size", hidden_size)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.weight_x = nn.Parameter(torch.empty(4 * hidden_size, input_size, device=device, dtype=dtype))
-        self.weight_h = nn.Parameter(torch.empty(4 * hidden_size, hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(4 * hidden_size, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        _draw(self.weight_x, self.weight_h, self.bias)
+        super().__init__(input_size, hidden_size, 4, device=device, dtype=dtype)
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | PackedSequence,
         initial: tuple[Tensor, Tensor] | None = None,
         kept_states: list[LSTMState] | None = None,
-    ) -> tuple[Tensor, LSTMState]:
-        check_sequence(x, self.input_size, self.weight_x)
-        projected = F.linear(x, self.weight_x, self.bias)
-        h, c = self._initial(initial, x, projected)
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, LSTMState]:
+        given = sequences(x, lengths, self.input_size, self.weight_x)
+        if initial is not None:
+            initial = checked_pair(initial, (given.batch, self.hidden_size), given.padded)
+        kept: list[State] | None = None if kept_states is None else []
+        all_h, last = self.walk(given, initial, kept)
+        if kept_states is not None and kept is not None:
+            kept_states.extend(LSTMState(*state) for state in kept)
+        return given.like_given(all_h), LSTMState(*last)
 
-        recur = self.weight_h.t()
-        all_h = []
-        for projected_t in projected.unbind(1):
-            i, f, g, o = torch.addmm(projected_t, h, recur).chunk(4, dim=-1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = c.tanh() * o.sigmoid()
-            if kept_states is not None:
-                kept_states.append(LSTMState(_retained(h), _retained(c)))
-            all_h.append(h)
-        return torch.stack(all_h, 1), LSTMState(h, c)
-
-    def _initial(self, initial: tuple[Tensor, Tensor] | None, x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (x.shape[0], self.hidden_size)
-        if initial is None:
-            return projected.new_zeros(shape), projected.new_zeros(shape)
-        h, c = state_pair(initial)
-        return check_state("initial h", h, shape, x), check_state("initial c", c, shape, x)
-
-    def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}"
+    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+        projected = F.linear(x.padded, self.weight_x, self.bias)
+        return recur(projected, self.weight_h, initial, cell="lstm", lengths=x.lengths, kept=kept)
 
 
-def state_pair(initial: object) -> tuple[Tensor, Tensor]:
-    """Return the two halves of an LSTM's initial state, or raise StateError."""
+def checked_pair(initial: object, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two halves of an LSTM's initial state, each of this shape, or raise StateError."""
     if not isinstance(initial, (tuple, list)) or len(initial) != 2:
         raise StateError(f"the initial state of an LSTM must be a pair (h, c) of tensors, got {type(initial).__name__}")
-    return initial[0], initial[1]
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-_NONLINEARITIES: dict[str, Nonlinearity] = {"tanh": torch.tanh, "relu": torch.relu, "identity": _identity}
-
-
-def _nonlinearity(given: str | Nonlinearity) -> Nonlinearity:
-    if isinstance(given, str):
-        if given not in _NONLINEARITIES:
-            raise unknown_name("nonlinearity", given, _NONLINEARITIES)
-        return _NONLINEARITIES[given]
-    if not callable(given):
-        raise ArgumentError(f"nonlinearity must be a name or a function of a tensor, got {given!r}")
-    return given
-
-
-def _draw(weight_x: Tensor, weight_h: Tensor, bias: Tensor) -> None:
-    # Input weights within 1/sqrt(F) instead, as torch.nn.Linear draws them, learn the running average four times worse:
-    # loss .019 and .023 against .0048 and .0037 (F = 1, H = 32, tanh, Adam 1e-4, 5,000 batches of 32, seeds 0 and 1).
-    within = 1 / math.sqrt(weight_h.shape[1])
-    for parameter in (weight_x, weight_h, bias):
-        nn.init.uniform_(parameter, -within, within)
-
-
-def _retained(h: Tensor) -> Tensor:
-    if h.requires_grad:
-        h.retain_grad()
-    return h
+    return check_state("initial h", initial[0], shape, x), check_state("initial c", initial[1], shape, x)

@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from linattn.errors import ArgumentError
-from linattn.rnn.checks import check_sequence, check_size, check_state
-from linattn.rnn.layers import LSTMLayer, LSTMState, Nonlinearity, RNNLayer, state_pair
+from linattn.recurrence import Activation, State, check_state
+from linattn.rnn.checks import check_size
+from linattn.rnn.layers import LSTMLayer, LSTMState, RecurrentLayer, RNNLayer, checked_pair
+from linattn.rnn.sequences import Sequences, sequences
 
 
-class RNN(nn.Module):
+class _Stack(nn.Module):
+    """`layers[l]` reads forwards; where the stack is bidirectional `reverse_layers[l]` reads the same backwards."""
+
+    def __init__(
+        self, make: Callable[[int], RecurrentLayer], input_size: int, hidden_size: int, num_layers: int,
+        bidirectional: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_size("num_layers", num_layers)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.output_size = 2 * hidden_size if bidirectional else hidden_size
+        inputs = [input_size, *[self.output_size] * (num_layers - 1)]
+        self.layers = nn.ModuleList(map(make, inputs))
+        self.reverse_layers = nn.ModuleList(map(make, inputs)) if bidirectional else None
+
+    @property
+    def state_count(self) -> int:
+        """Layers times directions: the leading size of a state."""
+        return len(self.layers) * (1 if self.reverse_layers is None else 2)
+
+    def climb(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+        """The top layer's outputs, and the last states of all layers, stacked; of each layer forwards first."""
+        last: list[State] = []
+
+        def walk(layer: nn.Module, x: Sequences) -> Tensor:
+            assert isinstance(layer, RecurrentLayer)
+            before = None if initial is None else tuple(half[len(last)] for half in initial)
+            all_h, state = layer.walk(x, before, kept)
+            last.append(state)
+            return all_h
+
+        for level, layer in enumerate(self.layers):
+            all_h = walk(layer, x)
+            if self.reverse_layers is not None:
+                backwards = x._replace(padded=walk(self.reverse_layers[level], x.reversed())).reversed().padded
+                all_h = torch.cat((all_h, backwards), -1)
+            x = x._replace(padded=all_h)
+        return x.padded, tuple(map(torch.stack, zip(*last, strict=True)))
+
+
+class RNN(_Stack):
     """A stack of `RNNLayer`: `h^l_t = act(W_h h^l_{t-1} + W_x h^{l-1}_t + b)` with h^0 = x.
 
     Args:
@@ -21,12 +65,18 @@ class RNN(nn.Module):
         hidden_size: H of every layer, at least 1.
         num_layers: L, at least 1.
         nonlinearity: as for `RNNLayer`.
+        bidirectional: every layer reads its input in both directions, with weights of their own, and hands on both
+            states side by side, `[h forwards, h backwards]`.
         device, dtype: as for `torch.nn` modules.
 
-    Call: `net(x, initial=None, kept_states=None) -> (all_h, last_h)`
-        x: `[B, T, F]`. initial: `[L, B, H]`, zero by default.
-        kept_states: as for `RNNLayer`; all steps of the first layer come first, L T tensors in all.
-        Returns all_h `[B, T, H]` of the top layer and last_h `[L, B, H]`, the last step of each layer.
+    With D = 2 for a bidirectional stack, else 1, the attribute `output_size` is D H, the width of what it returns.
+
+    Call: `net(x, initial=None, kept_states=None, *, lengths=None) -> (all_h, last_h)`
+        x, lengths: as for `RNNLayer`. initial: `[D L, B, H]`, zero by default.
+        kept_states: as for `RNNLayer`; all steps of the first layer come first, D L T tensors in all. A layer that
+            reads backwards keeps its states in the order in which it meets them.
+        Returns all_h `[B, T, D H]` of the top layer and last_h `[D L, B, H]`, the last state of each layer, forwards
+        before backwards, as `torch.nn.RNN` does.
 
     Raises: as `RNNLayer`.
 
@@ -44,46 +94,49 @@ class RNN(nn.Module):
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
-        nonlinearity: str | Nonlinearity = "tanh",
+        nonlinearity: str | Activation = "tanh",
         *,
+        bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_size("num_layers", num_layers)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.layers = nn.ModuleList(
-            RNNLayer(hidden_size if level else input_size, hidden_size, nonlinearity, device=device, dtype=dtype)
-            for level in range(num_layers)
-        )
+        def make(inputs: int) -> RNNLayer:
+            return RNNLayer(inputs, hidden_size, nonlinearity, device=device, dtype=dtype)
+
+        super().__init__(make, input_size, hidden_size, num_layers, bidirectional)
 
     def forward(
-        self, x: Tensor, initial: Tensor | None = None, kept_states: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        check_sequence(x, self.input_size, next(self.parameters()))
+        self,
+        x: Tensor | PackedSequence,
+        initial: Tensor | None = None,
+        kept_states: list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        given = sequences(x, lengths, self.input_size, next(self.parameters()))
         if initial is not None:
-            check_state("initial", initial, (len(self.layers), x.shape[0], self.hidden_size), x)
-        last_h = []
-        for level, layer in enumerate(self.layers):
-            x, last = layer(x, None if initial is None else initial[level], kept_states)
-            last_h.append(last)
-        return x, torch.stack(last_h)
+            check_state("initial", initial, (self.state_count, given.batch, self.hidden_size), given.padded)
+        kept: list[State] | None = None if kept_states is None else []
+        all_h, (last_h,) = self.climb(given, None if initial is None else (initial,), kept)
+        if kept_states is not None and kept is not None:
+            kept_states.extend(h for (h,) in kept)
+        return given.like_given(all_h), last_h
 
 
-class LSTM(nn.Module):
+class LSTM(_Stack):
     """A stack of `LSTMLayer`, each reading the hidden states of the one below.
 
     Args:
         input_size: F, at least 1.
         hidden_size: H of every layer, at least 1.
         num_layers: L, at least 1.
+        bidirectional: as for `RNN`.
         device, dtype: as for `torch.nn` modules.
 
-    Call: `net(x, initial=None, kept_states=None) -> (all_h, LSTMState(h, c))`
-        x: `[B, T, F]`. initial: a pair (h, c) of `[L, B, H]` tensors, zero by default.
-        kept_states: as for `LSTMLayer`; all steps of the first layer come first, L T states in all.
-        Returns all_h `[B, T, H]` of the top layer and the last state of each layer, two `[L, B, H]` tensors.
+    Call: `net(x, initial=None, kept_states=None, *, lengths=None) -> (all_h, LSTMState(h, c))`
+        x, lengths: as for `RNNLayer`. initial: a pair (h, c) of `[D L, B, H]` tensors, zero by default.
+        kept_states: as for `LSTMLayer`, in the order of `RNN`.
+        Returns all_h `[B, T, D H]` of the top layer and the last state of each layer, two `[D L, B, H]` tensors.
 
     Raises: as `LSTMLayer`.
 
@@ -98,35 +151,34 @@ class LSTM(nn.Module):
         hidden_size: int,
         num_layers: int = 1,
         *,
+        bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_size("num_layers", num_layers)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.layers = nn.ModuleList(
-            LSTMLayer(hidden_size if level else input_size, hidden_size, device=device, dtype=dtype)
-            for level in range(num_layers)
-        )
+        def make(inputs: int) -> LSTMLayer:
+            return LSTMLayer(inputs, hidden_size, device=device, dtype=dtype)
+
+        super().__init__(make, input_size, hidden_size, num_layers, bidirectional)
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | PackedSequence,
         initial: tuple[Tensor, Tensor] | None = None,
         kept_states: list[LSTMState] | None = None,
-    ) -> tuple[Tensor, LSTMState]:
-        check_sequence(x, self.input_size, next(self.parameters()))
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, LSTMState]:
+        given = sequences(x, lengths, self.input_size, next(self.parameters()))
         if initial is not None:
-            shape = (len(self.layers), x.shape[0], self.hidden_size)
-            h, c = state_pair(initial)
-            initial = check_state("initial h", h, shape, x), check_state("initial c", c, shape, x)
-        last_h, last_c = [], []
-        for level, layer in enumerate(self.layers):
-            x, last = layer(x, None if initial is None else (initial[0][level], initial[1][level]), kept_states)
-            last_h.append(last.h)
-            last_c.append(last.c)
-        return x, LSTMState(torch.stack(last_h), torch.stack(last_c))
+            initial = checked_pair(initial, (self.state_count, given.batch, self.hidden_size), given.padded)
+        kept: list[State] | None = None if kept_states is None else []
+        all_h, last = self.climb(given, initial, kept)
+        if kept_states is not None and kept is not None:
+            kept_states.extend(LSTMState(*state) for state in kept)
+        return given.like_given(all_h), LSTMState(*last)
+
+
+PARAMETERS = {"weight_x", "weight_h", "bias"}
 
 
 def to_torch_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,53 +187,60 @@ def to_torch_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     torch.nn keeps two biases a gate and adds them: ours becomes `bias_ih`, and `bias_hh` is zero. Gate order is equal.
     Tensors are shared with `state`, not copied.
 
-    Raises: ArgumentError for a key that is not `layers.<l>.weight_x`, `.weight_h` or `.bias`, or a missing one.
+    Raises: ArgumentError for a key that is not `layers.<l>.weight_x`, `.weight_h` or `.bias`, with `reverse_` before it
+    or not, or a missing one.
 
     >>> theirs = nn.LSTM(2, 3, num_layers=2, batch_first=True)
     >>> theirs.load_state_dict(to_torch_state_dict(LSTM(2, 3, 2).state_dict()))
     <All keys matched successfully>
     """
-    levels = _by_level(state, r"layers\.(\d+)\.(weight_x|weight_h|bias)", required={"weight_x", "weight_h", "bias"})
+    pattern = r"(?P<reverse>reverse_)?layers\.(?P<level>\d+)\.(?P<name>weight_x|weight_h|bias)"
     converted = {}
-    for level, tensors in sorted(levels.items()):
-        converted[f"weight_ih_l{level}"] = tensors["weight_x"]
-        converted[f"weight_hh_l{level}"] = tensors["weight_h"]
-        converted[f"bias_ih_l{level}"] = tensors["bias"]
-        converted[f"bias_hh_l{level}"] = torch.zeros_like(tensors["bias"])
+    for (level, is_reverse), tensors in _by_layer(state, pattern, PARAMETERS).items():
+        end = f"_l{level}_reverse" if is_reverse else f"_l{level}"
+        converted["weight_ih" + end] = tensors["weight_x"]
+        converted["weight_hh" + end] = tensors["weight_h"]
+        converted["bias_ih" + end] = tensors["bias"]
+        converted["bias_hh" + end] = torch.zeros_like(tensors["bias"])
     return converted
 
 
 def from_torch_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the state dict of a one-directional `torch.nn.RNN` or `torch.nn.LSTM` into one for this package's stacks.
+    """Turn the state dict of a `torch.nn.RNN` or `torch.nn.LSTM` into one for this package's stacks.
 
     The two biases are added; a model built with `bias=False` gets a zero bias. Weights are shared, not copied.
 
-    Raises: ArgumentError for keys of a bidirectional or projected model, or any other unknown or missing key.
+    Raises: ArgumentError for keys of a projected model, or any other unknown or missing key.
 
     >>> ours = RNN(2, 3, 2)
     >>> ours.load_state_dict(from_torch_state_dict(nn.RNN(2, 3, num_layers=2).state_dict()))
     <All keys matched successfully>
     """
-    levels = _by_level(state, r"(weight_ih|weight_hh|bias_ih|bias_hh)_l(\d+)", required={"weight_ih", "weight_hh"})
+    pattern = r"(?P<name>weight_ih|weight_hh|bias_ih|bias_hh)_l(?P<level>\d+)(?P<reverse>_reverse)?"
     converted = {}
-    for level, tensors in sorted(levels.items()):
+    for (level, is_reverse), tensors in _by_layer(state, pattern, {"weight_ih", "weight_hh"}).items():
         no_bias = tensors["weight_hh"].new_zeros(tensors["weight_hh"].shape[0])
-        converted[f"layers.{level}.weight_x"] = tensors["weight_ih"]
-        converted[f"layers.{level}.weight_h"] = tensors["weight_hh"]
-        converted[f"layers.{level}.bias"] = tensors.get("bias_ih", no_bias) + tensors.get("bias_hh", no_bias)
+        start = f"{'reverse_' if is_reverse else ''}layers.{level}."
+        converted[start + "weight_x"] = tensors["weight_ih"]
+        converted[start + "weight_h"] = tensors["weight_hh"]
+        converted[start + "bias"] = tensors.get("bias_ih", no_bias) + tensors.get("bias_hh", no_bias)
     return converted
 
 
-def _by_level(state: Mapping[str, Tensor], pattern: str, required: set[str]) -> dict[int, dict[str, Tensor]]:
-    levels: dict[int, dict[str, Tensor]] = {}
+def _by_layer(
+    state: Mapping[str, Tensor], pattern: str, required: set[str]
+) -> dict[tuple[int, bool], dict[str, Tensor]]:
+    layers: dict[tuple[int, bool], dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = re.fullmatch(pattern, key)
         if match is None:
             raise ArgumentError(f"unexpected key {key!r} in the state dict; accepted: keys matching {pattern}")
-        level, name = sorted(match.groups(), key=str.isdigit, reverse=True)
-        levels.setdefault(int(level), {})[name] = tensor
-    for index in range(max(levels, default=0) + 1):
-        missing = required - levels.get(index, {}).keys()
-        if missing:
-            raise ArgumentError(f"the state dict lacks {', '.join(sorted(missing))} of layer {index}")
-    return levels
+        layers.setdefault((int(match["level"]), match["reverse"] is not None), {})[match["name"]] = tensor
+    directions = {is_reverse for _, is_reverse in layers} | {False}
+    for level in range(max((level for level, _ in layers), default=0) + 1):
+        for is_reverse in directions:
+            missing = required - layers.get((level, is_reverse), {}).keys()
+            if missing:
+                which = "reverse layer" if is_reverse else "layer"
+                raise ArgumentError(f"the state dict lacks {', '.join(sorted(missing))} of {which} {level}")
+    return layers

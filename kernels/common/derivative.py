@@ -27,25 +27,32 @@ def distinct(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def first_derivative_only(op: str, gradients: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Make a second backward pass through `gradients` raise, instead of silently returning nothing."""
+ALL_DERIVATIVES = "linattn.kernel_attention, with sim=lambda q, k: (1 + q @ k.mT) ** 2 for example, has all of them"
+
+
+def first_derivative_only(
+    op: str, gradients: tuple[Tensor, ...], of: tuple[Tensor, ...], instead: str = ALL_DERIVATIVES
+) -> tuple[Tensor, ...]:
+    """Make a second backward pass through `gradients` raise, instead of silently returning nothing.
+
+    `instead` tells what has a second derivative.
+    """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return FirstDerivativeOnly.apply(op, len(gradients), *gradients, *of)
+        return FirstDerivativeOnly.apply(op, instead, len(gradients), *gradients, *of)
     return gradients
 
 
 class FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
-    def forward(op, count, *tensors):
+    def forward(op, instead, count, *tensors):
         return tuple(x.view_as(x) for x in tensors[:count])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op = inputs[0]
+        ctx.op, ctx.instead, *_ = inputs
 
     @staticmethod
     def backward(ctx, *gradients):
         raise DoubleBackwardError(
-            f"{ctx.op} attention has a first derivative only; given: a backward pass through its gradients. "
-            "linattn.kernel_attention, with sim=lambda q, k: (1 + q @ k.mT) ** 2 for example, has all of them."
+            f"{ctx.op} has a first derivative only; given: a backward pass through its gradients. {ctx.instead}."
         )

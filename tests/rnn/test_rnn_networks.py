@@ -96,13 +96,9 @@ def test_state_dict_round_trip_and_a_torch_model_without_bias() -> None:
     torch.testing.assert_close(ours(x)[0], theirs(x)[0])
 
 
-@pytest.mark.parametrize(
-    ("theirs", "named"),
-    [(nn.LSTM(2, 3, bidirectional=True), "weight_ih_l0_reverse"), (nn.LSTM(2, 4, proj_size=2), "weight_hr_l0")],
-)
-def test_state_dicts_of_other_models_are_refused(theirs: nn.Module, named: str) -> None:
-    with pytest.raises(ArgumentError, match=named):
-        from_torch_state_dict(theirs.state_dict())
+def test_the_state_dict_of_a_projected_model_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="weight_hr_l0"):
+        from_torch_state_dict(nn.LSTM(2, 4, proj_size=2).state_dict())
 
 
 def test_incomplete_state_dict_is_refused() -> None:

@@ -1,58 +1,12 @@
-"""A regression head on any recurrent network, and the task it is first tried on: the running average."""
+"""The first task of a recurrent network: the mean of what it has seen so far."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from linattn.errors import ArgumentError, DtypeError, ShapeError
+from linattn.errors import DtypeError, ShapeError
 from linattn.rnn.checks import check_size
-
-
-class RecurrentRegressionModel(nn.Module):
-    """One linear prediction a step: `p_t = A h_t + a`.
-
-    Args:
-        net: a recurrent network with an attribute `hidden_size`, called as `net(x) -> (all_h [B, T, H], state)`: the
-            layers and stacks of this package, or `torch.nn.RNN`, `GRU`, `LSTM` with `batch_first=True`.
-        output_dim: O, at least 1.
-
-    Call: `model(x, initial=None, kept_states=None) -> (predictions, all_h)`
-        initial and kept_states go to `net` as they are.
-        Returns predictions `[B, T, O]` and all_h `[B, T, H]`.
-
-    Raises: ArgumentError (net without hidden_size or not batch-first, output_dim); from a call, what `net` raises.
-
-    >>> from linattn.rnn import RNNLayer
-    >>> model = RecurrentRegressionModel(RNNLayer(2, 3), output_dim=4)
-    >>> sum(p.numel() for p in model.parameters())
-    34
-    >>> predictions, all_h = model(torch.randn(5, 7, 2))
-    >>> predictions.shape
-    torch.Size([5, 7, 4])
-    """
-
-    def __init__(self, net: nn.Module, output_dim: int = 1) -> None:
-        super().__init__()
-        hidden_size = getattr(net, "hidden_size", None)
-        if not isinstance(hidden_size, int):
-            raise ArgumentError(f"net must have an int attribute hidden_size; {type(net).__name__} has {hidden_size!r}")
-        if not getattr(net, "batch_first", True):
-            raise ArgumentError(f"net must be batch-first, [B, T, F]; this {type(net).__name__} has batch_first=False")
-        check_size("output_dim", output_dim)
-        self.net = net
-        self.head = nn.Linear(hidden_size, output_dim)
-        reference = next(net.parameters(), None)
-        if reference is not None:
-            self.head.to(reference.device, reference.dtype)
-
-    def forward(self, x: Tensor, initial: Any = None, kept_states: list[Any] | None = None) -> tuple[Tensor, Tensor]:
-        # torch.nn's networks know no kept_states, so it is passed on only when asked for.
-        kept = {} if kept_states is None else {"kept_states": kept_states}
-        all_h, _ = self.net(x, initial, **kept)
-        return self.head(all_h), all_h
 
 
 def running_average_batch(

@@ -1,0 +1,1 @@
+"""Recurrent layers: the loop over time behind an input projection. README.md has the derivation."""

@@ -1,0 +1,10 @@
+// Python's view of the recurrent kernels.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace linattn::recurrent {
+
+void define(nanobind::module_& module);
+
+}  // namespace linattn::recurrent

@@ -1,0 +1,50 @@
+"""The ops `linattn::recurrent_fwd` and `linattn::recurrent_bwd`: all T steps of one layer in one call.
+
+The reference is no implementation of them: plain PyTorch is differentiated by autograd as it is (autograd.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..common.backend import Backend, Call, anything, native
+from ..common.registration import define, implementation
+from .contract import gradients, outputs
+
+
+def _native(call: Call) -> str:
+    # Head sizes do not bound it: H is the size of a layer.
+    refused = native(call._replace(D=1, M=1))
+    if not refused and call.dtype != torch.float32:
+        return f"{call.dtype}: the native recurrence computes in fp32"
+    return refused
+
+
+# In the order in which "auto" tries them.
+BACKENDS = {
+    "native": Backend("linattn.kernels.recurrent.cpu", _native, "all steps in one C++ loop"),
+    "reference": Backend("linattn.kernels.recurrent.reference", anything, "plain PyTorch, a step at a time"),
+}
+
+# projected [B, T, G H], weight_h [G H, H], h0 and c0 [B, H], lengths int64 [B]. The forward pass returns all_h
+# [B, T, H], last_h, last_c and what the backward pass of an LSTM reads: every c_t [B, T, H], every i, f, g, o
+# [B, T, 4 H]. What a call does not have is empty.
+FORWARD = """recurrent_fwd(
+    Tensor projected, Tensor weight_h, Tensor h0, Tensor? c0, Tensor? lengths, str cell, bool save, str backend
+) -> (Tensor all_h, Tensor last_h, Tensor last_c, Tensor cells, Tensor activations)"""
+BACKWARD = """recurrent_bwd(
+    Tensor? dall_h, Tensor? dlast_h, Tensor? dlast_c, Tensor weight_h, Tensor h0, Tensor? c0, Tensor? lengths,
+    Tensor all_h, Tensor cells, Tensor activations, str cell, str backend
+) -> (Tensor dprojected, Tensor dh0, Tensor dc0)"""
+
+
+def _forward_fake(projected, weight_h, h0, c0, lengths, cell, save, backend):
+    return outputs(projected, h0, cell, save)
+
+
+def _backward_fake(dall_h, dlast_h, dlast_c, weight_h, h0, c0, lengths, all_h, cells, activations, cell, backend):
+    return gradients(weight_h, h0, all_h, cell)
+
+
+define(FORWARD, _forward_fake, lambda *xs: implementation(BACKENDS, xs[-1]).forward(*xs[:-1]))
+define(BACKWARD, _backward_fake, lambda *xs: implementation(BACKENDS, xs[-1]).backward(*xs[:-1]))

@@ -1,0 +1,65 @@
+"""What the training commands of this room share: a constant rate, and runs that can be resumed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from linattn.errors import CheckpointError, MissingExtraError
+from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
+
+
+def adam(steps: int, learning_rate: float, validate_every: int) -> TrainingConfig:
+    """Adam as it was first published: a constant rate, nothing decayed, nothing clipped."""
+    return TrainingConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=0.0,
+        final_learning_rate=1.0,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        clip=float("inf"),
+        validate_every=min(validate_every, steps),
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Declare --seeds, --out, --resume and --overwrite."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each (default 0)", metavar="SEED")
+    parser.add_argument("--out", type=Path, default=Path("runs") / out, help="folder (%(default)s)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on where the runs in the folder stopped")
+    start.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds runs")
+
+
+def train(trainer: Trainer, *, resume: bool, overwrite: bool) -> bool:
+    """Run a trainer that has a folder; False when it was interrupted, after saving.
+
+    Raises: CheckpointError for a checkpoint in the folder that is in the way, or is of other settings.
+    """
+    assert trainer.folder is not None
+    path = trainer.folder / CHECKPOINT_NAME
+    if path.exists() and not (resume or overwrite):
+        raise CheckpointError(f"{trainer.folder} holds a run already; accepted: --resume, --overwrite or another --out")
+    if path.exists() and resume:
+        checkpoint = read_checkpoint(path)
+        found = checkpoint.get("settings", {})
+        other = {name for name in {*found, *trainer.settings} if found.get(name) != trainer.settings.get(name)}
+        if other:
+            raise CheckpointError(
+                f"the run in {trainer.folder} has another {', '.join(sorted(other))}; accepted: the same"
+            )
+        trainer.restore(checkpoint, path)
+    finished = trainer.run()
+    if not finished:
+        print(f"stopped at step {trainer.step}; go on with the same command and --resume", file=sys.stderr)
+    return finished
+
+
+def require_matplotlib() -> None:
+    """Raise MissingExtraError now rather than after training."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "train", "drawing the figure of a run") from error
