@@ -16,6 +16,7 @@ from linattn.errors import ArgumentError, unknown_name
 from linattn.testing import make_inputs
 
 Direction = Literal["forward", "training"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "training")
 Call = Callable[[], tuple[Tensor, ...]]
 
 DTYPES: dict[str, torch.dtype] = {

@@ -73,16 +73,19 @@ def find_crossing(ours: Samples, theirs: Samples, *, seed: int = 0) -> Crossing 
 
 
 def refine(crossing: Crossing | None, sizes: Sequence[int], multiple: int = 16) -> list[int]:
-    """Sizes worth adding near a crossing: the geometric middle of its interval and of the intervals beside it."""
+    """Sizes worth adding near a crossing: the geometric middle of its interval and of the intervals beside it.
+
+    Beyond the longest size an interval of an octave is thought of, so that a crossing in the last one can be bracketed.
+    """
     if crossing is None or crossing.value is None:
         return []
-    ordered = sorted(sizes)
+    ordered = [*sorted(sizes), 2 * max(sizes)]
     near = [i for i, (a, b) in enumerate(pairwise(ordered)) if a <= crossing.value <= b]
     wanted = {i + step for i in near for step in (-1, 0, 1)}
     middles = [
         round(math.sqrt(a * b) / multiple) * multiple for i, (a, b) in enumerate(pairwise(ordered)) if i in wanted
     ]
-    return sorted(set(middles) - set(ordered))
+    return sorted(set(middles) - set(sizes))
 
 
 def _last_upward(sizes: Sequence[int], log_ratios: Sequence[float]) -> float:

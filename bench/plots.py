@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,13 +38,14 @@ STYLES = {
 }
 RIVALS = (SDPA, QUADRATIC_DIRECT)
 DPI = 160
+LEAST_MIB = 0.25
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:
-    """Draw both figures of every dtype, direction, batch and number of heads in the results.
+    """Draw time, memory and N* of every dtype, direction, batch and number of heads in the results.
 
-    They are `time.png` and `nstar.png` where there is one of these only, else named after it:
-    `time-fp32-forward-b1-h4.png` and so on.
+    They are `time.png`, `memory.png` and `nstar.png` where there is one of these only, else named after it:
+    `time-fp32-forward-b1-h4.png` and so on. Where no memory was measured there is no figure of it.
 
     Returns:
         the files written.
@@ -53,16 +54,24 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
         MissingExtraError: matplotlib is not installed.
         DataError: the folder cannot be written.
     """
-    parts: dict[str, dict[Group, list[Row]]] = {}
-    for group, rows in grouped(results.rows).items():
-        parts.setdefault(f"{group.dtype}-{group.direction}-b{group.B}-h{group.H}", {})[group] = rows
     written = []
+    parts = parts_of(results.rows)
     for part, groups in parts.items():
-        for stem, draw in (("time", draw_time), ("nstar", draw_crossover)):
+        for stem, draw in (("time", draw_time), ("memory", draw_memory), ("nstar", draw_crossover)):
+            if stem == "memory" and all(row.peak_mib is None for rows in groups.values() for row in rows):
+                continue
             path = folder / (f"{stem}.png" if len(parts) == 1 else f"{stem}-{part}.png")
             save(draw(groups, results.environment), path)
             written.append(path)
     return written
+
+
+def parts_of(rows: Iterable[Row]) -> dict[str, dict[Group, list[Row]]]:
+    """Groups by what stands in one figure: a dtype, direction, batch and number of heads, as "fp32-forward-b1-h4"."""
+    parts: dict[str, dict[Group, list[Row]]] = {}
+    for group, members in grouped(rows).items():
+        parts.setdefault(f"{group.dtype}-{group.direction}-b{group.B}-h{group.H}", {})[group] = members
+    return parts
 
 
 def require_matplotlib() -> None:
@@ -75,6 +84,45 @@ def require_matplotlib() -> None:
 
 def draw_time(groups: Mapping[Group, Sequence[Row]], environment: Environment) -> Figure:
     """Time against N, one column a head size, non-causal above causal: medians, 20-80 % bands, N* as markers."""
+
+    def panel(axes: Axes, group: Group, rows: Sequence[Row]) -> None:
+        for method in STYLES:
+            _draw_time(axes, method, [row for row in rows if row.method == method and row.median_ms is not None])
+        axes.axvline(group.D**2, color="#000000", linestyle=":", linewidth=1.2)
+        for rival in RIVALS:
+            _mark_crossing(axes, rows, rival)
+
+    figure = _panels(groups, panel, "time of one call (ms)", _time_legend())
+    _title(figure, "Attention time against sequence length", groups, environment)
+    return figure
+
+
+def draw_memory(groups: Mapping[Group, Sequence[Row]], environment: Environment) -> Figure:
+    """Peak memory beyond the inputs against N, one column a head size, non-causal above causal.
+
+    Peaks below `LEAST_MIB` are pages and thread stacks; the axis ends there.
+    """
+
+    def panel(axes: Axes, group: Group, rows: Sequence[Row]) -> None:
+        for method, style in STYLES.items():
+            # On a logarithmic axis nothing is nowhere.
+            points = {row.problem.N: row.peak_mib for row in rows if row.method == method and row.peak_mib}
+            axes.plot(list(points), list(points.values()), color=style.color, linestyle=style.line, linewidth=1.6)
+
+    figure = _panels(groups, panel, "peak beyond the inputs (MiB)", _method_legend())
+    for axes in figure.axes:
+        axes.set_ylim(bottom=LEAST_MIB)
+    _title(figure, "Attention memory against sequence length", groups, environment)
+    return figure
+
+
+def _panels(
+    groups: Mapping[Group, Sequence[Row]],
+    draw: Callable[[Axes, Group, Sequence[Row]], None],
+    ylabel: str,
+    legend: list[Any],
+) -> Figure:
+    """A grid against N: one column a head size, non-causal above causal."""
     heads = sorted({group.D for group in groups})
     masks = sorted({group.is_causal for group in groups})
     # Legend and title need some width however few the columns are.
@@ -82,19 +130,14 @@ def draw_time(groups: Mapping[Group, Sequence[Row]], environment: Environment) -
     grid = figure.subplots(len(masks), len(heads), sharex="col", sharey="row", squeeze=False)
     for group, rows in groups.items():
         axes = grid[masks.index(group.is_causal)][heads.index(group.D)]
-        for method in STYLES:
-            _draw_method(axes, method, [row for row in rows if row.method == method and row.median_ms is not None])
-        axes.axvline(group.D**2, color="#000000", linestyle=":", linewidth=1.2)
-        for rival in RIVALS:
-            _mark_crossing(axes, rows, rival)
+        draw(axes, group, rows)
         _log_axes(axes, [row.problem.N for row in rows])
         axes.set_title(f"D = {group.D}, {'causal' if group.is_causal else 'non-causal'}", fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("sequence length N (tokens)")
     for row_axes in grid:
-        row_axes[0].set_ylabel("time of one call (ms)")
-    _legend(figure, _time_legend())
-    _title(figure, "Attention time against sequence length", groups, environment)
+        row_axes[0].set_ylabel(ylabel)
+    _legend(figure, legend)
     return figure
 
 
@@ -128,7 +171,7 @@ def draw_crossover(groups: Mapping[Group, Sequence[Row]], environment: Environme
     return figure
 
 
-def _draw_method(axes: Axes, method: Method, rows: Sequence[Row]) -> None:
+def _draw_time(axes: Axes, method: Method, rows: Sequence[Row]) -> None:
     if not rows:
         return
     style = STYLES[method]
@@ -205,10 +248,15 @@ def _time_legend() -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    lines = [Line2D([], [], color=s.color, linestyle=s.line, linewidth=1.6, label=s.label) for s in STYLES.values()]
     band = Patch(color="#888888", alpha=0.35, linewidth=0, label="20-80 % of the repeats")
     bound = Line2D([], [], color="#000000", linestyle=":", linewidth=1.2, label="N = D²")
-    return [*lines, *_marker_legend(), band, bound]
+    return [*_method_legend(), *_marker_legend(), band, bound]
+
+
+def _method_legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], color=s.color, linestyle=s.line, linewidth=1.6, label=s.label) for s in STYLES.values()]
 
 
 def _crossover_legend(masks: Sequence[bool]) -> list[Any]:

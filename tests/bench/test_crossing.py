@@ -89,4 +89,7 @@ def test_refine_adds_middles_next_to_the_crossing_only() -> None:
     crossing = find_crossing(samples(lambda N: N * 3000), samples(lambda N: N * N))
     assert refine(crossing, SIZES) == [1456, 2896, 5792]
     assert refine(None, SIZES) == []
+    last = find_crossing(samples(lambda N: N * 12000), samples(lambda N: N * N))
+    # Half an octave beyond the longest: with it the crossing in the last interval has two lengths above it.
+    assert refine(last, SIZES) == [5792, 11584, 23168]
     assert refine(find_crossing(samples(lambda N: 1), samples(lambda N: N)), SIZES) == []

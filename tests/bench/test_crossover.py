@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from linattn import cli
-from linattn.bench import crossover, plots, tables
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
+from linattn.bench import crossover, heat_map, plots, sweep, tables
+from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.environment import describe
 from linattn.bench.results import Results, Row
+from linattn.bench.sweep import Plan
 from linattn.environment import pick_device
 from linattn.errors import ArgumentError, MissingExtraError
 
@@ -22,7 +25,7 @@ TINY = ["crossover", "--quick", "--sizes", "4", "--longest", "256", "--heads", "
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch) -> None:
-    plan = crossover.Plan((4,), 128, 256, budget_s=0.0, limit_s=9.0, refine=False)
+    plan = Plan("quick", 128, 256, budget_s=0.0, limit_s=9.0, settled_s=9.0, refine=False)
     monkeypatch.setattr(crossover, "QUICK", plan)
 
 
@@ -30,10 +33,12 @@ def test_run_writes_tables_results_and_figures(tmp_path, capsys) -> None:
     assert cli.main([*TINY, "--out", str(tmp_path)]) == 0
     output = capsys.readouterr()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "memory.png",
         "nstar.png",
         "results.csv",
         "results.json",
         "time.png",
+        "winner.png",
     ]
     assert all(path.stat().st_size > 10_000 for path in tmp_path.glob("*.png"))
     results = Results.load(tmp_path / "results.json")
@@ -44,7 +49,7 @@ def test_run_writes_tables_results_and_figures(tmp_path, capsys) -> None:
     assert all(row.error < 1e-5 and row.peak_mib is not None for row in results.rows)
     assert "4 problems on cpu-" in output.err
     assert "D=4 non-causal fp32: N*" in output.out
-    assert output.out.rstrip().endswith("nstar.png")
+    assert output.out.rstrip().endswith("winner.png")
 
 
 def test_rerun_measures_only_what_is_missing(tmp_path, monkeypatch) -> None:
@@ -56,7 +61,7 @@ def test_rerun_measures_only_what_is_missing(tmp_path, monkeypatch) -> None:
             raise KeyboardInterrupt
         return [Row(m, problem, "x", [1.0], 1.0, 1.0, 1.0) for m in methods]
 
-    monkeypatch.setattr(crossover, "measure", recorded)
+    monkeypatch.setattr(sweep, "measure", recorded)
     arguments = [*TINY, "--out", str(tmp_path), "--no-figures"]
     assert cli.main(arguments) == 130
     assert len(Results.load(tmp_path / "results.json").rows) == 2 * len(crossover.METHODS)
@@ -69,7 +74,7 @@ def test_rerun_measures_only_what_is_missing(tmp_path, monkeypatch) -> None:
 
 
 def test_refinement_is_measured_once(tmp_path, monkeypatch) -> None:
-    plan = crossover.Plan((4,), 128, 8192, budget_s=0.0, limit_s=9.0, refine=True)
+    plan = Plan("quick", 128, 8192, budget_s=0.0, limit_s=9.0, settled_s=9.0, refine=True)
     monkeypatch.setattr(crossover, "QUICK", plan)
     measured = []
 
@@ -78,7 +83,7 @@ def test_refinement_is_measured_once(tmp_path, monkeypatch) -> None:
         times = {SDPA: problem.N**2, QUADRATIC_DIRECT: 2 * problem.N**2, QUADRATIC_CHUNKED: 1500 * problem.N}
         return [Row(m, problem, "x", [times[m] / 1e6] * 3, times[m] / 1e6, 0.0, 1.0) for m in methods]
 
-    monkeypatch.setattr(crossover, "measure", power_laws)
+    monkeypatch.setattr(sweep, "measure", power_laws)
     arguments = ["crossover", "--quick", "--sizes", "4", "--out", str(tmp_path), "--no-figures", "--device", "cpu"]
     assert cli.main(arguments) == 0
     # Middles beside 1500 (against SDPA), then beside 750 (against the direct form), for each mask.
@@ -152,7 +157,7 @@ def test_markers_are_hollow_where_not_bracketed(tmp_path) -> None:
     def markers(chunked) -> list[tuple[str, bool]]:
         rows = rows_of(16, {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: N * N / 2, QUADRATIC_CHUNKED: chunked})
         groups = tables.grouped(rows)
-        environment = crossover.describe(pick_device("cpu"))
+        environment = describe(pick_device("cpu"))
         (axes,) = plots.draw_time(groups, environment).axes
         return [
             (line.get_marker(), line.get_markerfacecolor() != "white")
@@ -171,7 +176,7 @@ def power_rows(*, heads: int = 1) -> list[Row]:
 
 
 def test_figures_have_short_names_unless_there_are_several(tmp_path) -> None:
-    environment = crossover.describe(pick_device("cpu"))
+    environment = describe(pick_device("cpu"))
 
     def names(rows: list[Row]) -> list[str]:
         return [path.name for path in plots.draw_all(Results("crossover", environment, {}, rows), tmp_path)]
@@ -186,7 +191,7 @@ def test_figures_have_short_names_unless_there_are_several(tmp_path) -> None:
 
 
 def test_nothing_of_a_figure_with_one_head_size_is_cut_off() -> None:
-    figure = plots.draw_time(tables.grouped(power_rows()), crossover.describe(pick_device("cpu")))
+    figure = plots.draw_time(tables.grouped(power_rows()), describe(pick_device("cpu")))
     figure.draw_without_rendering()
     for part in (*figure.legends, *figure.texts):
         box = part.get_window_extent()
@@ -196,3 +201,62 @@ def test_nothing_of_a_figure_with_one_head_size_is_cut_off() -> None:
 def test_a_size_below_one_is_named() -> None:
     with pytest.raises(ArgumentError, match="sizes got N=64, D=8, M=8, B=1, H=0; accepted"):
         Problem(64, 8, 8, H=0)
+
+
+def modelled(monkeypatch, seconds) -> list[tuple[int, list[Method]]]:
+    """Replace measuring by a model `seconds(method, N)`; returns what was measured, in order."""
+    measured = []
+
+    def measure(problem, methods, **options):
+        measured.append((problem.N, list(methods)))
+        ms = {m: 1e3 * seconds(m, problem.N) for m in methods}
+        return [Row(m, problem, "x", [ms[m]] * 3, ms[m], ms[m], ms[m]) for m in methods]
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    return measured
+
+
+def test_long_calls_end_once_the_order_is_settled(tmp_path, monkeypatch) -> None:
+    # Chunked wins from 1500 on; SDPA and direct take 0.1 s at 1024.
+    times = {SDPA: lambda N: N * N / 1e7, QUADRATIC_DIRECT: lambda N: N * N / 1e7, QUADRATIC_CHUNKED: lambda N: N * 1.5e-4}
+    measured = modelled(monkeypatch, lambda method, N: times[method](N))
+    plan = Plan("quick", 128, 8192, budget_s=0.0, limit_s=9.0, settled_s=1.5, refine=True)
+    monkeypatch.setattr(crossover, "QUICK", plan)
+    arguments = ["crossover", "--quick", "--sizes", "4", "--out", str(tmp_path), "--no-figures", "--device", "cpu"]
+    assert cli.main(arguments) == 0
+    first = measured[: len(measured) // 2]
+    assert [N for N, methods in first if len(methods) == 3] == [128, 256, 512, 1024, 2048, 720, 1456, 2896]
+    # Alone the linear form goes on to the end: its growth is wanted.
+    assert [N for N, methods in first if methods == [QUADRATIC_CHUNKED]] == [4096, 8192]
+    results = Results.load(tmp_path / "results.json")
+    found = tables.crossing_of([r for r in results.rows if not r.problem.is_causal], SDPA)
+    assert found.value == pytest.approx(1500, rel=0.01) and found.bracketed
+
+
+def test_full_is_the_whole_sweep(tmp_path, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(crossover, "run_sweep", lambda kind, groups, *args, **options: seen.extend(groups))
+    monkeypatch.setattr(crossover, "summary", lambda results: "")
+    assert cli.main(["crossover", "--full", "--out", str(tmp_path), "--no-figures", "--device", "cpu"]) == 0
+    heads = {(g[0].D, g[0].is_causal, g[0].dtype, g[0].direction) for g in seen}
+    wanted = itertools.product((16, 32, 64, 128), (False, True), ("fp32", "bf16"), ("forward", "training"))
+    assert heads == set(wanted) and len(seen) == 32
+
+
+def test_a_cell_belongs_to_the_fastest(tmp_path) -> None:
+    rows = power_rows()
+    assert heat_map.factors(rows, 64) == (SDPA, 2.0)
+    method, factor = heat_map.factors(rows, 1024)
+    assert method == QUADRATIC_CHUNKED and factor == pytest.approx(1024 / 300)
+    assert heat_map.factors([row for row in rows if row.method == SDPA], 64) is None
+    (axes,) = heat_map.draw_winners(plots.parts_of(rows), describe(pick_device("cpu"))).axes
+    assert [text.get_text() for text in axes.texts] == ["2.0", "2.0", "1.2", "1.7", "3.4"]
+    (square, features) = (line.get_ydata() for line in axes.lines)
+    # Lines of the grid are octaves above 64; D = 16: D^2 = 256, C = 153.
+    assert list(square) == [2.0] and features[0] == pytest.approx(1.257, abs=1e-3)
+
+
+def test_memory_has_a_figure_where_it_was_measured(tmp_path) -> None:
+    rows = [dataclasses.replace(row, peak_mib=row.problem.N / 16) for row in power_rows()]
+    written = plots.draw_all(Results("crossover", describe(pick_device("cpu")), {}, rows), tmp_path)
+    assert [path.name for path in written] == ["time.png", "memory.png", "nstar.png"]
