@@ -144,7 +144,7 @@ def key_mask(
     plain = [masking_utils.causal_mask_function, getattr(masking_utils, "bidirectional_mask_function", None)]
     if mask_function not in plain:
         raise ArgumentError(
-            f"the model asks for the mask {mask_function.__qualname__}; accepted: causal or bidirectional, and padding. "
+            f"the model asks for the mask {mask_function.__qualname__}; accepted: causal or bidirectional, padded. "
             "Windows, chunks, packed rows and masks of one's own would need all scores, which the kernels never hold"
         )
     if mask_function is plain[0] and _end_of_queries(position) != kv_offset + kv_length:
@@ -196,7 +196,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         if self.tokens != self.tokens_attended:
             raise StateError(
                 f"{self.tokens - self.tokens_attended} keys were given to a StateCache and never attended to; "
-                f"accepted: a model whose attn_implementation is one of {', '.join(IMPLEMENTATIONS)} and hands keys on unchanged"
+                f"accepted: a model that hands keys on unchanged to one of {', '.join(IMPLEMENTATIONS)}"
             )
         self.is_initialized = True
         self.tokens += key_states.shape[-2]
