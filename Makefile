@@ -3,6 +3,7 @@
 # make bench    time the kernels (pytest --benchmark)
 # make gpu      every test and measurement for a CUDA device, under 9 minutes (REHEARSE=1: the same on the CPU, tiny)
 # make triton36 the kernels' gate and their tests in the interpreter, with Triton 3.6.0 instead of the one that is there
+# make transformers4  the Hugging Face integration with transformers 4.57 instead of the one that is there
 # make lint     ruff, formatting, import contract        make types    mypy
 # make docs     API pages into build/docs                make clean    remove builds and caches, not runs
 #
@@ -28,7 +29,7 @@ NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/*,kernels/$(depth)
 PUBLIC := $(patsubst linattn/%.py,linattn.%,$(filter-out linattn/_%,$(wildcard linattn/*.py))) $(addprefix linattn.,autoencoders rnn bench examples)
 ROOMS := kernels autoencoders rnn bench examples
 
-.PHONY: demo test bench gpu triton36 lint contract types docs clean setup tree
+.PHONY: demo test bench gpu triton36 transformers4 lint contract types docs clean setup tree
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -55,6 +56,16 @@ $(TRITON36)/.ready: | $(READY)
 	$(PY) -m pip install --upgrade --no-deps --target $(TRITON36) triton==3.6.0 'numpy<2.4'
 	@touch $@
 
+# The last release before transformers 5, with what it needs of other versions than 5 does.
+TRANSFORMERS4 := $(CURDIR)/.transformers4
+transformers4: export PYTHONPATH := $(TRANSFORMERS4)$(if $(PYTHONPATH),:$(PYTHONPATH))
+transformers4: $(TRANSFORMERS4)/.ready
+	$(PY) -m pytest tests/integrations/test_hf.py $(ARGS)
+
+$(TRANSFORMERS4)/.ready: | $(READY)
+	$(PY) -m pip install --upgrade --no-deps --target $(TRANSFORMERS4) transformers==4.57.6 'huggingface_hub<1' 'tokenizers<0.23'
+	@touch $@
+
 lint: contract
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -72,7 +83,7 @@ docs: $(READY)
 	$(PY) -m pdoc --docformat google --math -o build/docs linattn $(PUBLIC)
 
 clean:
-	rm -rf build dist .triton36 .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf build dist .triton36 .transformers4 .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 setup: $(READY)

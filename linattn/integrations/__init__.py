@@ -1,0 +1,1 @@
+"""This library inside others' models. Each module needs the package it integrates with, and its extra."""
