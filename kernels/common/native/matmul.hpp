@@ -48,13 +48,17 @@ LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, floa
         const Index n = most<Index>(0, least(p.n, p.seen + r + R - 1));
         multiply_add(acc, p.a + r * p.row, p.row, p.step, p.b + j, p.stride, static_cast<int>(n));
     }
+    float* const to = c + r * c_stride + j;
+    if (add) {
+#pragma GCC unroll 32
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+            for (int w = 0; w < W; ++w) acc[i][w] += load(to + i * c_stride + w * width);
+    }
 #pragma GCC unroll 32
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) {
-            float* at = c + (r + i) * c_stride + j + w * width;
-            store(at, add ? load(at) + acc[i][w] : acc[i][w]);
-        }
+        for (int w = 0; w < W; ++w) store(to + i * c_stride + w * width, acc[i][w]);
 }
 
 template <int W, int terms>
