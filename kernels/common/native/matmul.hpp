@@ -38,9 +38,11 @@ struct Product {
     Index n, seen = Index{1} << 40;
 };
 
-// The sums are complete before they meet what is in c: one over very many keys then takes few additions to a large number.
+// The sums are complete before they meet what is in c: one over very many keys then takes few additions to a large
+// number.
 template <int R, int W, int terms>
-LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, float* c, Index c_stride, Index j, bool add) {
+LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, float* c, Index c_stride, Index j,
+                                 bool add) {
     Vec acc[R][W] = {};
 #pragma GCC unroll 2
     for (int t = 0; t < terms; ++t) {
@@ -62,7 +64,8 @@ LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, floa
 }
 
 template <int W, int terms>
-LINATTN_INLINE void compute_panel(const Product (&products)[terms], int rows, float* c, Index c_stride, Index j, bool add) {
+LINATTN_INLINE void compute_panel(const Product (&products)[terms], int rows, float* c, Index c_stride, Index j,
+                                  bool add) {
     constexpr int R = panel_rows<W>;
     int r = 0;
     for (; r + R <= rows; r += R) compute_tile<R, W>(products, r, c, c_stride, j, add);

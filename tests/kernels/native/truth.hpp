@@ -39,7 +39,8 @@ struct Similarity {
 
 private:
     // twice: what the product of two different entries counts for beside v, where it stands only once.
-    Doubles products(const Doubles& x, double one, const Doubles& y, double f0, double f1, double f2, double twice) const {
+    Doubles products(const Doubles& x, double one, const Doubles& y, double f0, double f1, double f2,
+                     double twice) const {
         Doubles all;
         for (const double a : x) all.push_back(f1 * one * phi(a));
         if (quadratic()) {
@@ -96,8 +97,8 @@ public:
         for (Index n = 0; n < p_.sequences; ++n)
             for (Index hk = 0; hk < p_.Hkv; ++hk) compare_head(n, hk);
         const bool exact = p_.dtype == Dtype::fp32;
-        // Where a row sees few keys its gradient nearly cancels, and out, from which it is made, has been rounded: compared
-        // on the scale of the largest one.
+        // Where a row sees few keys its gradient nearly cancels, and out, from which it is made, has been rounded:
+        // compared on the scale of the largest one.
         const double limit = exact ? 2e-4 : 2e-2, floor = (exact ? 1e-4 : 0.1) * (dq_.size + dk_.size + dv_.size);
         std::string why;
         if (!out_.within(exact ? 2e-5 : 1e-2, 0)) why += " out";
