@@ -159,18 +159,17 @@ def softmax_backend(backend: str, inputs: Inputs) -> str:
     return plan("softmax", inputs, "direct", backend, with_state=False).backend
 
 
-def _suited(
-    op: str, backend: str, form: Form, inputs: Inputs, with_state: bool, named: bool
-) -> tuple[cost.Form, str]:
+def _suited(op: str, backend: str, form: Form, inputs: Inputs, with_state: bool, named: bool) -> tuple[cost.Form, str]:
     """The form in which a backend would compute a call, and why it cannot, or "".
 
     "auto" is direct below the length where the linear form begins to pay, chunked from there on, if the backend has it.
     """
     if form != "auto":
         return form, _refusal(op, backend, inputs, form, with_state, named)
-    refused = _refusal(op, backend, inputs, "chunked", with_state, named)
-    if not refused and _chunked_pays(op, backend, inputs, with_state):
-        return "chunked", ""
+    if _chunked_pays(op, backend, inputs, with_state):
+        refused = _refusal(op, backend, inputs, "chunked", with_state, named)
+        if not refused:
+            return "chunked", ""
     return "direct", _refusal(op, backend, inputs, "direct", with_state, named)
 
 
