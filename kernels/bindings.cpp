@@ -71,9 +71,9 @@ T* pointer(Index address) {
 linattn::Rows rows(const Tensor& t) { return {pointer<void>(t[0]), t[1], t[2], t[3]}; }
 
 // kernels/common/cpu.py calls this, and keeps the tensors alive.
-void make_problem(linattn::Problem* self, int dtype, const std::array<Index, 7>& sizes, const Tensor& q, const Tensor& k,
-                  const Tensor& v, Index key_mask, Index cu_seqlens, Index sequences, bool is_causal, Index q_offset,
-                  double scale, bool normalize, int threads) {
+void make_problem(linattn::Problem* self, int dtype, const std::array<Index, 7>& sizes, const Tensor& q,
+                  const Tensor& k, const Tensor& v, Index key_mask, Index cu_seqlens, Index sequences, bool is_causal,
+                  Index q_offset, double scale, bool normalize, int threads) {
     const auto [B, H, Hkv, Tq, Tk, D, M] = sizes;
     new (self) linattn::Problem{static_cast<linattn::Dtype>(dtype), B, H, Hkv, Tq, Tk, D, M, rows(q), rows(k), rows(v),
                                 pointer<bool>(key_mask), pointer<Index>(cu_seqlens), sequences, is_causal, q_offset,
@@ -147,5 +147,6 @@ NB_MODULE(_native, module) {
     module.def("instruction_sets", &linattn::instruction_sets,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");
-    module.def("build_info", &build_info, "Version, compiler, C++ standard, architecture, build type, stable ABI or not.");
+    module.def("build_info", &build_info,
+               "Version, compiler, C++ standard, architecture, build type, stable ABI or not.");
 }

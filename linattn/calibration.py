@@ -21,6 +21,7 @@ from linattn.kernels.common import backend as backends
 
 Lengths = dict[int, float]
 Table = dict[str, dict[str, Lengths]]
+Factors = dict[str, dict[str, list[tuple[int, float]]]]
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 SHIPPED = Path(__file__).parent / "chunked_from.json"
@@ -65,7 +66,19 @@ def _in_force() -> Table:
     return {**table, **load(own)} if own.is_file() else table
 
 
-TABLE = _in_force()
+def factors(table: Table) -> Factors:
+    """For each size D of a table, in order: the length that was measured, divided by the one by flops."""
+    return {
+        key: {
+            mask: [(D, lengths[D] / cost.crossover(D, is_causal=mask == "causal")) for D in sorted(lengths)]
+            for mask, lengths in entry.items()
+        }
+        for key, entry in table.items()
+    }
+
+
+# Every call reads these: what can be computed beforehand is.
+FACTORS = factors(_in_force())
 
 
 def key_of(backend: str, device: str, dtype: torch.dtype) -> str:
@@ -89,9 +102,8 @@ def chunked_from(key: str, D: int, M: int, *, is_causal: bool) -> float:
     It is `cost.crossover`, where both forms take as many flops, times a factor: what was measured divided by that
     count, interpolated in log D. Without a measurement the factor is 1.
     """
-    lengths = _entry(key).get("causal" if is_causal else "non-causal", {})
-    factors = [(size, lengths[size] / cost.crossover(size, is_causal=is_causal)) for size in sorted(lengths)]
-    return cost.crossover(D, M, is_causal=is_causal) * (_interpolated(factors, D) if factors else 1.0)
+    measured = _entry(key).get("causal" if is_causal else "non-causal")
+    return cost.crossover(D, M, is_causal=is_causal) * (_interpolated(measured, D) if measured else 1.0)
 
 
 def source(key: str) -> str:
@@ -99,9 +111,9 @@ def source(key: str) -> str:
     return f"as measured on {key.split('/')[1]}" if _entry(key) else "by flops, not measured here"
 
 
-def _entry(key: str) -> dict[str, Lengths]:
-    """The entry of a key, or of the same machine in fp32."""
-    return TABLE.get(key) or TABLE.get(key.rsplit("/", 1)[0] + "/fp32") or {}
+def _entry(key: str) -> dict[str, list[tuple[int, float]]]:
+    """The factors of a key, or of the same machine in fp32."""
+    return FACTORS.get(key) or FACTORS.get(key.rsplit("/", 1)[0] + "/fp32") or {}
 
 
 def _interpolated(points: list[tuple[int, float]], D: int) -> float:

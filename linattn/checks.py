@@ -65,11 +65,11 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    accepted = ", ".join(map(str, DTYPES))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} must be a tensor; given: {type(x).__name__}")
         if x.dtype not in DTYPES or x.layout != torch.strided:
+            accepted = ", ".join(map(str, DTYPES))
             raise DtypeError(f"{name} must be a dense tensor of {accepted}; given: {x.dtype}, {x.layout}")
     if not q.device == k.device == v.device:
         raise DeviceError(f"q, k and v must be on one device; given: q {q.device}, k {k.device}, v {v.device}")
@@ -91,24 +91,29 @@ def autocasts(device: str) -> bool:
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
-    given = f"given: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ShapeError(f"q must be [B, H, T, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, M]; {given}")
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
-        raise ShapeError(f"every size must be at least 1; {given}")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ShapeError(f"q, k and v must have the same batch size B; {given}")
-    if q.shape[3] != k.shape[3]:
-        raise ShapeError(f"q and k must have the same head size D; {given}")
-    if k.shape[2] != v.shape[2]:
-        raise ShapeError(f"k and v must have the same length Tk; {given}")
-    if k.shape[1] != v.shape[1]:
-        raise ShapeError(f"k and v must have the same number of heads Hkv; {given}")
-    H, Hkv = q.shape[1], k.shape[1]
-    if enable_gqa and H % Hkv != 0:
-        raise ShapeError(f"with enable_gqa=True the heads of q must be a multiple of those of k and v; {given}")
-    if not enable_gqa and Hkv != H:
-        raise ShapeError(f"q, k and v must have the same number of heads, or set enable_gqa=True; {given}")
+    problem = _shape_problem(q.shape, k.shape, v.shape, enable_gqa)
+    if problem:
+        raise ShapeError(f"{problem}; given: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+
+
+def _shape_problem(q: torch.Size, k: torch.Size, v: torch.Size, enable_gqa: bool) -> str:
+    if not len(q) == len(k) == len(v) == 4:
+        return "q must be [B, H, T, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, M]"
+    if 0 in q or 0 in k or 0 in v:
+        return "every size must be at least 1"
+    if not q[0] == k[0] == v[0]:
+        return "q, k and v must have the same batch size B"
+    if q[3] != k[3]:
+        return "q and k must have the same head size D"
+    if k[2] != v[2]:
+        return "k and v must have the same length Tk"
+    if k[1] != v[1]:
+        return "k and v must have the same number of heads Hkv"
+    if enable_gqa and q[1] % k[1] != 0:
+        return "with enable_gqa=True the heads of q must be a multiple of those of k and v"
+    if not enable_gqa and q[1] != k[1]:
+        return "q, k and v must have the same number of heads, or set enable_gqa=True"
+    return ""
 
 
 def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:

@@ -113,7 +113,7 @@ def refusals(op: str, inputs: Inputs, form: Form, with_state: bool) -> dict[str,
     """Why a backend of `op` cannot run these inputs, for those that cannot."""
     found = {}
     for name in BACKENDS[op]:
-        found[name] = _refusal(op, name, inputs, _form(op, name, form, inputs, with_state), with_state, named=True)
+        _, found[name] = _suited(op, name, form, inputs, with_state, named=True)
     return {name: reason for name, reason in found.items() if reason}
 
 
@@ -149,8 +149,7 @@ def plan(op: str, inputs: Inputs, form: Form, backend: str, with_state: bool) ->
         raise unknown_name(f"backend of {op} attention", asked, ("auto", *BACKENDS[op]), BackendError)
     chosen = None
     for name in BACKENDS[op] if asked == "auto" else (asked,):
-        suited = _form(op, name, form, inputs, with_state)
-        refused = _refusal(op, name, inputs, suited, with_state, asked != "auto")
+        suited, refused = _suited(op, name, form, inputs, with_state, named=asked != "auto")
         if not refused:
             chosen = Plan(suited, name)
             break
@@ -167,14 +166,24 @@ def softmax_backend(backend: str, inputs: Inputs) -> str:
     return plan("softmax", inputs, "direct", backend, with_state=False).backend
 
 
-def _form(op: str, backend: str, form: Form, inputs: Inputs, with_state: bool) -> cost.Form:
-    """Direct below the length where the linear form begins to pay, chunked from there on, if the backend has it."""
+def _suited(op: str, backend: str, form: Form, inputs: Inputs, with_state: bool, named: bool) -> tuple[cost.Form, str]:
+    """The form in which a backend would compute a call, and why it cannot, or "".
+
+    "auto" is direct below the length where the linear form begins to pay, chunked from there on, if the backend has it.
+    """
     if form != "auto":
-        return form
+        return form, _refusal(op, backend, inputs, form, with_state, named)
+    if _chunked_pays(op, backend, inputs, with_state):
+        refused = _refusal(op, backend, inputs, "chunked", with_state, named)
+        if not refused:
+            return "chunked", ""
+    return "direct", _refusal(op, backend, inputs, "direct", with_state, named)
+
+
+def _chunked_pays(op: str, backend: str, inputs: Inputs, with_state: bool) -> bool:
     T, Tk, sequences = inputs.q.shape[2], inputs.k.shape[2], inputs.sequences // inputs.q.shape[0]
     # `effective_length`, multiplied out so that symbolic sizes stay integers.
-    longer = 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, backend, inputs, with_state)
-    return "chunked" if longer and not _refusal(op, backend, inputs, "chunked", with_state, named=True) else "direct"
+    return 2 * T * Tk > (T + Tk) * sequences * chunked_from(op, backend, inputs, with_state)
 
 
 def describe(op: str, backend: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: cost.Form) -> str:

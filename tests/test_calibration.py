@@ -24,7 +24,8 @@ def test_the_shipped_table_is_readable_and_plausible() -> None:
 
 
 def test_a_measured_length_is_returned_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "TABLE", {"native/avx2/fp32": {"causal": {32: 1000.0, 64: 3000.0}}})
+    table = {"native/avx2/fp32": {"causal": {64: 3000.0, 32: 1000.0}}}
+    monkeypatch.setattr(calibration, "FACTORS", calibration.factors(table))
     length = calibration.chunked_from("native/avx2/fp32", 32, 32, is_causal=True)
     assert length == pytest.approx(1000.0)
     between = calibration.chunked_from("native/avx2/fp32", 48, 48, is_causal=True)
@@ -36,7 +37,8 @@ def test_a_measured_length_is_returned_as_it_stands(monkeypatch: pytest.MonkeyPa
 def test_an_unmeasured_dtype_takes_the_machines_fp32_and_an_unmeasured_machine_counts_flops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibration, "TABLE", {"native/avx2/fp32": {"causal": {64: 3000.0}}})
+    table = {"native/avx2/fp32": {"causal": {64: 3000.0}}}
+    monkeypatch.setattr(calibration, "FACTORS", calibration.factors(table))
     assert calibration.chunked_from("native/avx2/fp16", 64, 64, is_causal=True) == pytest.approx(3000.0)
     assert "avx2" in calibration.source("native/avx2/fp16")
     for key, mask in (("native/sve/fp32", True), ("native/avx2/fp32", False)):

@@ -95,8 +95,8 @@ inline void store_state(const Work& w, const float* S, const float* z, Index tas
     }
 }
 
-// S [Dp][Mp] and z [Dp], to which chunks are added. Of very many keys, where a chunk would be lost in the sum of all before
-// it, recent ones have a sum of their own, which joins the others now and then.
+// S [Dp][Mp] and z [Dp], to which chunks are added. Of very many keys, where a chunk would be lost in the sum of all
+// before it, recent ones have a sum of their own, which joins the others now and then.
 struct Sums {
     const Index size;
     float *S, *z;
@@ -207,8 +207,8 @@ struct Queries {
         return w.p.is_causal ? i0 + w.p.q_offset - keys.j0 + 1 : keys.count;
     }
     // tile[r][c] = left[r] . right[c], 0 where row r does not see key c.
-    void score(const Work& w, const Segment& part, const Keys& keys, const float* left, Index stride, const float* right, Index n,
-               const float* minus, float* to) const {
+    void score(const Work& w, const Segment& part, const Keys& keys, const float* left, Index stride,
+               const float* right, Index n, const float* minus, float* to) const {
         const Index columns = padded(keys.count), first = seen(w, keys);
         multiply<1>({{left, stride, 1, right, key_block, n}}, rows, columns, to, key_block, false);
         const HeadRows here = at(w, part, w.p.q);
@@ -216,7 +216,8 @@ struct Queries {
             if (i0 + count + r < part.sequence.queries) prefetch_row(here, count + r, w.p.D);
             const Index visible = w.p.is_causal ? clamped(first + r, 0, keys.count) : keys.count;
             Index c = 0;
-            for (; minus != nullptr && c + width <= visible; c += width) store(to + c, LINATTN_ISA::load(to + c) - minus[r]);
+            for (; minus != nullptr && c + width <= visible; c += width)
+                store(to + c, LINATTN_ISA::load(to + c) - minus[r]);
             for (c = visible / width * width; c < columns; c += width) {
                 const Vec score = LINATTN_ISA::load(to + c) - (minus == nullptr ? 0.0f : minus[r]);
                 store(to + c, first_lanes(score, static_cast<int>(clamped(visible - c, 0, width))));

@@ -1,8 +1,8 @@
 // The kernels of one instruction set; the build compiles this file once for each (CMakeLists.txt).
 //
-// One task is a segment of one sequence for one key head and the query heads that share it. It walks chunks of keys: rows
-// read the sums S = sum phi(k) v^T, z = sum phi(k) of earlier keys and the scores of their own chunk, which is then folded
-// in. Where tasks would be fewer than threads, sequences are cut into segments whose sums are taken first.
+// One task is a segment of one sequence for one key head and the query heads that share it. It walks chunks of keys:
+// rows read the sums S = sum phi(k) v^T, z = sum phi(k) of earlier keys and the scores of their own chunk, which is
+// then folded in. Where tasks would be fewer than threads, sequences are cut into segments whose sums are taken first.
 #include "feature_map/cpu_chunks.hpp"
 
 namespace linattn::LINATTN_ISA {
@@ -56,7 +56,8 @@ void sum_segment(const Work& w, Index unit) {
     }
 }
 
-// The sums before a segment's first key: of the initial state and all earlier segments; of all segments if rows see all.
+// The sums before a segment's first key: of the initial state and all earlier segments; of all segments if rows see
+// all.
 void sums_before(const Work& w, const Segment& part, Index task, Sums& sums) {
     clear(sums.S, w.size());
     if (w.call.before != nullptr) add_state(w, *w.call.before, task, sums.S, sums.z);
@@ -145,7 +146,8 @@ void fold_rows(const Work& w, const Queries& q, const RowGradients& rows, Sums& 
 // S [D][Mp] as panels of key_block of its rows, each [M][key_block].
 void transpose_sums(const Work& w, float* S, float* panels) {
     for (Index d = 0; d < w.p.D; d += key_block, panels += w.p.M * key_block)
-        pack_transposed({S + d * w.Mp, w.Mp, Dtype::fp32}, least<Index>(key_block, w.p.D - d), w.p.M, 1, nullptr, panels);
+        pack_transposed({S + d * w.Mp, w.Mp, Dtype::fp32}, least<Index>(key_block, w.p.D - d), w.p.M, 1, nullptr,
+                        panels);
 }
 
 // c [rows][Dp] += a [rows][..] S^T, with S transposed in panels.
@@ -234,7 +236,8 @@ struct Backward {
             queries.score(w, part, keys, queries.x, w.Dp, keys.kt, w.p.D, nullptr, queries.tile);
             queries.score(w, part, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, other_tile);
             multiply<1>({{queries.tile, 1, key_block, rows.dout, w.Mp, queries.count}}, count, w.Mp, dv, w.Mp, true);
-            multiply<1>({{other_tile, 1, key_block, queries.x, w.Dp, queries.count}}, count, w.Dp, gradient, w.Dp, true);
+            multiply<1>({{other_tile, 1, key_block, queries.x, w.Dp, queries.count}}, count, w.Dp, gradient, w.Dp,
+                        true);
             fold_rows(w, queries, rows, sums);
         }
         const Index at = part.sequence.first_key + keys.j0, batch = part.sequence.batch;

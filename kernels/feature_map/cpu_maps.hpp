@@ -40,8 +40,8 @@ LINATTN_INLINE void with_map(Map map, Dtype dtype, const Body& body) {
     });
 }
 
-// to[r][0 .. padded(n)) = factor * phi(row r) for r < count, zeros behind n, up to row `rows`, and where keep[r] is false:
-// a padding may hold anything, and phi(0) is not 0. keep may be null.
+// to[r][0 .. padded(n)) = factor * phi(row r) for r < count, zeros behind n, up to row `rows`, and where keep[r] is
+// false: a padding may hold anything, and phi(0) is not 0. keep may be null.
 inline void pack_features(Map map, const HeadRows& from, Index count, Index n, float factor, const bool* keep,
                           Index rows, float* to) {
     const Index stride = padded(n);

@@ -2,7 +2,7 @@
 
 #include "common/native/threads.hpp"
 #include "quadratic/amx_chunks.hpp"
-#include "quadratic/amx_features.hpp"
+#include "quadratic/amx_readers.hpp"
 
 namespace linattn::LINATTN_ISA {
 

@@ -1,7 +1,7 @@
 #include "quadratic/amx_chunked.hpp"
 #include "quadratic/amx_chunks.hpp"
-#include "quadratic/amx_features.hpp"
 #include "quadratic/amx_gradients.hpp"
+#include "quadratic/amx_readers.hpp"
 
 namespace linattn::LINATTN_ISA {
 
@@ -22,7 +22,8 @@ public:
         : queries_(queries), call_(queries.call), p_(call_.problem), size_(queries.size), w_(w), f_(f), dq_(dq),
           sequence_number_(sequence_number), head_(head), chunk_(chunk_length(call_)), first_(head, chunk_),
           unit_(w.factor / slope_factor(w)), blocks_(queries, w, dq, scratch),
-          sums_(f, size_, true, true, scratch), addends_(size_.D, 32 * strips_at_once, scratch), reader_(size_, scratch),
+          sums_(f, size_, true, true, scratch), addends_(size_.D, 32 * strips_at_once, scratch),
+          reader_(size_, scratch),
           gradient_reader_(size_, scratch) {
         values_ = scratch.take<Bf16>(32 * strips_at_once * size_.M);
         phi_ = scratch.take<Bf16>(2 * 32 * rows_of_a_product);

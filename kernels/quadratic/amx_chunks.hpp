@@ -20,7 +20,9 @@ inline Head head(const Problem& p, Index number) {
     return {one, number % p.Hkv, p.key_mask == nullptr ? nullptr : p.key_mask + one.batch * p.Tk + one.first_key};
 }
 
-inline Index chunk_length(const quadratic::Call& call) { return call.chunk == 0 ? default_chunk : (call.chunk + 63) / 64 * 64; }
+inline Index chunk_length(const quadratic::Call& call) {
+    return call.chunk == 0 ? default_chunk : (call.chunk + 63) / 64 * 64;
+}
 
 // The first chunk is longer where a mask leaves too few keys in it: its rows are computed from scores.
 struct FirstChunk {

@@ -29,7 +29,10 @@ struct PackedCall {
                scratch.take<std::uint32_t>(strips)};
     }
 
-    PackedKeys head(Index s, Index kv_head) const { return from(kv_head * first_strip[call.problem.sequences] + first_strip[s]); }
+    // The strips of one head are one after another.
+    Index first(Index s, Index kv_head) const { return kv_head * first_strip[call.problem.sequences] + first_strip[s]; }
+
+    PackedKeys head(Index s, Index kv_head) const { return from(first(s, kv_head)); }
 
     PackedKeys from(Index strip) const {
         return {all.k + strip * 32 * size.D, all.v + strip * 32 * size.M, all.alive + strip};
@@ -41,7 +44,7 @@ struct PackedCall {
         for (Index h = 0; h < p.Hkv; ++h)
             for (Index s = 0; s < p.sequences; ++s) {
                 const Sequence one = sequence(p, s);
-                const Index base = h * first_strip[p.sequences] + first_strip[s], strips = first_strip[s + 1] - first_strip[s];
+                const Index base = first(s, h), strips = first_strip[s + 1] - first_strip[s];
                 const bool* mask = p.key_mask == nullptr ? nullptr : p.key_mask + one.batch * p.Tk + one.first_key;
                 for (Index i = (thread + threads - base % threads) % threads; i < strips; i += threads) {
                     const PackedKeys to = from(base + i);
@@ -84,8 +87,8 @@ void attend_task(const PackedCall& packed, const Weights& w, const Task& task) {
     std::memset(acc, 0, strips * 32 * size.M * sizeof(float));
     std::memset(sums, 0, strips * 32 * 16 * sizeof(float));
     for (Index i = 0; i < strips; ++i)
-        pack_rows(strip(p.q, one.batch, task.head, one.first_query, task.first_query + 32 * i, one.queries, p.D), size.D,
-                  q + i * 32 * size.D);
+        pack_rows(strip(p.q, one.batch, task.head, one.first_query, task.first_query + 32 * i, one.queries, p.D),
+                  size.D, q + i * 32 * size.D);
 
     for (Index j = 0; j < one.keys; j += keys_at_once) {
         const PackedKeys some = {keys.k + j * size.D, keys.v + j * size.M, keys.alive + j / 32};

@@ -10,7 +10,7 @@ constexpr Index everything = Index{1} << 40;  // more keys than any sequence has
 
 LINATTN_INLINE int padded(Index size) { return static_cast<int>((size + 31) / 32 * 32); }
 
-// p(s) from t = q.k, where s = scale t. Normalised, the square is completed: p = factor (y^2 + rest) with y = t + start,
+// p(s) from t = q.k, where s = scale t. Normalised, the square is completed: p = factor (y^2 + rest), y = t + start,
 // so that no rounding turns p negative where it touches zero. Otherwise its root may be far from all scores, and
 // p = (a2 t + a1) t + a0 keeps their digits. `factor` is left to the sums over keys.
 struct Weights {
@@ -161,7 +161,8 @@ struct Target {
     }
 };
 
-LINATTN_INLINE Target target(const Rows& x, Index batch, Index head, Index row0, Index first, Index count, Index width) {
+LINATTN_INLINE Target target(const Rows& x, Index batch, Index head, Index row0, Index first, Index count,
+                             Index width) {
     Bf16* data = static_cast<Bf16*>(x.data) + batch * x.stride_b + head * x.stride_h;
     return {data + (row0 + first) * x.stride_t, x.stride_t, count - first, static_cast<int>(width)};
 }

@@ -9,7 +9,8 @@
 
 namespace linattn::quadratic {
 
-// Sums over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is [sequences].
+// Sums over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is
+// [sequences].
 struct State {
     Index* n = nullptr;
     float* k_sum = nullptr;  // [D]

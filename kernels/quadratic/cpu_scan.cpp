@@ -85,7 +85,7 @@ Tile Scan::make_tile(bool reader) {
     return tile;
 }
 
-// ---- Packing ----------------------------------------------------------------------------------------------------------
+// ---- Packing --------------------------------------------------------------------------------------------------------
 
 // Everything is counted from the step's first key, so that it fits 32 bits. Backwards, keys read what later rows wrote.
 void Scan::load_tile(const Step& step, Index index, bool as_row, Tile& tile) {
@@ -188,12 +188,13 @@ void Scan::load_reader(const Step& step, Index index, Tile& tile) {
     if (gradients_) clear(tile.dx, tile_rows * (p_.D + 1));
 }
 
-// ---- Scores -----------------------------------------------------------------------------------------------------------
+// ---- Scores ---------------------------------------------------------------------------------------------------------
 
 void Scan::add_scores(Tile& reader, const Tile& writer) {
     if (reader.highest <= writer.lowest) return;
     const int D = static_cast<int>(p_.D), M = static_cast<int>(p_.M);
-    const int writers = static_cast<int>(whole_fours(writer.rows)), readers = static_cast<int>(whole_fours(reader.rows));
+    const int writers = static_cast<int>(whole_fours(writer.rows));
+    const int readers = static_cast<int>(whole_fours(reader.rows));
     fill(scores_, writers * tile_rows, splat(similarity_.start));
     add_product<1, tile_rows>(writer.x + tile_rows, reader.x + tile_rows, tile_rows, D, D, writers, scores_, tile_rows,
                               tile_rows);
@@ -231,7 +232,7 @@ void Scan::weigh(Tile& reader, const Tile& writer) {
     }
 }
 
-// ---- Sums -------------------------------------------------------------------------------------------------------------
+// ---- Sums -----------------------------------------------------------------------------------------------------------
 
 void Scan::read_sums(Index part, Tile& reader) {
     const Weights& read = reads_rows() ? weights_ : unweighted;
@@ -324,7 +325,7 @@ void Scan::run() {
     team_.wait();
 }
 
-// ---- Storing ----------------------------------------------------------------------------------------------------------
+// ---- Storing --------------------------------------------------------------------------------------------------------
 
 void Scan::finish(const Tile& tile) {
     const Index b = sequence_.batch, M = padded(p_.M);

@@ -1,5 +1,6 @@
-// The scan that all of the chunked form is made of. Readers meet writers: a tile of readers adds up what it gets from the
-// writers of its own chunk through scores and from all earlier ones through sums; then the chunk's writers are folded in.
+// The scan that all of the chunked form is made of. Readers meet writers: a tile of readers adds up what it gets from
+// the writers of its own chunk through scores and from all earlier ones through sums; then the chunk's writers are
+// folded in.
 //
 //     sweep     readers          writers          order      what readers collect
 //     state     none             keys (k, v)      forwards

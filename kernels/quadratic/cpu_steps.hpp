@@ -29,7 +29,8 @@ public:
 private:
     Index all_, keys_, offset_;
     bool is_causal_;
-    Index *before_ = nullptr, *positions_ = nullptr;  // keys that count before each place [all + 1]; places of those [keys]
+    Index* before_ = nullptr;     // [all + 1]: how many keys count before each place
+    Index* positions_ = nullptr;  // [keys]: the places of those that count
 };
 
 // Rows i0 to i1 read the sums of keys before j0 and the scores of those from j0 to j1, which are then folded in.

@@ -29,8 +29,8 @@ public:
     Index parts() const { return blocks(feature_count(D_), block_features) + 1; }
 
     void reset(Index part);
-    // From or to head `index` of a canonical state. Only the symmetric half of its kk takes part here; what was left out
-    // is added to what comes out, from the state that went in.
+    // From or to head `index` of a canonical state. Only the symmetric half of its kk takes part here; what was left
+    // out is added to what comes out, from the state that went in.
     void load_state(Index part, const quadratic::State& state, Index index);
     void store_state(Index part, const quadratic::State& state, Index index, const quadratic::State* went_in) const;
 

@@ -37,7 +37,8 @@ bool is_plain(const Similarity& f) { return f.a2 == 1 && f.a1 == 0 && f.a0 == 0;
 
 // start(r) + a k for six rows a [n] and a panel of keys k [n][key_block].
 template <class Start>
-LINATTN_INLINE void products(Vec (&t)[group_rows][widest], const Start& start, const float* a, Index n, const float* k) {
+LINATTN_INLINE void products(Vec (&t)[group_rows][widest], const Start& start, const float* a, Index n,
+                             const float* k) {
 #pragma GCC unroll 32
     for (int r = 0; r < group_rows; ++r)
 #pragma GCC unroll 8

@@ -11,8 +11,8 @@ struct Similarity {
     float start, a2, a1, a0;
 };
 
-// To normalise, the polynomial is evaluated as c2 (s + b)^2 + r, which cannot turn negative by rounding where it touches
-// zero. Otherwise its root may be far from all scores, and the square would lose their digits.
+// To normalise, the polynomial is evaluated as c2 (s + b)^2 + r, which cannot turn negative by rounding where it
+// touches zero. Otherwise its root may be far from all scores, and the square would lose their digits.
 Similarity similarity(const quadratic::Call& call);
 
 // Rows of a tile come in whole strips: every product's registers divide them.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,47 +9,26 @@ import torch
 from torch import Tensor
 
 import linattn
-from linattn.dispatch import BACKENDS
-from linattn.kernels.common.backend import NATIVE_ABSENT
+from linattn.kernels.common.backend import CAPABILITY
 from linattn.testing import (
     LAYOUTS,
     assert_matches_truth,
     evaluate,
     make_inputs,
     make_key_mask,
-    poisoned_memory,
     truth_quadratic,
 )
 
-
-def absent() -> str:
-    if NATIVE_ABSENT or "native" not in BACKENDS["quadratic"]:
-        return NATIVE_ABSENT or "no native kernels for quadratic attention"
-    from linattn._native import capability
-
-    return "" if capability() == "amx" else f"the process computes with {capability()}"
-
-
-pytestmark = pytest.mark.skipif(bool(absent()), reason=absent())
+pytestmark = [
+    pytest.mark.skipif(CAPABILITY != "amx", reason=f"instruction set of the native kernels: {CAPABILITY}"),
+    pytest.mark.usefixtures("poisoned"),
+]
 Tensors = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
 
 
 @pytest.fixture(params=["direct", "chunked"])
 def form(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def inputs(**options: Any) -> Tensors:
@@ -65,7 +41,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return out
 
 
-def check(tensors: Tensors, form: str, **options: Any) -> None:
+def assert_matches(tensors: Tensors, form: str, **options: Any) -> None:
     """Output and all gradients."""
     assert_matches_truth(lambda *t: run(*t, form=form, **options), lambda *t: truth_quadratic(*t, **options), tensors)
 
@@ -78,7 +54,7 @@ def everything(tensors: Tensors, form: str, **options: Any) -> list[Tensor]:
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("keys", [1, 2, 15, 16, 31, 32, 33, 63, 64, 65, 129, 257, 500, 513, 1100])
 def test_lengths(keys: int, is_causal: bool, form: str) -> None:
-    check(inputs(keys=keys), form, is_causal=is_causal)
+    assert_matches(inputs(keys=keys), form, is_causal=is_causal)
 
 
 HEAD_SIZES = [(1, 1), (16, 16), (17, 64), (32, 32), (33, 40), (64, 7), (96, 31), (128, 128), (128, 64), (200, 256)]
@@ -86,13 +62,13 @@ HEAD_SIZES = [(1, 1), (16, 16), (17, 64), (32, 32), (33, 40), (64, 7), (96, 31),
 
 @pytest.mark.parametrize(("D", "M"), HEAD_SIZES)
 def test_head_sizes(D: int, M: int, form: str) -> None:
-    check(inputs(keys=300, head_size=D, value_size=M, heads=2), form, is_causal=True)
-    check(inputs(keys=600, head_size=D, value_size=M, heads=2, batch=1), form)
+    assert_matches(inputs(keys=300, head_size=D, value_size=M, heads=2), form, is_causal=True)
+    assert_matches(inputs(keys=600, head_size=D, value_size=M, heads=2, batch=1), form)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: Any, form: str) -> None:
-    check(inputs(keys=600, head_size=48, layout=layout, kv_heads=4), form, is_causal=True)
+    assert_matches(inputs(keys=600, head_size=48, layout=layout, kv_heads=4), form, is_causal=True)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -100,14 +76,14 @@ def test_layouts(layout: Any, form: str) -> None:
 def test_coefficients(coefficients: tuple[float, float, float], normalize: bool, form: str) -> None:
     for is_causal in (True, False):
         options = {"coefficients": coefficients, "normalize": normalize, "scale": -0.7}
-        check(inputs(keys=700), form, is_causal=is_causal, **options)
+        assert_matches(inputs(keys=700), form, is_causal=is_causal, **options)
 
 
 def test_a_square_that_cannot_be_completed() -> None:
     """b = c1 / 2 c2 s would be 5e5 and more, and c2 (s + b)^2 would overflow or lose s."""
-    check(inputs(keys=100), "direct", coefficients=(0, 1, 1e-6), normalize=False)
-    check(inputs(keys=100), "direct", coefficients=(1, 1e-9, 1e-18))
-    check(inputs(keys=100), "direct", scale=1e-12)
+    assert_matches(inputs(keys=100), "direct", coefficients=(0, 1, 1e-6), normalize=False)
+    assert_matches(inputs(keys=100), "direct", coefficients=(1, 1e-9, 1e-18))
+    assert_matches(inputs(keys=100), "direct", scale=1e-12)
 
 
 OFFSETS = [
@@ -118,14 +94,15 @@ OFFSETS = [
     (1, 1000, 999),
     (100, 40, 500),
     (700, 600, 31),
+    (1100, 1100, -128),
 ]
 
 
 @pytest.mark.parametrize(("queries", "keys", "q_offset"), OFFSETS)
 def test_offsets(queries: int, keys: int, q_offset: int, form: str) -> None:
     tensors = inputs(queries=queries, keys=keys, value_size=5)
-    check(tensors, form, is_causal=True, q_offset=q_offset)
-    check(tensors, form)
+    assert_matches(tensors, form, is_causal=True, q_offset=q_offset)
+    assert_matches(tensors, form)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -136,7 +113,7 @@ def test_masked_keys_do_not_count_whatever_they_hold(dead: int, is_causal: bool,
     key_mask = make_key_mask(2, 1100)
     key_mask[0, :dead] = False
     options = {"key_mask": key_mask, "is_causal": is_causal}
-    check((q, k, v), form, **options)
+    assert_matches((q, k, v), form, **options)
     masked = ~key_mask[:, None, :, None]
     dirty = (q, k.masked_fill(masked, float("nan")), v.masked_fill(masked, float("nan")))
     clean = everything((q, k, v), form, **options)
@@ -149,8 +126,8 @@ def test_masked_keys_do_not_count_whatever_they_hold(dead: int, is_causal: bool,
 def test_packed_sequences(is_causal: bool, form: str) -> None:
     tensors = inputs(batch=1, keys=900, value_size=32)
     bounds = torch.tensor([0, 0, 1, 64, 64, 193, 900])
-    check(tensors, form, is_causal=is_causal, cu_seqlens=bounds)
-    check(tensors, form, is_causal=is_causal, cu_seqlens=bounds, key_mask=make_key_mask(1, 900))
+    assert_matches(tensors, form, is_causal=is_causal, cu_seqlens=bounds)
+    assert_matches(tensors, form, is_causal=is_causal, cu_seqlens=bounds, key_mask=make_key_mask(1, 900))
 
 
 def test_nan_stays_in_its_packed_sequence(form: str) -> None:
@@ -169,8 +146,8 @@ def test_nan_stays_in_its_packed_sequence(form: str) -> None:
 def test_threads_share_few_and_many_heads(count: int, heads: int, kv_heads: int, form: str, threads: Any) -> None:
     threads(count)
     tensors = inputs(batch=1, heads=heads, kv_heads=kv_heads, keys=700, head_size=32)
-    check(tensors, form, is_causal=True)
-    check(tensors, form, key_mask=make_key_mask(1, 700))
+    assert_matches(tensors, form, is_causal=True)
+    assert_matches(tensors, form, key_mask=make_key_mask(1, 700))
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "qv"])
@@ -213,17 +190,13 @@ def test_the_same_bits_among_other_users_of_the_tiles(heads: int, form: str, thr
         assert all(torch.equal(a, b) for a, b in zip(first, everything(tensors, form, is_causal=True), strict=True))
 
 
-def test_concurrent_callers(form: str) -> None:
+def test_concurrent_callers(form: str, concurrently: Any) -> None:
     work = [inputs(keys=300 + 150 * i, seed=i) for i in range(4)]
-    alone = [everything(tensors, form, is_causal=True) for tensors in work]
-    start = threading.Barrier(4)
 
-    def repeat(tensors: Tensors) -> list[list[Tensor]]:
-        start.wait()
-        return [everything(tensors, form, is_causal=True) for _ in range(5)]
+    def call(tensors: Tensors) -> list[Tensor]:
+        return everything(tensors, form, is_causal=True)
 
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(repeat, work))
-    for expected, runs in zip(alone, together, strict=True):
+    alone = [call(tensors) for tensors in work]
+    for expected, runs in zip(alone, concurrently(call, work), strict=True):
         for again in runs:
             assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))

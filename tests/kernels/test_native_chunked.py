@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from linattn import QuadraticState, quadratic_attention
-from linattn.kernels.common.backend import NATIVE_ABSENT, Backend, native
-from linattn.kernels.quadratic.ops import BACKENDS
+from linattn.kernels.common.backend import NATIVE_ABSENT
 from linattn.testing import (
     LAYOUTS,
     assert_close_to_truth,
     assert_matches_truth,
     make_inputs,
     make_key_mask,
-    poisoned_memory,
     truth_quadratic,
     truth_quadratic_state,
 )
 
-pytestmark = pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT)
+pytestmark = [pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT), pytest.mark.usefixtures("poisoned")]
 
 LEFT_PADDED = torch.arange(70)[None].expand(2, -1) >= 40
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(BACKENDS, "native", Backend("linattn.kernels.quadratic.cpu", native))
-
-
 def chunked(q, k, v, **options):
     gqa = q.shape[1] != k.shape[1]
-    with poisoned_memory():
-        return quadratic_attention(q, k, v, form="chunked", backend="native", enable_gqa=gqa, **options)
+    return quadratic_attention(q, k, v, form="chunked", backend="native", enable_gqa=gqa, **options)
 
 
-def compare(tensors, **options):
+def assert_matches(tensors, **options):
     assert_matches_truth(
         lambda q, k, v: chunked(q, k, v, **options), lambda q, k, v: truth_quadratic(q, k, v, **options), tensors
     )
@@ -50,32 +38,32 @@ def compare(tensors, **options):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 63, 129, 500])
 def test_odd_lengths(T, is_causal):
-    compare(make_inputs(keys=T, head_size=12, value_size=20, dtype=torch.float32), is_causal=is_causal)
+    assert_matches(make_inputs(keys=T, head_size=12, value_size=20, dtype=torch.float32), is_causal=is_causal)
 
 
 @pytest.mark.parametrize(("D", "M"), [(1, 1), (16, 16), (32, 5), (33, 64), (64, 100), (100, 130), (128, 16), (256, 24)])
 def test_head_sizes(D, M):
-    compare(make_inputs(batch=1, keys=150, head_size=D, value_size=M, dtype=torch.float32), is_causal=True)
+    assert_matches(make_inputs(batch=1, keys=150, head_size=D, value_size=M, dtype=torch.float32), is_causal=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_layouts(dtype, layout):
-    compare(make_inputs(keys=140, head_size=24, layout=layout, dtype=dtype), is_causal=True)
+    assert_matches(make_inputs(keys=140, head_size=24, layout=layout, dtype=dtype), is_causal=True)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("coefficients", [(1, 2, 1), (1, 1, 0.5), (0, 0, 1), (2, 0.3, 0.7)])
 def test_coefficients(coefficients, normalize):
     q, k, v = make_inputs(keys=150, head_size=20, dtype=torch.float32)
-    compare((q, k, v), is_causal=True, coefficients=coefficients, normalize=normalize, scale=-0.7)
+    assert_matches((q, k, v), is_causal=True, coefficients=coefficients, normalize=normalize, scale=-0.7)
 
 
 @pytest.mark.parametrize("key_mask", [None, make_key_mask(2, 70), LEFT_PADDED], ids=["none", "random", "left"])
 @pytest.mark.parametrize("q_offset", [-60, -3, 0, 20, 200])
 def test_unequal_lengths_masks_and_groups(q_offset, key_mask):
     q, k, v = make_inputs(queries=150, keys=70, heads=4, kv_heads=2, head_size=10, value_size=72, dtype=torch.float32)
-    compare((q, k, v), is_causal=True, q_offset=q_offset, key_mask=key_mask)
+    assert_matches((q, k, v), is_causal=True, q_offset=q_offset, key_mask=key_mask)
 
 
 def test_nan_in_padding_goes_nowhere():
@@ -90,7 +78,7 @@ def test_nan_in_padding_goes_nowhere():
 def test_packed_sequences(lengths):
     ends = torch.tensor([0, *itertools.accumulate(lengths)])
     q, k, v = make_inputs(batch=1, keys=sum(lengths), heads=4, kv_heads=2, head_size=9, dtype=torch.float32)
-    compare((q, k, v), is_causal=True, cu_seqlens=ends)
+    assert_matches((q, k, v), is_causal=True, cu_seqlens=ends)
     _, state = chunked(q, k, v, cu_seqlens=ends, return_state=True)
     for field, expected in zip(state, truth_quadratic_state(k, v, cu_seqlens=ends), strict=True):
         assert_close_to_truth(field.float(), expected.float(), floor=1e-6)
@@ -148,40 +136,24 @@ def test_gradients_that_nobody_wants_change_nothing(wanted):
         assert torch.equal(gradient, everything[name])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_threads_and_concurrent_callers_give_the_same_bits(threads):
-    before = torch.get_num_threads()
-    q, k, v = make_inputs(batch=1, heads=3, keys=700, head_size=16, dtype=torch.float32)
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_threads_and_concurrent_callers_give_the_same_bits(count, threads, concurrently):
+    tensors = make_inputs(batch=1, heads=3, keys=700, head_size=16, dtype=torch.float32)
 
-    def call(_):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = quadratic_attention(*leaves, is_causal=True, form="chunked", backend="native")
+    def call(tensors):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = chunked(*leaves, is_causal=True)
         return out, *torch.autograd.grad(out.square().sum(), leaves)
 
-    try:
-        torch.set_num_threads(1)
-        expected = call(0)
-        torch.set_num_threads(threads)
-        with ThreadPoolExecutor(3) as callers:
-            for results in callers.map(call, range(6)):
-                assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    threads(1)
+    expected = call(tensors)
+    threads(count)
+    for runs in concurrently(call, [tensors] * 3):
+        for again in runs:
+            assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
-def _capabilities() -> list[str]:
-    if NATIVE_ABSENT:
-        return []
-    from linattn._native import capabilities
-
-    return capabilities()
-
-
-@pytest.mark.skipif("LINATTN_CPU_CAPABILITY" in os.environ, reason="this is the inner run")
-@pytest.mark.parametrize("capability", _capabilities())
-def test_every_instruction_set(capability):
-    chosen = "test_head_sizes or test_unequal_lengths or test_states or (test_dtypes and transposed)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
-    environment = {**os.environ, "LINATTN_CPU_CAPABILITY": capability}
-    inner = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert inner.returncode == 0, inner.stdout[-3000:]
+def test_every_instruction_set(again_on_an_instruction_set):
+    again_on_an_instruction_set(
+        "test_head_sizes or test_unequal_lengths or test_states or (test_dtypes and transposed)"
+    )

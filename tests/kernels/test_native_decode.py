@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
@@ -18,19 +13,17 @@ from linattn.testing import (
     assert_matches_truth,
     make_inputs,
     make_key_mask,
-    poisoned_memory,
     truth_quadratic,
     truth_quadratic_state,
 )
 
-pytestmark = pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT)
+pytestmark = [pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT), pytest.mark.usefixtures("poisoned")]
 
 
 def step(q, k, v, state, **options):
-    with poisoned_memory():
-        return quadratic_attention(
-            q, k, v, initial_state=state, return_state=True, enable_gqa=True, backend="native", **options
-        )
+    return quadratic_attention(
+        q, k, v, initial_state=state, return_state=True, enable_gqa=True, backend="native", **options
+    )
 
 
 def state_of(k, v):
@@ -175,47 +168,21 @@ def test_gradients(keys):
     assert_matches_truth(ours, truth, (q, k, v, past_k, past_v), names=("q", "k", "v", "past_k", "past_v"))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 2), (9, 4)], ids=["one head", "two heads", "many heads"])
-def test_threads_and_concurrent_callers(batch, heads, threads):
-    before = torch.get_num_threads()
+def test_threads_and_concurrent_callers(batch, heads, count, threads, concurrently):
     q, k, v = make_inputs(batch=batch, heads=heads, keys=3, head_size=40, dtype=torch.float32)
     _, past_k, past_v = make_inputs(batch=batch, heads=heads, keys=50, head_size=40, dtype=torch.float32, seed=5)
-    state = state_of(past_k, past_v)
-    expected = truth_quadratic(q, k, v, is_causal=True, past=(past_k, past_v))
-    truth = truth_quadratic_state(torch.cat([past_k, k], 2), torch.cat([past_v, v], 2))
-
-    def call(_):
-        return quadratic_attention(
-            q, k, v, is_causal=True, initial_state=state, return_state=True, form="chunked", backend="native"
-        )
-
-    try:
-        torch.set_num_threads(threads)
-        out, after = call(0)
-        assert_close_to_truth(out, expected)
-        assert_same_state(after, truth)
-        with ThreadPoolExecutor(3) as callers:
-            for again, state_again in callers.map(call, range(6)):
-                assert torch.equal(again, out)
-                assert all(torch.equal(a, b) for a, b in zip(state_again, after, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    before = state_of(past_k, past_v)
+    threads(count)
+    out, after = step(q, k, v, before, is_causal=True)
+    assert_close_to_truth(out, truth_quadratic(q, k, v, is_causal=True, past=(past_k, past_v)))
+    assert_same_state(after, truth_quadratic_state(torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)))
+    for runs in concurrently(lambda state: step(q, k, v, state, is_causal=True), [before] * 3):
+        for again, state_again in runs:
+            assert torch.equal(again, out)
+            assert all(torch.equal(a, b) for a, b in zip(state_again, after, strict=True))
 
 
-def _capabilities() -> list[str]:
-    if NATIVE_ABSENT:
-        return []
-    from linattn._native import capabilities
-
-    return capabilities()
-
-
-@pytest.mark.skipif("LINATTN_CPU_CAPABILITY" in os.environ, reason="this is the inner run")
-@pytest.mark.parametrize("capability", _capabilities())
-def test_every_instruction_set(capability):
-    chosen = "test_head_sizes or test_lengths or test_packed or (test_dtypes and transposed)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
-    environment = {**os.environ, "LINATTN_CPU_CAPABILITY": capability}
-    inner = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert inner.returncode == 0, inner.stdout[-3000:]
+def test_every_instruction_set(again_on_an_instruction_set):
+    again_on_an_instruction_set("test_head_sizes or test_lengths or test_packed or (test_dtypes and transposed)")

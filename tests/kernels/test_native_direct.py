@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,7 +12,6 @@ import torch
 from torch import Tensor
 
 import linattn
-from linattn.dispatch import BACKENDS
 from linattn.kernels.common.backend import NATIVE_ABSENT
 from linattn.testing import (
     LAYOUTS,
@@ -26,27 +20,12 @@ from linattn.testing import (
     evaluate,
     make_inputs,
     make_key_mask,
-    poisoned_memory,
     truth_quadratic,
 )
 
-ABSENT = NATIVE_ABSENT or ("" if "native" in BACKENDS["quadratic"] else "no native kernels for quadratic attention")
-pytestmark = pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
+pytestmark = [pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT), pytest.mark.usefixtures("poisoned")]
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -56,7 +35,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return out
 
 
-def check(tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> None:
+def assert_matches(tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> None:
     """Output and all gradients."""
     assert_matches_truth(lambda *t: run(*t, **options), lambda *t: truth_quadratic(*t, **options), tensors)
 
@@ -64,7 +43,7 @@ def check(tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 63, 64, 65, 129, 500])
 def test_lengths(keys: int, is_causal: bool) -> None:
-    check(make_inputs(keys=keys, head_size=16, value_size=24, dtype=FLOAT32), is_causal=is_causal)
+    assert_matches(make_inputs(keys=keys, head_size=16, value_size=24, dtype=FLOAT32), is_causal=is_causal)
 
 
 HEAD_SIZES = [(1, 1), (2, 3), (7, 250), (15, 17), (16, 16), (31, 5), (32, 48), (64, 64), (80, 112), (256, 255)]
@@ -72,13 +51,13 @@ HEAD_SIZES = [(1, 1), (2, 3), (7, 250), (15, 17), (16, 16), (31, 5), (32, 48), (
 
 @pytest.mark.parametrize(("D", "M"), HEAD_SIZES)
 def test_head_sizes(D: int, M: int) -> None:
-    check(make_inputs(keys=140, head_size=D, value_size=M, dtype=FLOAT32), is_causal=True)
+    assert_matches(make_inputs(keys=140, head_size=D, value_size=M, dtype=FLOAT32), is_causal=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
 def test_dtypes_and_layouts(dtype: torch.dtype, layout: Any) -> None:
-    check(make_inputs(keys=150, head_size=24, value_size=40, layout=layout, dtype=dtype), is_causal=True)
+    assert_matches(make_inputs(keys=150, head_size=24, value_size=40, layout=layout, dtype=dtype), is_causal=True)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -86,17 +65,17 @@ def test_dtypes_and_layouts(dtype: torch.dtype, layout: Any) -> None:
 def test_coefficients(coefficients: tuple[float, float, float], normalize: bool) -> None:
     tensors = make_inputs(keys=100, dtype=FLOAT32)
     for is_causal in (True, False):
-        check(tensors, is_causal=is_causal, coefficients=coefficients, normalize=normalize, scale=-0.7)
+        assert_matches(tensors, is_causal=is_causal, coefficients=coefficients, normalize=normalize, scale=-0.7)
 
 
 def test_similarities_of_any_sign_without_normalising() -> None:
     tensors = make_inputs(keys=100, dtype=FLOAT32)
-    check(tensors, is_causal=True, coefficients=(-1, 0.5, -2), normalize=False)
+    assert_matches(tensors, is_causal=True, coefficients=(-1, 0.5, -2), normalize=False)
 
 
 def test_scores_far_from_the_root_keep_their_digits_without_normalising() -> None:
     """c2 (s + b)^2 + r with b = c1 / 2 c2 = 5e5 would lose s: that form is for normalised rows only."""
-    check(make_inputs(keys=60, dtype=FLOAT32), coefficients=(0, 1, 1e-6), normalize=False)
+    assert_matches(make_inputs(keys=60, dtype=FLOAT32), coefficients=(0, 1, 1e-6), normalize=False)
 
 
 OFFSETS = [(70, 200, 130), (200, 70, -130), (90, 90, -3), (5, 300, 295), (1, 1000, 999), (100, 40, 500)]
@@ -105,15 +84,15 @@ OFFSETS = [(70, 200, 130), (200, 70, -130), (90, 90, -3), (5, 300, 295), (1, 100
 @pytest.mark.parametrize(("queries", "keys", "q_offset"), OFFSETS)
 def test_offsets(queries: int, keys: int, q_offset: int) -> None:
     tensors = make_inputs(queries=queries, keys=keys, value_size=5, dtype=FLOAT32)
-    check(tensors, is_causal=True, q_offset=q_offset)
-    check(tensors)
+    assert_matches(tensors, is_causal=True, q_offset=q_offset)
+    assert_matches(tensors)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_masked_keys_do_not_count_whatever_they_hold(is_causal: bool) -> None:
     q, k, v = make_inputs(keys=200, value_size=5, dtype=FLOAT32)
     options = {"key_mask": make_key_mask(2, 200), "is_causal": is_causal}
-    check((q, k, v), **options)
+    assert_matches((q, k, v), **options)
     outputs, gradients = evaluate(lambda *t: run(*t, **options), (q, k, v))
     masked = ~options["key_mask"][:, None, :, None]
     dirty = (q, k.masked_fill(masked, float("nan")), v.masked_fill(masked, float("nan")))
@@ -128,8 +107,8 @@ def test_masked_keys_do_not_count_whatever_they_hold(is_causal: bool) -> None:
 def test_packed_sequences(is_causal: bool, index_dtype: torch.dtype) -> None:
     tensors = make_inputs(batch=1, heads=4, kv_heads=2, keys=260, value_size=5, dtype=FLOAT32)
     bounds = torch.tensor([0, 0, 1, 64, 64, 193, 260], dtype=index_dtype)
-    check(tensors, is_causal=is_causal, cu_seqlens=bounds)
-    check(tensors, is_causal=is_causal, cu_seqlens=bounds, key_mask=make_key_mask(1, 260))
+    assert_matches(tensors, is_causal=is_causal, cu_seqlens=bounds)
+    assert_matches(tensors, is_causal=is_causal, cu_seqlens=bounds, key_mask=make_key_mask(1, 260))
 
 
 def test_nan_stays_in_its_packed_sequence() -> None:
@@ -149,8 +128,8 @@ def test_nan_stays_in_its_packed_sequence() -> None:
 def test_threads_share_few_and_many_heads(count: int, heads: int, kv_heads: int, threads: Any) -> None:
     threads(count)
     tensors = make_inputs(batch=1, heads=heads, kv_heads=kv_heads, keys=300, head_size=20, dtype=FLOAT32)
-    check(tensors, is_causal=True)
-    check(tensors, key_mask=make_key_mask(1, 300))
+    assert_matches(tensors, is_causal=True)
+    assert_matches(tensors, key_mask=make_key_mask(1, 300))
 
 
 def test_keys_beyond_one_region(threads: Any) -> None:
@@ -212,36 +191,19 @@ def test_the_same_bits_again(heads: int, threads: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, everything(tensors), strict=True))
 
 
-def test_concurrent_callers() -> None:
+def test_concurrent_callers(concurrently: Any) -> None:
     work = [make_inputs(keys=120 + 50 * i, head_size=16, dtype=FLOAT32, seed=i) for i in range(4)]
     alone = [everything(tensors) for tensors in work]
-    start = threading.Barrier(4)
-
-    def repeat(tensors: tuple[Tensor, Tensor, Tensor]) -> list[list[Tensor]]:
-        start.wait()
-        return [everything(tensors) for _ in range(5)]
-
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(repeat, work))
-    for expected, runs in zip(alone, together, strict=True):
+    for expected, runs in zip(alone, concurrently(everything, work), strict=True):
         for again in runs:
             assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
-def in_a_process(program: str, **environment: str) -> str:
-    child = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | environment,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
-    return child.stdout
-
-
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
-def test_a_forked_worker_can_compute() -> None:
+def test_a_forked_worker_can_compute(in_a_process: Any) -> None:
     """Its parent has run parallel regions, whose threads the worker does not have."""
-    in_a_process("""
-import multiprocessing, torch, linattn
+    program = """
+import json, multiprocessing, torch, linattn
 from linattn.testing import evaluate, make_inputs
 inputs = make_inputs(keys=300, dtype=torch.float32)
 def compute():
@@ -251,43 +213,20 @@ torch.set_num_threads(2)
 here = compute()
 def work(queue):
     torch.set_num_threads(1)
-    queue.put(compute() == here)
+    queue.put(compute())
 context = multiprocessing.get_context("fork")
 queue = context.Queue()
 worker = context.Process(target=work, args=(queue,))
 worker.start()
-assert queue.get(timeout=60)
+there = queue.get(timeout=60)
 worker.join()
-""")
+print(json.dumps([here, there]))
+"""
+    here, there = json.loads(in_a_process(program))
+    assert len(here) == 4
+    assert here == there
 
 
-def instruction_sets() -> list[str]:
-    if ABSENT:
-        return []
-    from linattn._native import capabilities
-
-    return list(capabilities())
-
-
-@pytest.mark.parametrize("capability", instruction_sets())
-def test_instruction_sets(capability: str) -> None:
-    """The process chooses once, hence a process each. Sizes at the edges of vectors, panels and strips."""
-    printed = in_a_process(
-        """
-import torch
-from linattn._native import capability
-from linattn.testing import assert_matches_truth, make_inputs, make_key_mask, truth_quadratic
-from linattn import quadratic_attention
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for keys, D, M in ((1, 1, 1), (17, 3, 5), (65, 8, 12), (130, 33, 20), (200, 64, 80), (97, 16, 48), (70, 128, 7)):
-        for options in ({"is_causal": True}, {"key_mask": make_key_mask(2, keys)}, {"normalize": False}):
-            assert_matches_truth(
-                lambda *t: quadratic_attention(*t, form="direct", backend="native", enable_gqa=True, **options),
-                lambda *t: truth_quadratic(*t, **options),
-                make_inputs(heads=4, kv_heads=2, keys=keys, head_size=D, value_size=M, dtype=dtype),
-            )
-print(capability())
-""",
-        LINATTN_CPU_CAPABILITY=capability,
-    )
-    assert printed.strip() == capability
+def test_every_instruction_set(again_on_an_instruction_set: Any) -> None:
+    """Sizes at the edges of vectors, panels and strips."""
+    again_on_an_instruction_set("test_lengths or test_head_sizes or test_offsets or (test_dtypes and transposed)")

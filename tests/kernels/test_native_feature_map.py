@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,33 +19,24 @@ from linattn.testing import (
     evaluate,
     make_inputs,
     make_key_mask,
-    poisoned_memory,
     truth_feature_state,
     truth_linear,
 )
 
-pytestmark = pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT)
+pytestmark = [pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT), pytest.mark.usefixtures("poisoned")]
 native = partial(linattn.linear_attention, backend="native")
 
 
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
-
-
 @pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def thread_count(request: pytest.FixtureRequest, threads: Any) -> int:
+    threads(request.param)
+    return int(request.param)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("T", [1, 15, 48, 49, 500])
 @pytest.mark.parametrize(("D", "M"), [(16, 16), (33, 7), (64, 130), (200, 256)])
-def test_outputs_and_gradients_at_odd_sizes(T: int, D: int, M: int, is_causal: bool, threads: int) -> None:
+def test_outputs_and_gradients_at_odd_sizes(T: int, D: int, M: int, is_causal: bool, thread_count: int) -> None:
     inputs = make_inputs(batch=1, heads=2, kv_heads=1, keys=T, head_size=D, value_size=M, dtype=torch.float32)
     run = partial(native, is_causal=is_causal, enable_gqa=True)
     assert_matches_truth(run, partial(truth_linear, is_causal=is_causal), inputs)
@@ -74,13 +61,13 @@ def test_every_layout(layout: str) -> None:
 
 
 @pytest.mark.parametrize("q_offset", [-60, -7, 0, 30, 90])
-def test_queries_and_keys_of_different_lengths(q_offset: int, threads: int) -> None:
+def test_queries_and_keys_of_different_lengths(q_offset: int, thread_count: int) -> None:
     inputs = make_inputs(queries=75, keys=420, head_size=16, dtype=torch.float32)
     options = {"is_causal": True, "q_offset": q_offset}
     assert_matches_truth(partial(native, **options), partial(truth_linear, **options), inputs)
 
 
-def test_masked_keys_may_hold_anything(threads: int) -> None:
+def test_masked_keys_may_hold_anything(thread_count: int) -> None:
     q, k, v = make_inputs(keys=450, heads=1, head_size=16, dtype=torch.float32)
     mask = make_key_mask(2, 450)
     hidden = ~mask[:, None, :, None]
@@ -95,7 +82,7 @@ def test_masked_keys_may_hold_anything(threads: int) -> None:
         assert name == "q" or not mine.masked_select(hidden).any()
 
 
-def test_packed_sequences_and_their_states(threads: int) -> None:
+def test_packed_sequences_and_their_states(thread_count: int) -> None:
     cu_seqlens = torch.tensor([0, 3, 3, 250, 251, 500])
     q, k, v = make_inputs(batch=1, keys=500, head_size=16, value_size=12, dtype=torch.float32)
     out, state = native(q, k, v, is_causal=True, cu_seqlens=cu_seqlens, return_state=True)
@@ -104,7 +91,7 @@ def test_packed_sequences_and_their_states(threads: int) -> None:
         assert_close_to_truth(mine, true, dtype=torch.float32)
 
 
-def test_a_sequence_in_pieces_is_the_sequence(threads: int) -> None:
+def test_a_sequence_in_pieces_is_the_sequence(thread_count: int) -> None:
     q, k, v = make_inputs(keys=600, heads=1, batch=1, head_size=16, dtype=torch.float32)
 
     def in_pieces(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -144,24 +131,17 @@ def test_only_wanted_gradients_are_computed() -> None:
         assert torch.equal(gradient, whole[i])
 
 
-def test_the_same_bits_every_time_and_from_several_threads_at_once(threads: int) -> None:
-    inputs = make_inputs(keys=700, heads=1, head_size=48, dtype=torch.float32)
-    expected = evaluate(partial(native, is_causal=True), inputs)
-    wrong: list[int] = []
+def test_the_same_bits_every_time_and_from_several_threads_at_once(thread_count: int, concurrently: Any) -> None:
+    tensors = make_inputs(keys=700, heads=1, head_size=48, dtype=torch.float32)
 
-    def call() -> None:
-        torch.set_num_threads(threads)
-        for i in range(8):
-            outputs, gradients = evaluate(partial(native, is_causal=True), inputs)
-            same = zip([*outputs, *gradients], [*expected[0], *expected[1]], strict=True)
-            wrong.extend([i] * (not all(torch.equal(a, b) for a, b in same)))
+    def call(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        outputs, gradients = evaluate(partial(native, is_causal=True), tensors)
+        return outputs + gradients
 
-    callers = [threading.Thread(target=call) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert not wrong
+    expected = call(tensors)
+    for runs in concurrently(call, [tensors] * 3):
+        for again in runs:
+            assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
 def test_direct_is_refused_by_name_and_found_elsewhere_by_auto() -> None:
@@ -172,13 +152,5 @@ def test_direct_is_refused_by_name_and_found_elsewhere_by_auto() -> None:
     assert linattn.explain(q, k, v, kernel="elu+1", form="direct").backend == "reference"
 
 
-def test_every_instruction_set_of_this_machine() -> None:
-    from linattn._native import capabilities
-
-    for capability in capabilities():
-        found = subprocess.run(
-            [sys.executable, "-m", "linattn", "fuzz", "--backend", "native", "--op", "feature_map", "--seconds", "2"],
-            env={**os.environ, "LINATTN_CPU_CAPABILITY": capability},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert found.returncode == 0 and " 0 failed" in found.stdout, f"{capability}: {found.stdout}{found.stderr}"
+def test_every_instruction_set(again_on_an_instruction_set: Any) -> None:
+    again_on_an_instruction_set("(test_outputs and 49) or test_every_map or test_every_layout or test_queries")

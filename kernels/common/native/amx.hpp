@@ -164,8 +164,8 @@ LINATTN_INLINE void pack_transposed(const Strip& x, int columns, Bf16* to) {
 
 // Rows as B tiles of X: [columns / 16][tile].
 LINATTN_INLINE void pack_pairs(const Strip& x, int columns, Bf16* to) {
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                           5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (int c = 0; c < columns; c += 32, to += 2 * tile)
         for (int r = 0; r < 32; r += 2) {

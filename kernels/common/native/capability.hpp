@@ -1,4 +1,5 @@
-// Which of the compiled instruction sets runs: the best that the machine has, or the one that LINATTN_CPU_CAPABILITY names.
+// Which of the compiled instruction sets runs: the best that the machine has, or the one that LINATTN_CPU_CAPABILITY
+// names.
 #pragma once
 
 #include <string>

@@ -38,9 +38,11 @@ struct Product {
     Index n, seen = Index{1} << 40;
 };
 
-// The sums are complete before they meet what is in c: one over very many keys then takes few additions to a large number.
+// The sums are complete before they meet what is in c: one over very many keys then takes few additions to a large
+// number.
 template <int R, int W, int terms>
-LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, float* c, Index c_stride, Index j, bool add) {
+LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, float* c, Index c_stride, Index j,
+                                 bool add) {
     Vec acc[R][W] = {};
 #pragma GCC unroll 2
     for (int t = 0; t < terms; ++t) {
@@ -48,17 +50,22 @@ LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, floa
         const Index n = most<Index>(0, least(p.n, p.seen + r + R - 1));
         multiply_add(acc, p.a + r * p.row, p.row, p.step, p.b + j, p.stride, static_cast<int>(n));
     }
+    float* const to = c + r * c_stride + j;
+    if (add) {
+#pragma GCC unroll 32
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+            for (int w = 0; w < W; ++w) acc[i][w] += load(to + i * c_stride + w * width);
+    }
 #pragma GCC unroll 32
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) {
-            float* at = c + (r + i) * c_stride + j + w * width;
-            store(at, add ? load(at) + acc[i][w] : acc[i][w]);
-        }
+        for (int w = 0; w < W; ++w) store(to + i * c_stride + w * width, acc[i][w]);
 }
 
 template <int W, int terms>
-LINATTN_INLINE void compute_panel(const Product (&products)[terms], int rows, float* c, Index c_stride, Index j, bool add) {
+LINATTN_INLINE void compute_panel(const Product (&products)[terms], int rows, float* c, Index c_stride, Index j,
+                                  bool add) {
     constexpr int R = panel_rows<W>;
     int r = 0;
     for (; r + R <= rows; r += R) compute_tile<R, W>(products, r, c, c_stride, j, add);

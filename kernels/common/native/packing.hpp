@@ -125,8 +125,8 @@ LINATTN_INLINE void store_row(const float* from, Index n, float factor, const He
 }
 
 // Row r of `to` = from[0 .. n) / l, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation.
-// Divided by one reciprocal and corrected by the remainder, which is as exact as a division and far from as slow; divided
-// indeed where the reciprocal leaves the normal numbers.
+// Divided by one reciprocal and corrected by the remainder, which is as exact as a division and far from as slow;
+// divided indeed where the reciprocal leaves the normal numbers.
 LINATTN_INLINE void store_quotient(const float* from, Index n, float l, const HeadRows& to, Index r) {
     const bool ordinary = l > 1e-30f && l < 1e30f;
     const float divisor = l <= 0 ? __builtin_inff() : l, reciprocal = 1 / divisor;

@@ -1,0 +1,93 @@
+"""What the tests of the kernels share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from linattn.kernels.common.backend import CAPABILITY, NATIVE_ABSENT
+from linattn.testing import poisoned_memory
+
+
+def pytest_report_header() -> str:
+    return f"native kernels: {CAPABILITY}"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch.empty hands out holds NaN."""
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def concurrently() -> Callable[[Callable[[Any], Any], Sequence[Any]], list[list[Any]]]:
+    """`concurrently(call, work)`: what a thread for each piece of work gets from five calls, all beginning together."""
+
+    def run(call: Callable[[Any], Any], work: Sequence[Any]) -> list[list[Any]]:
+        start = threading.Barrier(len(work))
+
+        def repeat(one: Any) -> list[Any]:
+            start.wait()
+            return [call(one) for _ in range(5)]
+
+        with ThreadPoolExecutor(len(work)) as pool:
+            return list(pool.map(repeat, work))
+
+    return run
+
+
+def run_python(*arguments: str, **environment: str) -> str:
+    """What `python <arguments>` prints."""
+    child = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | environment,
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
+    return child.stdout
+
+
+@pytest.fixture
+def in_a_process() -> Callable[..., str]:
+    """`in_a_process(program)`: what a program prints."""
+    return lambda program: run_python("-c", program)
+
+
+def _instruction_sets() -> list[str]:
+    if NATIVE_ABSENT:
+        return []
+    from linattn._native import capabilities
+
+    return capabilities()
+
+
+@pytest.fixture(params=_instruction_sets())
+def again_on_an_instruction_set(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """For each instruction set of the machine, `again_on_an_instruction_set(chosen)` runs those tests of the file that
+    `pytest -k chosen` selects on it; in a process of its own, since a process chooses once."""
+    if "LINATTN_CPU_CAPABILITY" in os.environ:
+        pytest.skip("this process has been given an instruction set")
+
+    def again(chosen: str) -> None:
+        command = ("-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, str(request.path))
+        printed = run_python(*command, LINATTN_CPU_CAPABILITY=request.param)
+        assert f"native kernels: {request.param}\n" in printed
+        assert " passed" in printed
+
+    return again
