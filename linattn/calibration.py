@@ -1,6 +1,7 @@
 """From which length on the chunked quadratic form is the faster one, as measured: the table that dispatch reads.
 
-One is shipped beside this file, chunked_from.json. `linattn calibrate` measures the machine it runs on and writes to
+Two are shipped beside this file: chunked_from.json, and for GPUs that nobody has measured chunked_from_predicted.json,
+which `linattn calibrate --predict` writes. `linattn calibrate` measures the machine it runs on and writes to
 `user_file()`, whose entries win. A table maps "backend/machine/dtype" ("native/avx512/fp32", "triton/sm_90/bf16",
 "reference/cpu/fp32") to "causal" and "non-causal", and these the head size D to the length N*, for M = D and 4 heads.
 """
@@ -24,6 +25,7 @@ Table = dict[str, dict[str, Lengths]]
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 SHIPPED = Path(__file__).parent / "chunked_from.json"
+PREDICTED = Path(__file__).parent / "chunked_from_predicted.json"
 
 
 def user_file() -> Path:
@@ -66,6 +68,7 @@ def _in_force() -> Table:
 
 
 TABLE = _in_force()
+PREDICTIONS = load(PREDICTED)
 
 
 def key_of(backend: str, device: str, dtype: torch.dtype) -> str:
@@ -96,12 +99,19 @@ def chunked_from(key: str, D: int, M: int, *, is_causal: bool) -> float:
 
 def source(key: str) -> str:
     """What `chunked_from` rests on, in words."""
-    return f"as measured on {key.split('/')[1]}" if _entry(key) else "by flops, not measured here"
+    machine = key.split("/")[1]
+    if _filed(TABLE, key):
+        return f"as measured on {machine}"
+    return f"predicted for {machine} from flops, not measured" if _entry(key) else "by flops, not measured here"
 
 
 def _entry(key: str) -> dict[str, Lengths]:
+    return _filed(TABLE, key) or _filed(PREDICTIONS, key)
+
+
+def _filed(table: Table, key: str) -> dict[str, Lengths]:
     """The entry of a key, or of the same machine in fp32."""
-    return TABLE.get(key) or TABLE.get(key.rsplit("/", 1)[0] + "/fp32") or {}
+    return table.get(key) or table.get(key.rsplit("/", 1)[0] + "/fp32") or {}
 
 
 def _interpolated(points: list[tuple[int, float]], D: int) -> float:

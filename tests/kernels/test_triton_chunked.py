@@ -368,10 +368,9 @@ CROWDED = [
 
 @pytest.mark.parametrize("dtype, how, options", CROWDED, ids=str)
 def test_truth_where_all_scores_are_near_minus_one(dtype: torch.dtype, how: Any, options: Any) -> None:
-    """The sums would lose all digits (kappa of 1e4 and more), so these rows compute their scores."""
-    x = [t.to(dtype) for t in near_minus_one(0.003 if dtype == torch.float32 else 0.03, **how)]
-    kappa = condition_number(*x[:2], is_causal=options["is_causal"])
-    assert kappa.median() > 1 / torch.finfo(dtype).eps
+    """The sums would lose all digits of bf16, most of fp32, so these rows compute their scores."""
+    x = [t.to(dtype) for t in near_minus_one(0.05, **how)]
+    assert lost_rows(*x, **options) > 20
     assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), x)
 
 

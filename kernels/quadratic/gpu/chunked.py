@@ -22,7 +22,7 @@ from ...common.packed import check_sequences
 from ...common.stateful import Plan
 from ..contract import Options
 from . import config, layout, sums
-from .call import FOLD, Call, block, run_kernel, strides
+from .call import FOLD, Call, run_kernel, strides
 from .keys import pull_folded_keys, pull_lost_rows
 from .layout import State
 from .memory import Part, joined, keeps_sums, parts
@@ -218,8 +218,15 @@ def _pull_lost_rows(call: Call, rows: dict[str, Any], dk: Tensor, dv: Tensor, wa
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> str:
-    name = architecture(q.device)
-    row = config.row(name, q.dtype, max(block(q.shape[3]), block(v.shape[3])))
-    tile = f"{row.read.rows} rows x {row.read.WIDTH * 16} features, {row.read.num_warps} warps"
-    sums_of = f"chunks of {row.chunk}" if is_causal else "all keys"
-    return f"Triton, {name}: sums over {sums_of}, read by tiles of {tile}"
+    """What runs: sizes, launches, and what becomes of the sums in training."""
+    call = Call.of(q, k, v, None, None, [], Options(is_causal, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton"))
+    read, groups, kept = call.row.read, len(list(parts(call))), keeps_sums(call)
+    tile = f"{read.rows} rows x {read.WIDTH * 16} features, {read.num_warps} warps"
+    sums_of = f"chunks of {call.chunk}" if is_causal else "all keys"
+    in_groups = f" in {groups} groups of heads" if groups > 1 else ""
+    launches = f"{4 * groups} launches forward, {1 + groups * (7 if kept else 10)} backward"
+    for_backward = "kept" if kept else "made again"
+    return (
+        f"Triton, {architecture(q.device)}: sums over {sums_of}{in_groups}, read by tiles of {tile}; {launches} "
+        f"(sums {for_backward})"
+    )
