@@ -2,17 +2,24 @@
 
 dispatch then reads the answer (linattn/calibration.py). Only the two forms of one backend are compared, forward, on 4
 heads, at lengths a factor of sqrt(2) apart around the expected crossing, until the order is the same on two lengths on
-each side. The table is written after every head size, so an interrupted run loses little.
+each side. The table is written after every head size, so an interrupted run loses little. Where the chunked form may
+keep its sums for the backward pass or make them again, both are timed too, forward and backward at the crossing.
+
+`--predict` measures nothing: it writes the lengths at which both forms of the GPU kernels take as long, if both reach
+the same share of the matrix unit's peak.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -43,11 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", type=int, nargs="+", default=HEAD_SIZES, metavar="D", help="head sizes (%(default)s)"
     )
     parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="S", help="seconds a length (%(default)s)")
+    parser.add_argument("--predict", action="store_true", help="write the GPU kernels' table from their flops alone")
     parser.add_argument("--out", type=Path, help="file to add to (default: the one that dispatch reads)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a line a head size, and write the table."""
+    if args.predict:
+        calibration.save(args.out or calibration.PREDICTED, predicted())
+        return 0
     device = pick_device(args.device)
     path = args.out or calibration.user_file()
     table = calibration.load(path) if path.is_file() else {}
@@ -62,9 +73,43 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{key} D={D} {mask}: {found}, {problem.N} by flops", flush=True)
                 if crossing is not None and crossing.value is not None:
                     table.setdefault(key, {}).setdefault(mask, {})[D] = round(crossing.value, 1)
+                    if backend == "triton":
+                        print(f"{key} D={D} {mask}: {_kept_or_not(problem, crossing.value, device, args.budget)}")
         calibration.save(path, table)
     print(f"written: {path}", file=sys.stderr)
     return 0
+
+
+def predicted() -> calibration.Table:
+    """Lengths at which the direct and the chunked Triton kernels take as many flops as they do them, for every row of
+    their table. Per token, with F = D (D + 16) / 2 features: direct 2 N (D + M), half when causal; chunked
+    4 F M + 4 D M for sums over values, twice 4 D^2 for those of the row sum, in TF32 at half the rate, and causal
+    c (D + M) for the own chunk."""
+    from linattn.kernels.quadratic.gpu import config, layout
+
+    table: calibration.Table = {}
+    for machine, dtype, D in itertools.product(("sm_80", "sm_90", "sm_100", "gfx942", "consumer"), DTYPES, HEAD_SIZES):
+        if DTYPES[dtype] not in (torch.float32, torch.bfloat16, torch.float16):
+            continue
+        chunk = config.row(machine, DTYPES[dtype], D).chunk
+        squares = 4 if dtype == "fp32" else 8
+        balance = (4 * layout.features(D) * D + (4 + squares) * D * D) / (2 * D)
+        entry = table.setdefault(f"triton/{machine}/{dtype}", {})
+        entry.setdefault("causal", {})[D] = balance + chunk
+        entry.setdefault("non-causal", {})[D] = balance / 2
+    return table
+
+
+def _kept_or_not(problem: Problem, length: float, device: torch.device, budget_s: float) -> str:
+    """Forward and backward with the sums kept and with the sums made again, in words."""
+    longer = replace(problem, N=max(16, round(length / 16) * 16), direction="training")
+    tensors, found = longer.inputs(device), []
+    for setting in ("always", "never"):
+        with mock.patch.dict(os.environ, LINATTN_KEEP_SUMS=setting):
+            call = prepare(replace(QUADRATIC_CHUNKED, backend="triton"), longer, tensors)
+            samples, _ = side_by_side({setting: call}, device=device, budget_s=budget_s)
+            found.append(summarise(samples[setting]).median)
+    return f"forward and backward of {longer.N} tokens: {found[0]:.3g} ms with sums kept, {found[1]:.3g} ms without"
 
 
 def backend_of(problem: Problem, asked: str, device: torch.device) -> str:

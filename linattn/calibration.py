@@ -1,6 +1,7 @@
 """From which length on the chunked quadratic form is the faster one, as measured: the table that dispatch reads.
 
-One is shipped beside this file, chunked_from.json. `linattn calibrate` measures the machine it runs on and writes to
+Two are shipped beside this file: chunked_from.json, and for GPUs that nobody has measured chunked_from_predicted.json,
+which `linattn calibrate --predict` writes. `linattn calibrate` measures the machine it runs on and writes to
 `user_file()`, whose entries win. A table maps "backend/machine/dtype" ("native/avx512/fp32", "triton/sm_90/bf16",
 "reference/cpu/fp32") to "causal" and "non-causal", and these the head size D to the length N*, for M = D and 4 heads.
 """
@@ -25,6 +26,7 @@ Factors = dict[str, dict[str, list[tuple[int, float]]]]
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 SHIPPED = Path(__file__).parent / "chunked_from.json"
+PREDICTED = Path(__file__).parent / "chunked_from_predicted.json"
 
 
 def user_file() -> Path:
@@ -67,7 +69,7 @@ def _in_force() -> Table:
 
 
 def factors(table: Table) -> Factors:
-    """For each size D of a table, in order: the length that was measured, divided by the one by flops."""
+    """For each size D of a table, in order: the length that stands there, divided by the one by flops."""
     return {
         key: {
             mask: [(D, lengths[D] / cost.crossover(D, is_causal=mask == "causal")) for D in sorted(lengths)]
@@ -78,7 +80,8 @@ def factors(table: Table) -> Factors:
 
 
 # Every call reads these: what can be computed beforehand is.
-FACTORS = factors(_in_force())
+MEASURED = factors(_in_force())
+PREDICTIONS = factors(load(PREDICTED))
 
 
 def key_of(backend: str, device: str, dtype: torch.dtype) -> str:
@@ -99,21 +102,28 @@ def _machine(backend: str, device: str) -> str:
 def chunked_from(key: str, D: int, M: int, *, is_causal: bool) -> float:
     """The length from which the chunked form pays.
 
-    It is `cost.crossover`, where both forms take as many flops, times a factor: what was measured divided by that
-    count, interpolated in log D. Without a measurement the factor is 1.
+    It is `cost.crossover`, where both forms take as many flops, times a factor: what was measured, or else predicted,
+    divided by that count, interpolated in log D. Without either the factor is 1.
     """
-    measured = _entry(key).get("causal" if is_causal else "non-causal")
-    return cost.crossover(D, M, is_causal=is_causal) * (_interpolated(measured, D) if measured else 1.0)
+    points = _entry(key).get("causal" if is_causal else "non-causal")
+    return cost.crossover(D, M, is_causal=is_causal) * (_interpolated(points, D) if points else 1.0)
 
 
 def source(key: str) -> str:
     """What `chunked_from` rests on, in words."""
-    return f"as measured on {key.split('/')[1]}" if _entry(key) else "by flops, not measured here"
+    machine = key.split("/")[1]
+    if _filed(MEASURED, key):
+        return f"as measured on {machine}"
+    return f"predicted for {machine} from flops, not measured" if _entry(key) else "by flops, not measured here"
 
 
 def _entry(key: str) -> dict[str, list[tuple[int, float]]]:
+    return _filed(MEASURED, key) or _filed(PREDICTIONS, key)
+
+
+def _filed(table: Factors, key: str) -> dict[str, list[tuple[int, float]]]:
     """The factors of a key, or of the same machine in fp32."""
-    return FACTORS.get(key) or FACTORS.get(key.rsplit("/", 1)[0] + "/fp32") or {}
+    return table.get(key) or table.get(key.rsplit("/", 1)[0] + "/fp32") or {}
 
 
 def _interpolated(points: list[tuple[int, float]], D: int) -> float:

@@ -97,6 +97,7 @@ LIMITS = {
     ("quadratic", "share_rows"): Family(None),
     ("quadratic", "pull_rows"): Family({64: 0.75, 128: 0.6}, full_waits=2),
     ("quadratic", "pull_folded_keys"): Family({64: 0.8, 128: 0.6}),
+    ("quadratic", "pull_lost_rows"): Family(None),  # ends at once, but for rows whose sums cancel
     ("quadratic", "step_state"): Family(None),
     ("quadratic", "finish_rows"): Family(None),
     # Bound by memory: the matrix unit waits for it, not for instructions.

@@ -46,6 +46,28 @@ def test_an_unmeasured_dtype_takes_the_machines_fp32_and_an_unmeasured_machine_c
     assert "not measured" in calibration.source("native/sve/fp32")
 
 
+def test_predicted_lengths_are_used_where_nothing_was_measured_and_said_to_be_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = "triton/sm_90/bf16"
+    predicted = calibration.PREDICTIONS[key]["causal"]
+    monkeypatch.setattr(calibration, "TABLE", {})
+    assert calibration.chunked_from(key, 64, 64, is_causal=True) == pytest.approx(predicted[64])
+    assert calibration.source(key) == "predicted for sm_90 from flops, not measured"
+    monkeypatch.setattr(calibration, "TABLE", {key: {"causal": {64: 3000.0}}})
+    assert calibration.chunked_from(key, 64, 64, is_causal=True) == pytest.approx(3000.0)
+    assert calibration.source(key) == "as measured on sm_90"
+
+
+def test_the_predicted_table_is_what_the_kernels_flops_say() -> None:
+    """Nobody has edited it, and the kernels' chunks are still those that it counted."""
+    pytest.importorskip("triton")
+    from linattn.bench.calibrate import predicted
+
+    assert calibration.load(calibration.PREDICTED) == predicted()
+    assert predicted()["triton/sm_90/bf16"]["causal"][64] == (4 * 2560 * 64 + 12 * 64**2) / 128 + 512
+
+
 def test_a_table_survives_saving_and_wins_over_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deeper" / "mine.json"
     monkeypatch.setenv("LINATTN_CALIBRATION", str(path))

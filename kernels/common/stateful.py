@@ -7,8 +7,8 @@
 
 l: row sums `[B, H, T]`. state, initial_state: canonical tensors, n first (linattn/state.py), or []; dstate and
 dinitial_state: the same without n, or [] if there is none or it is not wanted. save: whether a backward pass will
-follow; saved: what the backend then keeps for it beyond out and l, of the shapes that `StatefulOp.saved_shapes`
-declares (the reference keeps nothing). wanted: which gradients are read, q, k, v, initial state; the others may hold
+follow; saved: what the backend then keeps for it beyond out and l, of the shapes and dtypes that its module's function
+`saved_like` declares, if it has one (most keep nothing). wanted: which gradients are read, q, k, v, initial state; the others may hold
 anything. form: "direct", "chunked" or "recurrent". chunk_size: 0 lets the backend choose. TF32 and nondeterministic
 sums follow PyTorch's global switches, as its own matrix products do.
 """
@@ -16,7 +16,7 @@ sums follow PyTorch's global switches, as its own matrix products do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +43,9 @@ class StatefulOp:
 
     Its backends are modules with `forward(q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, save,
     plan)` and `backward(dout, dstate, q, k, v, out, l, saved, key_mask, cu_seqlens, initial_state, options, wanted,
-    plan)`.
+    plan)`. One that saves has `saved_like(q, k, v, cu_seqlens, initial_state, options, plan)`, shapes and dtypes,
+    which traced code needs beforehand.
     """
-
-    saved_shapes: ClassVar[dict[str, Callable[..., list[tuple[int, ...]]]]] = {}
-    """By backend, for those that save: shapes from (q, k, v, cu_seqlens, plan), which traced code needs beforehand."""
 
     def __init__(
         self, name: str, options: type, schema: str, state_shapes: StateShapes, backends: dict[str, Backend]
@@ -88,9 +86,11 @@ class StatefulOp:
             n, *sums = self.state_shapes(sequences, k.shape[1], k.shape[3], v.shape[3])
             state = [k.new_empty(n, dtype=torch.int64)]
             state += [k.new_empty(shape, dtype=accumulation_dtype(k.dtype)) for shape in sums]
-        if save and backend in self.saved_shapes:
-            shapes = self.saved_shapes[backend](q, k, v, cu_seqlens, Plan(form, backend, chunk_size))
-            saved = [k.new_empty(shape, dtype=accumulation_dtype(k.dtype)) for shape in shapes]
+        saved_like = getattr(implementation(self.backends, backend), "saved_like", None)
+        if save and saved_like:
+            options, plan = self.options(*rest[: self.width]), Plan(form, backend, chunk_size)
+            like = saved_like(q, k, v, cu_seqlens, initial_state, options, plan)
+            saved = [k.new_empty(shape, dtype=dtype) for shape, dtype in like]
         return empty_in_storage_order(q, v.shape[3]), empty_row_sums(q), state, saved
 
     def _backward_fake(self, dout, dstate, q, k, v, out, l, saved, key_mask, cu_seqlens, initial_state, *rest):

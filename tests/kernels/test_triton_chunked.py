@@ -340,17 +340,81 @@ def test_the_first_token_gives_its_value() -> None:
 # ---- numerics --------------------------------------------------------------------------------------------------------
 
 
+def near_minus_one(spread: float, **how: Any) -> list[Tensor]:
+    """All scores are -1 but for about `spread`: what the sums add up to has cancelled."""
+    q, k, v = inputs(dtype=torch.float64, **how)
+    direction = torch.nn.functional.normalize(q[:1, :1, :1], dim=-1)
+    return [spread * q - direction, spread * k + direction, v]
+
+
+def lost_rows(*arguments: Any, **options: Any) -> int:
+    """How many rows of a call compute all of their scores, since the sums would lose their digits."""
+    from linattn.kernels.quadratic.gpu import chunked as kernels
+
+    options = {"is_causal": True, "q_offset": 0, "scale": 1.0, "c0": 1.0, "c1": 2.0, "c2": 1.0, "normalize": True} | options
+    _, _, _, saved = kernels.forward(
+        *arguments, None, None, [], Options(**options), False, True, Plan("chunked", "triton")
+    )
+    return int(saved[0].sum())
+
+
+CROWDED = [
+    (torch.float32, {"keys": 70}, {"is_causal": True}),
+    (torch.bfloat16, {"keys": 70, "heads": 4, "kv_heads": 2, "batch": 2}, {"is_causal": True}),
+    (torch.bfloat16, {"keys": 50, "head_size": 20, "value_size": 33}, {"is_causal": False}),
+    (torch.float16, {"keys": 70}, {"is_causal": True, "q_offset": 7}),
+]
+
+
+@pytest.mark.parametrize("dtype, how, options", CROWDED, ids=str)
+def test_truth_where_all_scores_are_near_minus_one(dtype: torch.dtype, how: Any, options: Any) -> None:
+    """The sums would lose all digits of bf16, most of fp32, so these rows compute their scores."""
+    x = [t.to(dtype) for t in near_minus_one(0.05, **how)]
+    assert lost_rows(*x, **options) > 20
+    assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), x)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_some_rows_near_minus_one_among_packed_and_masked_ones(is_causal: bool) -> None:
+    """Only some rows of a tile, of one sequence, with masked keys before them."""
+    cu_seqlens = torch.tensor([0, 45, 50, 130], device=DEVICE, dtype=torch.int32)
+    q, k, v = inputs(dtype=torch.float64, keys=130, heads=2, kv_heads=1)
+    crowded = near_minus_one(0.03, keys=130, heads=2, kv_heads=1)
+    q[:, :, 100:119], k[:, :, 50:] = crowded[0][:, :, 100:119], crowded[1][:, :, 50:]
+    mask = make_key_mask(1, 130, keep=0.8).to(DEVICE)
+    options = {"is_causal": is_causal, "cu_seqlens": cu_seqlens, "key_mask": mask}
+    x = [t.bfloat16() for t in (q, k, v)]
+    assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), x)
+
+
+def test_rows_orthogonal_to_all_keys() -> None:
+    """s^2 vanishes, in directions that no axis shows: no term of the row sum is large, only what each is summed from."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 1, 70, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    rotation = torch.linalg.qr(k[0, 0, :16])[0]
+    q[..., :8], k[..., 8:] = 0.02 * q[..., :8], 0
+    x = [t.to(DEVICE, torch.bfloat16) for t in (q @ rotation, k @ rotation, v)]
+    options = {"is_causal": True, "coefficients": (0, 0, 1)}
+    assert_matches_truth(chunked(**options), truth(**options), x)
+    assert lost_rows(*x, c0=0.0, c1=0.0) > 20
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_row_of_plain_inputs_is_lost(dtype: torch.dtype) -> None:
+    assert lost_rows(*inputs(dtype=dtype, keys=130)) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_where_all_scores_are_near_minus_one(dtype: torch.dtype) -> None:
-    """It grows with kappa, as the reference's does: what the sums add up to has cancelled."""
-    q, k, v = inputs(dtype=torch.float64, keys=96)
-    direction = torch.nn.functional.normalize(q[:, :, :1], dim=-1)
-    q, k = 0.05 * q - direction, 0.05 * k + direction  # scores of -1 +- 0.1
-    x = [t.to(dtype) for t in (q, k, v)]
-    errors = row_errors(chunked(is_causal=True)(*x), truth_quadratic(*x, is_causal=True), x[2])
-    kappa = condition_number(*x[:2], is_causal=True)
+def test_error_where_the_keys_of_a_state_were_near_minus_one(dtype: torch.dtype) -> None:
+    """They are gone, so the error grows with kappa, as the reference's does."""
+    x = [t.to(dtype) for t in near_minus_one(0.05, keys=96)]
+    state = state_of(*(t[:, :, :60] for t in x[1:]))
+    rest = [t[:, :, 60:] for t in x]
+    out = chunked(is_causal=True, initial_state=state)(*rest)
+    errors = row_errors(out, truth_quadratic(*x, is_causal=True)[:, :, 60:], x[2])
+    kappa = condition_number(*x[:2], is_causal=True)[:, :, 60:]
     assert kappa.median() > 50
-    assert (errors[:, :, 16:] <= 4 * torch.finfo(dtype).eps * kappa[:, :, 16:]).all()
+    assert (errors <= 4 * torch.finfo(dtype).eps * kappa).all()
 
 
 def test_fp16_scores_whose_squares_leave_its_range() -> None:
@@ -374,6 +438,98 @@ def test_results_repeat_bit_by_bit() -> None:
         out = chunked(is_causal=True, enable_gqa=True)(*x)
         runs.append([out, *torch.autograd.grad(out.float().square().sum(), x)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def everything(*x: Tensor, **options: Any) -> list[Tensor]:
+    """Output, state and gradients, those through the initial state among them."""
+    leaves = [t.clone().requires_grad_() for t in x]
+    how = {"is_causal": True, "enable_gqa": True, "return_state": True}
+    past, state = chunked(**how)(*(t[:, :, :40] for t in leaves)) if not options else (leaves[0][:0], None)
+    out, after = chunked(**how, **options, initial_state=state)(*leaves)
+    loss = out.float().square().sum() + sum(t.square().sum() for t in parts_of_state(after)) + past.float().sum()
+    return [out.detach(), *(t.detach() for t in after), *torch.autograd.grad(loss, leaves)]
+
+
+def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that a call runs."""
+    from linattn.kernels.quadratic.gpu import call as calls
+
+    names, run = [], calls.launch
+    monkeypatch.setattr(calls, "launch", lambda kernel, *a, **k: (names.append(kernel.__name__), run(kernel, *a, **k)))
+    call()
+    monkeypatch.setattr(calls, "launch", run)
+    return names
+
+
+@pytest.mark.parametrize("batch, heads, kv_heads, at_once", [(1, 4, 2, 1), (3, 2, 1, 2)])
+def test_groups_of_heads_change_no_bit(
+    batch: int, heads: int, kv_heads: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A workspace for `at_once` key heads. Sums are cut into runs, so that their order could depend on the heads."""
+    x = inputs(dtype=torch.bfloat16, batch=batch, heads=heads, kv_heads=kv_heads, keys=140)
+    monkeypatch.setenv("LINATTN_KEEP_SUMS", "never")
+    whole = everything(*x)
+    names = launched(lambda: chunked(is_causal=True, enable_gqa=True)(*x), monkeypatch)
+    from linattn.kernels.quadratic.gpu import memory
+
+    monkeypatch.setattr(memory, "_bytes_of_head", lambda call: 1000)
+    monkeypatch.setenv("LINATTN_WORKSPACE", str(1000 * at_once))
+    for ours, expected in zip(everything(*x), whole, strict=True):
+        assert torch.equal(ours, expected)
+    groups = -(-batch * kv_heads // at_once)
+    assert names * groups == launched(lambda: chunked(is_causal=True, enable_gqa=True)(*x), monkeypatch)
+
+
+def test_groups_of_heads_of_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(dtype=torch.float32, heads=2, keys=100)
+    cu_seqlens = torch.tensor([0, 30, 30, 100], device=DEVICE, dtype=torch.int32)
+    whole = everything(*x, cu_seqlens=cu_seqlens)
+    monkeypatch.setenv("LINATTN_WORKSPACE", "1")
+    for ours, expected in zip(everything(*x, cu_seqlens=cu_seqlens), whole, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sums_that_are_kept_change_no_bit(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And save their kernels in the backward pass."""
+    x = [t.requires_grad_() for t in inputs(dtype=torch.bfloat16, heads=2, kv_heads=1, keys=70)]
+    runs, names = {}, {}
+    for setting in ("always", "never"):
+        monkeypatch.setenv("LINATTN_KEEP_SUMS", setting)
+        out = chunked(is_causal=is_causal, enable_gqa=True)(*x)
+        loss = out.float().square().sum()
+        names[setting] = launched(lambda loss=loss: runs.update({setting: torch.autograd.grad(loss, x)}), monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(runs["always"], runs["never"], strict=True))
+    of_sums = ["pair_sums", "record_sums", "scan_sums"]
+    after = [*of_sums, "pull_folded_keys", "pull_folded_keys", "pull_lost_rows"]
+    assert names["always"] == ["share_rows", "pull_rows", *after]
+    assert names["never"] == ["share_rows", *of_sums, "pull_rows", *after]
+
+
+def test_rule_for_keeping_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that takes less time than to make them again, beside q, k, v and out that are not much smaller."""
+    from linattn.kernels.common.gpu.architecture import as_architecture
+    from linattn.kernels.quadratic.gpu import memory
+    from linattn.kernels.quadratic.gpu.call import Call
+
+    def kept(D: int, N: int = 65536, chunk: int = 0) -> bool:
+        q = torch.empty(1, 8, N, D, dtype=torch.bfloat16, device="meta")
+        options, plan = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton", chunk)
+        with as_architecture("sm_90"):
+            return memory.keeps_sums(Call.of(q, q, q, None, None, [], options, plan))
+
+    assert kept(64)  # 1.4 times q, k, v and out
+    assert not kept(128)  # 2.5 times
+    assert kept(128, chunk=2048)
+    assert not kept(64, chunk=256)  # 128 flops a byte, twice: less than the chip's 184
+    assert not kept(64, N=2**20)  # beyond the workspace
+    monkeypatch.setenv("LINATTN_KEEP_SUMS", "always")
+    assert kept(128)
+    monkeypatch.setenv("LINATTN_KEEP_SUMS", "never")
+    assert not kept(64)
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------

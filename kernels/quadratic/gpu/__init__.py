@@ -6,6 +6,7 @@ state: `step`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...common.stateful import Plan
@@ -31,10 +32,25 @@ def forward(
         return step.forward(q, k, v, key_mask, initial_state, options, return_state, plan)
     if plan.form == "chunked" or initial_state:
         plan = _scores_unless_chunked(plan)
-        return chunked.forward(q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, plan)
+        return chunked.forward(q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, save, plan)
     out, l = direct.forward(q, k, v, key_mask, cu_seqlens, options)
     state = chunked.state_after(q, k, v, key_mask, cu_seqlens, options) if return_state else []
     return out, l, state, []
+
+
+def saved_like(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    initial_state: State,
+    options: Options,
+    plan: Plan,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `forward` saves."""
+    if step.runs(q, k, cu_seqlens, initial_state) or (plan.form != "chunked" and not initial_state):
+        return []
+    return chunked.saved_like(q, k, v, cu_seqlens, initial_state, options, _scores_unless_chunked(plan))
 
 
 def backward(
@@ -54,7 +70,7 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     if plan.form == "chunked" or initial_state or dstate:
-        inputs = (dout, dstate, q, k, v, out, l, key_mask, cu_seqlens, initial_state)
+        inputs = (dout, dstate, q, k, v, out, l, saved, key_mask, cu_seqlens, initial_state)
         return chunked.backward(*inputs, options, wanted, _scores_unless_chunked(plan))
     return *direct.backward(dout, q, k, v, out, l, key_mask, cu_seqlens, options, wanted), []
 

@@ -14,7 +14,6 @@ from ...common.gpu.architecture import architecture
 from ...common.gpu.launch import launch
 from ...common.gpu.numerics import LOW, precision
 from ...common.gpu.similarity import quadratic
-from ...common.packed import sequence_bounds
 from ...common.stateful import Plan
 from ..contract import Options
 from . import config, layout
@@ -49,15 +48,6 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], tile: Any, arguments: dict[st
     launch(kernel, grid, num_warps=tile.num_warps, num_stages=tile.num_stages, **mine)
 
 
-def checked(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Values that do not partition the row raise on a CPU and assert on a device."""
-    if cu_seqlens.device.type == "cpu":
-        sequence_bounds(cu_seqlens, T)
-    elif cu_seqlens.device.type != "meta":
-        torch._assert_async((cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all())
-    return cu_seqlens
-
-
 @dataclass(frozen=True)
 class Call:
     """One call."""
@@ -72,6 +62,8 @@ class Call:
     chunk: int
     all_scores: bool
     n_before: Tensor | None
+    heads: int
+    """Key heads times sequences of the whole call, of which this may be a part (memory.py)."""
 
     @staticmethod
     def of(
@@ -85,8 +77,6 @@ class Call:
         plan: Plan,
     ) -> Call:
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        if cu_seqlens is not None:
-            cu_seqlens = checked(cu_seqlens, q.shape[2])
         # Beyond the last key, or before the first, all offsets are one.
         offset = min(max(options.q_offset, -q.shape[2]), k.shape[2]) if options.is_causal else 0
         row = config.row(architecture(q.device), q.dtype, max(block(q.shape[3]), block(v.shape[3])))
@@ -95,7 +85,9 @@ class Call:
         step = max(row.read.rows, row.pull_rows.rows, row.pull_keys.rows, row.pull_values.rows)
         chunk = triton.cdiv(chunk, step) * step
         n_before = initial_state[0] if initial_state else None
-        return Call(q, k, v, key_mask, cu_seqlens, options._replace(q_offset=offset), row, chunk, whole, n_before)
+        heads = k.shape[1] * (q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        options = options._replace(q_offset=offset)
+        return Call(q, k, v, key_mask, cu_seqlens, options, row, chunk, whole, n_before, heads)
 
     # Sizes.
 
@@ -135,6 +127,12 @@ class Call:
         if self.cu_seqlens is not None:
             return self.k.shape[2] // size + 2 * self.sequences
         return per_sequence * self.sequences
+
+    @property
+    def guarded(self) -> bool:
+        """Whether rows are watched whose sums cancel (rows.py). Those of a state cannot be helped: its keys are
+        gone."""
+        return self.options.normalize and self.n_before is None and not self.all_scores
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -177,7 +175,7 @@ class Call:
             slots=self.boundaries, D=D, M=M, BLOCK_D=self.BLOCK_D, BLOCK_M=self.BLOCK_M,
             reads_ptr=reads, rows_from_ptr=rows_from, TABLE=reads is not None,
             CAUSAL=self.options.is_causal, PACKED=self.cu_seqlens is not None,
-            EVEN=D == self.BLOCK_D and M == self.BLOCK_M, PRECISION=precision(FOLD[self.q.dtype]),
+            EVEN=D == self.BLOCK_D and M == self.BLOCK_M, PRECISION=precision(FOLD[self.q.dtype]), GUARD=self.guarded,
             GRAM=gram_precision(self.q.dtype), size=layout.record_size(self.BLOCK_D, self.BLOCK_M),
         )  # fmt: skip
 

@@ -17,16 +17,20 @@ from torch import Tensor
 
 from ...common.allocation import empty_in_storage_order, empty_row_sums
 from ...common.gpu.architecture import architecture
-from ...common.gpu.numerics import LOW
+from ...common.gpu.numerics import LOW, precision
+from ...common.packed import check_sequences
 from ...common.stateful import Plan
 from ..contract import Options
-from . import config, sums
-from .call import FOLD, Call, block, run_kernel, strides
-from .keys import pull_folded_keys
+from . import config, layout, sums
+from .call import FOLD, Call, run_kernel, strides
+from .keys import pull_folded_keys, pull_lost_rows
 from .layout import State
+from .memory import Part, joined, keeps_sums, parts
 from .rows import pull_rows, read_rows, share_rows
 
 SHARE = config.Fold(32, 4, 2)
+LOST = config.Fold(64, 8, 2)
+"""Keys of a program that looks for lost rows; of these it takes as many as SHARE in one step."""
 
 
 def forward(
@@ -38,15 +42,44 @@ def forward(
     initial_state: State,
     options: Options,
     return_state: bool,
+    save: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, State, State]:
-    call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
-    of_keys = sums.of_keys(call, initial_state, keep=return_state)
+    call = _checked(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
     out, l = empty_in_storage_order(call.q, v.shape[3]), empty_row_sums(call.q)
-    grid, arguments = _rows(call, call.row.read)
-    arguments |= dict(sums_ptr=of_keys.pairs, record_ptr=of_keys.record, l_ptr=l) | strides("out", out, "o")
-    run_kernel(read_rows, grid, call.row.read, arguments)
-    return out, l, sums.state_after(call, of_keys, initial_state) if return_state else [], []
+    lost = torch.empty_like(l, dtype=torch.uint8) if call.guarded else None
+    kept: State = []
+
+    def read(part: Part) -> State:
+        some, before = part.its_call(), part.of_all(initial_state)
+        of_keys = sums.of_keys(some, before, keep=return_state)
+        rows = dict(l_ptr=part.of(l), lost_ptr=part.of(lost), limit=config.CANCELLATION[q.dtype])
+        _over_rows(read_rows, some, call.row.read, of_keys, rows | strides("out", part.of(out), "o"))
+        if save and keeps_sums(call):
+            kept.extend((of_keys.pairs, of_keys.record))
+        return sums.state_after(some, of_keys, before) if return_state else []
+
+    state = joined((part, read(part)) for part in parts(call))
+    return out, l, state, [lost, *kept] if save and lost is not None else kept
+
+
+def saved_like(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    initial_state: State,
+    options: Options,
+    plan: Plan,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what `forward` saves: which rows are lost to the sums, and sums if they are kept."""
+    call = Call.of(q, k, v, None, cu_seqlens, initial_state, options, plan)
+    found = [(tuple(q.shape[:3]), torch.uint8)] if call.guarded else []
+    if keeps_sums(call):
+        features, size = layout.features(call.BLOCK_D), layout.record_size(call.BLOCK_D, call.BLOCK_M)
+        found.append(((call.slots, call.Hkv, features, call.BLOCK_M), FOLD[q.dtype]))
+        found.append(((call.slots, call.Hkv, size), torch.float32))
+    return found
 
 
 def backward(
@@ -57,6 +90,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     l: Tensor,
+    saved: State,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     initial_state: State,
@@ -64,28 +98,37 @@ def backward(
     wanted: list[bool],
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
-    call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
+    call = _checked(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
-    rows = _share(call, dout, out, l)
+    lost, kept = (saved[0], saved[1:]) if call.guarded else (None, saved)
+    rows = _share(call, dout, out, l, lost)
     dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
-    if wanted[0]:
-        of_keys = sums.of_keys(call, initial_state, keep=False)
-        grid, arguments = _rows(call, call.row.pull_rows)
-        arguments |= dict(sums_ptr=of_keys.pairs, record_ptr=of_keys.record) | strides("dout", dout, "g")
-        run_kernel(pull_rows, grid, call.row.pull_rows, arguments | rows._asdict() | strides("dq", dq))
-        del of_keys, arguments  # before the other sums are made
     want_initial = wanted[3] and bool(initial_state)
-    dinitial: State = []
-    if wanted[1] or wanted[2] or want_initial:
-        delta = rows.folded_delta_ptr if options.normalize else None
-        of_rows = sums.of_rows(call, rows.shared_ptr, delta, dstate, keep=want_initial)
+
+    def pull_queries(part: Part) -> None:
+        some = part.its_call()
+        of_keys = sums.Sums(*kept, None) if kept else sums.of_keys(some, part.of_all(initial_state), keep=False)
+        mine = rows.of(part) | strides("dout", part.of(dout), "g") | strides("dq", part.of(dq))
+        _over_rows(pull_rows, some, call.row.pull_rows, of_keys, mine)
+
+    def pull_keys(part: Part) -> State:
+        some, mine = part.its_call(), rows.of(part) | strides("dout", part.of(dout), "g")
+        delta, after = mine["folded_delta_ptr"] if options.normalize else None, part.of_all(dstate)
+        of_rows = sums.of_rows(some, mine["shared_ptr"], delta, after, keep=want_initial)
         if wanted[1]:
-            _pull_keys(call, of_rows, dout, rows, dk, of_values=False)
+            _pull_keys(some, of_rows, mine, part.of(dk), of_values=False)
         if wanted[2]:
-            _pull_keys(call, of_rows, dout, rows, dv, of_values=True)
-        if want_initial:
-            dinitial = sums.state_gradients(call, of_rows, dstate)
-    return dq, dk, dv, dinitial
+            _pull_keys(some, of_rows, mine, part.of(dv), of_values=True)
+        if call.guarded and (wanted[1] or wanted[2]):
+            _pull_lost_rows(some, mine, part.of(dk), part.of(dv), wanted)
+        return sums.state_gradients(some, of_rows, after) if want_initial else []
+
+    def pull(part: Part) -> State:
+        if wanted[0]:
+            pull_queries(part)  # its sums are gone before the others are made
+        return pull_keys(part) if wanted[1] or wanted[2] or want_initial else []
+
+    return dq, dk, dv, joined((part, pull(part)) for part in parts(call))
 
 
 def state_after(
@@ -96,16 +139,31 @@ def state_after(
     return sums.state_after(call, sums.of_keys(call, [], keep=True), [])
 
 
-def _rows(call: Call, read: config.Read) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and arguments of a kernel over tiles of queries; tiles begin at multiples of their size of positions."""
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: State,
+    options: Options,
+    plan: Plan,
+) -> Call:
+    if cu_seqlens is not None:
+        check_sequences(cu_seqlens, q.shape[2])
+    return Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
+
+
+def _over_rows(kernel: Any, call: Call, read: config.Read, of_keys: sums.Sums, arguments: dict[str, Any]) -> None:
+    """Run a kernel over tiles of queries; tiles begin at multiples of their size of positions."""
     first = call.options.q_offset // read.rows * read.rows
     tiles = triton.cdiv(call.q.shape[2] + call.options.q_offset - first, read.rows)
     c0, c1, c2 = call.weights
-    arguments = dict(
-        H=call.q.shape[1], first_position=first, tiles=tiles, BLOCK_Q=read.rows, BLOCK_K=read.others,
-        weight_0=c0, weight_1=c1, weight_2=c2,
+    arguments = call.scores(read) | arguments | dict(
+        sums_ptr=of_keys.pairs, record_ptr=of_keys.record, H=call.q.shape[1], first_position=first, tiles=tiles,
+        BLOCK_Q=read.rows, BLOCK_K=read.others, weight_0=c0, weight_1=c1, weight_2=c2,
     )  # fmt: skip
-    return (call.pieces(tiles, read.rows), call.q.shape[1]), call.scores(read) | arguments
+    run_kernel(kernel, (call.pieces(tiles, read.rows), call.q.shape[1]), read, arguments)
 
 
 class Shared(NamedTuple):
@@ -115,36 +173,60 @@ class Shared(NamedTuple):
     norm_ptr: Tensor
     delta_ptr: Tensor
     folded_delta_ptr: Tensor
+    lost_ptr: Tensor | None
+    lost_norm_ptr: Tensor | None
+    lost_tiles_ptr: Tensor | None
+
+    def of(self, part: Part) -> dict[str, Any]:
+        return {name: part.of(x) for name, x in self._asdict().items()}
 
 
-def _share(call: Call, dout: Tensor, out: Tensor, l: Tensor) -> Shared:
+def _share(call: Call, dout: Tensor, out: Tensor, l: Tensor, lost: Tensor | None) -> Shared:
     B, H, T, M = out.shape
-    normalize = call.options.normalize
-    row_terms = (torch.empty_like(l) if normalize else l.new_empty(0) for _ in range(3))
-    shared = Shared(out.new_empty(out.shape, dtype=FOLD[out.dtype]), *row_terms)
+    normalize, tiles = call.options.normalize, triton.cdiv(T, SHARE.BLOCK_T)
+    row_terms = [torch.empty_like(l) if normalize else l.new_empty(0) for _ in range(3)]
+    guard = (None, None) if lost is None else (torch.empty_like(l), lost.new_empty(B, H, tiles))
+    shared = Shared(out.new_empty(out.shape, dtype=FOLD[out.dtype]), *row_terms, lost, *guard)
     arguments = dict(
         **strides("out", out, "o"), **strides("dout", dout, "g"), **shared._asdict(), l_ptr=l, T=T, H=H, M=M,
-        BLOCK_Q=SHARE.BLOCK_T, BLOCK_M=call.BLOCK_M, NORMALIZE=normalize, FOLD=LOW[FOLD[out.dtype]],
+        BLOCK_Q=SHARE.BLOCK_T, BLOCK_M=call.BLOCK_M, NORMALIZE=normalize, GUARD=call.guarded,
+        FOLD=LOW[FOLD[out.dtype]],
     )  # fmt: skip
-    run_kernel(share_rows, (triton.cdiv(T, SHARE.BLOCK_T), H, B), SHARE, arguments)
+    run_kernel(share_rows, (tiles, H, B), SHARE, arguments)
     return shared
 
 
-def _pull_keys(call: Call, of_rows: sums.Sums, dout: Tensor, rows: Shared, gradient: Tensor, of_values: bool) -> None:
+def _pull_keys(call: Call, of_rows: sums.Sums, rows: dict[str, Any], gradient: Tensor, of_values: bool) -> None:
     """Fill dv or dk."""
     read = call.row.pull_values if of_values else call.row.pull_keys
     tiles = triton.cdiv(call.k.shape[2], read.rows)
-    arguments = call.scores(read) | dict(
-        sums_ptr=of_rows.pairs, record_ptr=of_rows.record, norm_ptr=rows.norm_ptr, delta_ptr=rows.delta_ptr,
-        H=call.Hkv, tiles=tiles, BLOCK_Q=read.others, BLOCK_K=read.rows, OF_VALUES=of_values,
-        **strides("dout", dout, "g"), **strides("gradient", gradient, "d"),
+    arguments = call.scores(read) | rows | dict(
+        sums_ptr=of_rows.pairs, record_ptr=of_rows.record, H=call.Hkv, tiles=tiles, BLOCK_Q=read.others,
+        BLOCK_K=read.rows, OF_VALUES=of_values, **strides("gradient", gradient, "d"),
     )  # fmt: skip
     run_kernel(pull_folded_keys, (call.pieces(tiles, read.rows), call.Hkv), read, arguments)
 
 
+def _pull_lost_rows(call: Call, rows: dict[str, Any], dk: Tensor, dv: Tensor, wanted: list[bool]) -> None:
+    tiles = triton.cdiv(call.k.shape[2], LOST.BLOCK_T)
+    arguments = call.constants() | call.pairs() | rows | dict(
+        H=call.Hkv, tiles=tiles, lost_tiles=triton.cdiv(call.q.shape[2], SHARE.BLOCK_T), BLOCK_Q=SHARE.BLOCK_T,
+        BLOCK_K=LOST.BLOCK_T, WANT_DK=wanted[1], WANT_DV=wanted[2], **strides("dk", dk), **strides("dv", dv),
+        PRECISION=precision(call.q.dtype),
+    )  # fmt: skip
+    run_kernel(pull_lost_rows, (call.pieces(tiles, LOST.BLOCK_T), call.Hkv), LOST, arguments)
+
+
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> str:
-    name = architecture(q.device)
-    row = config.row(name, q.dtype, max(block(q.shape[3]), block(v.shape[3])))
-    tile = f"{row.read.rows} rows x {row.read.WIDTH * 16} features, {row.read.num_warps} warps"
-    sums_of = f"chunks of {row.chunk}" if is_causal else "all keys"
-    return f"Triton, {name}: sums over {sums_of}, read by tiles of {tile}"
+    """What runs: sizes, launches, and what becomes of the sums in training."""
+    call = Call.of(q, k, v, None, None, [], Options(is_causal, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton"))
+    read, groups, kept = call.row.read, len(list(parts(call))), keeps_sums(call)
+    tile = f"{read.rows} rows x {read.WIDTH * 16} features, {read.num_warps} warps"
+    sums_of = f"chunks of {call.chunk}" if is_causal else "all keys"
+    in_groups = f" in {groups} groups of heads" if groups > 1 else ""
+    launches = f"{4 * groups} launches forward, {1 + groups * (7 if kept else 10)} backward"
+    for_backward = "kept" if kept else "made again"
+    return (
+        f"Triton, {architecture(q.device)}: sums over {sums_of}{in_groups}, read by tiles of {tile}; {launches} "
+        f"(sums {for_backward})"
+    )

@@ -57,6 +57,19 @@ STEP_TOKENS = 8
 STEP_QUERIES = 64
 """Queries of a key head up to which it does: with more, what blocks of the state give is larger than the state."""
 
+CANCELLATION = {torch.bfloat16: 32.0, torch.float16: 32.0, torch.float32: 1024.0}
+"""How many times larger than a row's sum the numbers may be that it comes from. From sums in bf16 a row then has an
+error of up to 1 %, from fp32 up to 1e-4; where it would be larger its scores are computed."""
+
+FLOPS_PER_BYTE = dict(sm_80=150, sm_90=184, sm_100=280, gfx942=245, consumer=160, interpreter=184)
+"""Matrix products in bf16 against memory. sm_90: as measured on an H200; the others from data sheets."""
+
+PRODUCTS = {2: 1, 4: 6}
+"""Products in bf16 that take as long as one of inputs of so many bytes: three in TF32, at half the rate."""
+
+KEPT_SHARE = 2
+"""Sums that are kept for the backward pass may be so many times as large as q, k, v and out."""
+
 HEAD_SIZES = (32, 64, 128)
 """Rows of the table: the larger of BLOCK_D and BLOCK_M fits."""
 

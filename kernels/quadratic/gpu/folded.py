@@ -96,31 +96,39 @@ def read_record(
 
 @triton.jit
 def add_squares(
-    l, x, x_tile, record_ptr, first, D, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    EVEN: tl.constexpr, GRAM: tl.constexpr,
+    squares, x, x_tile, record_ptr, first, D, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr,
+    GRAM: tl.constexpr,
 ):  # fmt: skip
-    """l + the part of x.(w1 z + w2 Z x) that a slice of columns of Z gives."""
+    """squares + the part of x.Z x that a slice of columns of Z gives."""
     offs_d, offs = tl.arange(0, BLOCK_D), tl.arange(0, SLICE)
     gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + (first + offs)[None, :])
-    x_sum = tl.load(record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M) + first + offs)
-    row = dot(x, gram, None, GRAM) * weight_2 + x_sum[None, :] * weight_1
-    return l + tl.sum(load_columns(x_tile, first, offs, D, EVEN).to(tl.float32) * row, 1)
+    row = dot(x, gram, None, GRAM)
+    return squares + tl.sum(load_columns(x_tile, first, offs, D, EVEN).to(tl.float32) * row, 1)
 
 
 @triton.jit
 def read_row_sums(
-    l, x_tile, record_ptr, D, weight_0, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_tile, record_ptr, D, weight_0, weight_1, weight_2, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     EVEN: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
-    """l + w0 n + x.(w1 z + w2 Z x), in fp32; a slice of columns of Z at a time, to save registers."""
-    x = load_columns(x_tile, 0, tl.arange(0, BLOCK_D), D, EVEN).to(tl.float32)
+    """Row sums l = w0 n + w1 x.z + w2 x.Z x in fp32, a slice of columns of Z at a time to save registers, and how large
+    numbers they come from: |w0 n| + |w1 x.z| + |w2| max(x.Z x, |x|^2 tr Z / D). For want of the latter, a row that is
+    orthogonal to all keys would seem exact; its x.Z x is a sum of products as large as those of any other x."""
+    offs_d = tl.arange(0, BLOCK_D)
+    x = load_columns(x_tile, 0, offs_d, D, EVEN).to(tl.float32)
+    squares = tl.zeros([x.shape[0]], tl.float32)
     if GRAM == "tf32":
         for first in tl.static_range(0, BLOCK_D, SLICE):
-            l = add_squares(l, x, x_tile, record_ptr, first, D, weight_1, weight_2, BLOCK_D, BLOCK_M, EVEN, GRAM)
+            squares = add_squares(squares, x, x_tile, record_ptr, first, D, BLOCK_D, BLOCK_M, EVEN, GRAM)
     else:  # several products a slice: unrolled, they would spill registers
         for first in tl.range(0, BLOCK_D, SLICE):
-            l = add_squares(l, x, x_tile, record_ptr, first, D, weight_1, weight_2, BLOCK_D, BLOCK_M, EVEN, GRAM)
-    return l + tl.load(record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M) + BLOCK_D + BLOCK_M) * weight_0
+            squares = add_squares(squares, x, x_tile, record_ptr, first, D, BLOCK_D, BLOCK_M, EVEN, GRAM)
+    sums_ptr = record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M)
+    constant = tl.load(sums_ptr + BLOCK_D + BLOCK_M) * weight_0
+    linear = tl.sum(x * tl.load(sums_ptr + offs_d)[None, :], 1) * weight_1
+    trace = tl.sum(tl.load(record_ptr + offs_d * (BLOCK_D + 1)), 0)
+    largest = tl.maximum(tl.abs(squares), tl.sum(x * x, 1) * (trace / D)) * tl.abs(weight_2)
+    return constant + linear + squares * weight_2, tl.abs(constant) + tl.abs(linear) + largest
 
 
 @triton.jit

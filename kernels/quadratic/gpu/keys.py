@@ -1,5 +1,5 @@
 """A tile of keys: dk (GRAD) or dv (QUERY): the sums of later rows that read its boundary, and the rows that computed
-its scores."""
+its scores; of the rows that are lost to the sums (rows.py), a kernel of its own."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,30 @@ import triton.language as tl
 from ...common.gpu.numerics import rounded
 from ...common.gpu.pairs import kept_keys, load_rows, pull_keys
 from .folded import pull_pairs, pull_record, read_pairs, read_record
-from .places import existing, first_reader, last_boundary, rows_between, sequence_of, slot_of, span
+from .places import existing, first_reader, head_of, place_of, rows_between, tile_of_rows
+
+LOOK = tl.constexpr(1024)
+"""Tiles of rows that are looked at together, for a lost row."""
+
+
+@triton.jit
+def pull_sums(
+    dk, dv, k_tile, v_tile, sums_ptr, record_ptr, D, M, slope,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr, GRAM: tl.constexpr, OF_VALUES: tl.constexpr,
+):  # fmt: skip
+    """dk, without the slope, or dv plus what the sums over later rows give. Sums and record carry all weights."""
+    if OF_VALUES:
+        dv = read_pairs(dv, k_tile, sums_ptr, D, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
+        dv = read_record(dv, k_tile, record_ptr, D, 1.0, 1.0, BLOCK_D, BLOCK_M, EVEN, FOLD, PRECISION)
+    else:
+        dk = pull_pairs(dk, k_tile, v_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
+        one = tl.full([dk.shape[0]], 1.0, tl.float32)
+        dk = pull_record(
+            dk, k_tile, v_tile, one, record_ptr, D, M, 1.0, 1.0, BLOCK_D, BLOCK_M, EVEN, True, FOLD, PRECISION, GRAM
+        )
+        dk /= slope
+    return dk, dv
 
 
 @triton.jit
@@ -23,30 +46,24 @@ def pull_folded_keys(
     KEY_MASK: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr, EVEN: tl.constexpr, LOW: tl.constexpr,
     FOLD: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr, OF_VALUES: tl.constexpr,
 ):  # fmt: skip
-    """`gradient` is dv if OF_VALUES, else dk. Sums and record carry all weights."""
-    PAIRS: tl.constexpr = BLOCK_D // 16 * (BLOCK_D // 16 + 1) // 2
-    h, T_all = tl.program_id(1), T
-    sequence, tile = sequence_of(tl.program_id(0), cu_seqlens_ptr, S, BLOCK_K, tiles, 2, PACKED)
-    start, length = span(sequence, cu_seqlens_ptr, Tk, PACKED)
-    T, Tk = length if PACKED else T, length
-    key_0 = tile * BLOCK_K
+    """`gradient` is dv if OF_VALUES, else dk."""
+    h, T_all = tl.cast(tl.program_id(1), tl.int64), T
+    batch, start, Tk, _, key_0, last, slot = tile_of_rows(
+        tl.program_id(0), cu_seqlens_ptr, S, Tk, Tk, 0, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED
+    )
+    T = Tk if PACKED else T
     if key_0 >= Tk:
         return
-    batch, head = tl.cast(0 if PACKED else sequence, tl.int64), tl.cast(h, tl.int64)
-    start = tl.cast(start, tl.int64)
-    k_ptr += batch * stride_kb + head * stride_kh + (start + key_0) * stride_kt
-    v_ptr += batch * stride_vb + head * stride_vh + (start + key_0) * stride_vt
-    q_ptr += batch * stride_qb + head * GROUP * stride_qh + start * stride_qt
-    dout_ptr += batch * stride_gb + head * GROUP * stride_gh + start * stride_gt
-    row = (batch * H * GROUP + head * GROUP) * T_all + start
+    k_ptr = head_of(k_ptr, batch, h, start + key_0, stride_kb, stride_kh, stride_kt)
+    v_ptr = head_of(v_ptr, batch, h, start + key_0, stride_vb, stride_vh, stride_vt)
+    q_ptr = head_of(q_ptr, batch, h * GROUP, start, stride_qb, stride_qh, stride_qt)
+    dout_ptr = head_of(dout_ptr, batch, h * GROUP, start, stride_gb, stride_gh, stride_gt)
+    gradient_ptr = head_of(gradient_ptr, batch, h, start + key_0, stride_db, stride_dh, stride_dt)
+    row = (batch * H + h) * GROUP * T_all + start
     if KEY_MASK:
         key_mask_ptr += batch * stride_mb + start
-    last = last_boundary(Tk, CHUNK, CAUSAL)
     boundary = key_0 // CHUNK + 1
-    slot = slot_of(sequence, cu_seqlens_ptr, CHUNK, slots, CAUSAL, PACKED) + boundary
-    place = tl.cast(slot, tl.int64) * H + h
-    sums_ptr += place * PAIRS * 256 * BLOCK_M
-    record_ptr += place * size
+    pairs, record = place_of(slot + boundary, h, H, BLOCK_D, BLOCK_M, size)
 
     offs_k, offs_d, offs_m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     keys = key_0 + offs_k
@@ -56,18 +73,11 @@ def pull_folded_keys(
     dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     # The sums come first: after loops over pairs, Triton 3.6 has every product of this loop wait for the one before.
     offs = existing(offs_k, key_0, Tk)[:, None]
-    k_tile, v_tile = k_ptr + offs * stride_kt, v_ptr + offs * stride_vt
-    if OF_VALUES:
-        dv = read_pairs(dv, k_tile, sums_ptr, D, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
-        dv = read_record(dv, k_tile, record_ptr, D, 1.0, 1.0, BLOCK_D, BLOCK_M, EVEN, FOLD, PRECISION)
-    else:
-        dk = pull_pairs(dk, k_tile, v_tile, sums_ptr, D, M, BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION)
-        one = tl.full([BLOCK_K], 1.0, tl.float32)
-        dk = pull_record(
-            dk, k_tile, v_tile, one, record_ptr, D, M, 1.0, 1.0, BLOCK_D, BLOCK_M, EVEN, True, FOLD, PRECISION, GRAM
-        )
-        dk /= slope  # pairs leave their slope to the end
-    end = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
+    dk, dv = pull_sums(
+        dk, dv, k_ptr + offs * stride_kt, v_ptr + offs * stride_vt, sums_ptr + pairs, record_ptr + record, D, M, slope,
+        BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION, GRAM, OF_VALUES,
+    )  # fmt: skip
+    end = first_reader(boundary, last, slot + boundary, rows_from_ptr, CHUNK, CAUSAL, TABLE)
     begin, stop = rows_between(key_0 if CAUSAL else 0, end, q_offset, T, CAUSAL)
     # Tiles of queries on the diagonal, then those that see all of these keys. If the compiler took it that a loop may
     # take no step, every matrix product would wait (ptxas: wgmma serialized): each takes one, if on rows that do not
@@ -96,12 +106,96 @@ def pull_folded_keys(
         q_ptr += stride_qh
         dout_ptr += stride_gh
         row += T_all
-    gradient_ptr += batch * stride_db + head * stride_dh + (start + key_0) * stride_dt
     if OF_VALUES:
-        dv = tl.where(keep[:, None], dv, 0.0)
-        inside = (keys < Tk)[:, None] & (offs_m < M)[None, :]
-        tl.store(gradient_ptr + offs_k[:, None] * stride_dt + offs_m[None, :], rounded(dv, LOW), mask=inside)
+        store_gradient(gradient_ptr, dv, keep, keys < Tk, stride_dt, M, LOW)
     else:
-        dk = tl.where(keep[:, None], dk * slope, 0.0)
-        inside = (keys < Tk)[:, None] & (offs_d < D)[None, :]
-        tl.store(gradient_ptr + offs_k[:, None] * stride_dt + offs_d[None, :], rounded(dk, LOW), mask=inside)
+        store_gradient(gradient_ptr, dk * slope, keep, keys < Tk, stride_dt, D, LOW)
+
+
+@triton.jit
+def store_gradient(ptr, x, keep, real, stride, SIZE, LOW: tl.constexpr):
+    """Rows of a tile, 0 for keys that do not count."""
+    offs_t, offs = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
+    x = rounded(tl.where(keep[:, None], x, 0.0), LOW)
+    tl.store(ptr + offs_t * stride + offs, x, mask=real[:, None] & (offs < SIZE))
+
+
+@triton.jit
+def add_gradient(ptr, x, keep, stride, SIZE, LOW: tl.constexpr):
+    """To rows that are there already."""
+    offs_t, offs = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
+    mask = keep[:, None] & (offs < SIZE)
+    before = tl.load(ptr + offs_t * stride + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(ptr + offs_t * stride + offs, rounded(before + x, LOW), mask=mask)
+
+
+@triton.jit
+def next_lost(lost_tiles_ptr, tile, tiles):
+    """The first tile from `tile` on with a lost row; `tiles` if there is none."""
+    found = tiles
+    while (tile < tiles) & (found == tiles):
+        numbers = tile + tl.arange(0, LOOK)
+        lost = tl.load(lost_tiles_ptr + numbers, mask=numbers < tiles, other=0)
+        found = tl.min(tl.where(lost != 0, numbers, tiles), 0)
+        tile += LOOK
+    return found
+
+
+@triton.jit
+def pull_lost_rows(
+    q_ptr, k_ptr, v_ptr, key_mask_ptr, dout_ptr, lost_norm_ptr, delta_ptr, lost_tiles_ptr, dk_ptr, dv_ptr,
+    cu_seqlens_ptr, rows_from_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_mb,
+    stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
+    S, T, Tk, H, D, M, q_offset, CHUNK, tiles, lost_tiles, slots, a, b, c, slope,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    SIMILARITY: tl.constexpr, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
+    EVEN: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+):  # fmt: skip
+    """Add to dk and dv what lost rows of later boundaries give back: their norm is not 0 in `lost_norm`, and their
+    tiles of BLOCK_Q rows are marked. Where there are none, this ends at once."""
+    h, T_all = tl.cast(tl.program_id(1), tl.int64), T
+    batch, start, Tk, _, key_0, last, slot = tile_of_rows(
+        tl.program_id(0), cu_seqlens_ptr, S, Tk, Tk, 0, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED
+    )
+    T = Tk if PACKED else T
+    if key_0 >= Tk:
+        return
+    k_ptr = head_of(k_ptr, batch, h, start + key_0, stride_kb, stride_kh, stride_kt)
+    v_ptr = head_of(v_ptr, batch, h, start + key_0, stride_vb, stride_vh, stride_vt)
+    if KEY_MASK:
+        key_mask_ptr += batch * stride_mb + start
+    boundary = key_0 // CHUNK + 1
+    end = first_reader(boundary, last, slot + boundary, rows_from_ptr, CHUNK, CAUSAL, TABLE)
+    _, stop = rows_between(key_0 if CAUSAL else 0, end, q_offset, T, CAUSAL)
+    offs_k, offs_d, offs_m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    keys = key_0 + offs_k
+    keep = kept_keys(key_mask_ptr, keys, Tk, KEY_MASK)
+    k = load_rows(k_ptr, 0, stride_kt, keep, offs_k, offs_d, D, True, EVEN)
+    v = load_rows(v_ptr, 0, stride_vt, keep, offs_k, offs_m, M, True, EVEN)
+    dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    first, end = ((start + stop) // BLOCK_Q).to(tl.int32), tl.cdiv(start + T, BLOCK_Q).to(tl.int32)
+    found = False
+    for member in range(GROUP):
+        head = batch * H * GROUP + h * GROUP + member
+        row = head * T_all + start
+        q_head = head_of(q_ptr, batch, h * GROUP + member, start, stride_qb, stride_qh, stride_qt)
+        dout_head = head_of(dout_ptr, batch, h * GROUP + member, start, stride_gb, stride_gh, stride_gt)
+        tile = next_lost(lost_tiles_ptr + head * lost_tiles, first, end)
+        while tile < end:
+            row_0 = tl.maximum((tile * BLOCK_Q - start).to(tl.int32), stop)
+            dk, dv = pull_keys(
+                dk, dv, k, v, keys, q_head, dout_head, lost_norm_ptr + row, delta_ptr + row, row_0, row_0 + BLOCK_Q,
+                tl.minimum(((tile + 1) * BLOCK_Q - start).to(tl.int32), T), q_offset, stride_qt, stride_gt, D, M,
+                a, b, c, SIMILARITY, False, True, True, WANT_DK, WANT_DV, EVEN, EVEN, LOW, PRECISION,
+                BLOCK_Q, BLOCK_D, BLOCK_M,
+            )  # fmt: skip
+            found = True
+            tile = next_lost(lost_tiles_ptr + head * lost_tiles, tile + 1, end)
+    if found:
+        if WANT_DK:
+            dk_ptr = head_of(dk_ptr, batch, h, start + key_0, stride_dkb, stride_dkh, stride_dkt)
+            add_gradient(dk_ptr, dk * slope, keep, stride_dkt, D, LOW)
+        if WANT_DV:
+            dv_ptr = head_of(dv_ptr, batch, h, start + key_0, stride_dvb, stride_dvh, stride_dvt)
+            add_gradient(dv_ptr, dv, keep, stride_dvt, M, LOW)

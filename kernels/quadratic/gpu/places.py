@@ -98,3 +98,32 @@ def read_boundary(position, last, slot, reads_ptr, CHUNK, CAUSAL: tl.constexpr, 
 def existing(offs, first, T):
     """offs, moved so that rows first + offs exist: what is computed for the others is not stored."""
     return tl.minimum(tl.maximum(offs, -first), T - 1 - first)
+
+
+@triton.jit
+def head_of(ptr, batch, head, row, stride_b, stride_h, stride_t):
+    """Where a head's rows from `row` on begin, all 64-bit numbers."""
+    return ptr + batch * stride_b + head * stride_h + row * stride_t
+
+
+@triton.jit
+def tile_of_rows(
+    pid, cu_seqlens_ptr, S, T, Tk, first_position, CHUNK, tiles, slots,
+    BLOCK_Q: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of BLOCK_Q positions: the batch element, the first row of the sequence there, its numbers of rows and of
+    keys, the tile's first position, the last boundary and the slot of boundary 0."""
+    sequence, tile = sequence_of(pid, cu_seqlens_ptr, S, BLOCK_Q, tiles, 2, PACKED)
+    start, T = span(sequence, cu_seqlens_ptr, T, PACKED)
+    Tk = T if PACKED else Tk
+    batch = tl.cast(0 if PACKED else sequence, tl.int64)
+    slot = slot_of(sequence, cu_seqlens_ptr, CHUNK, slots, CAUSAL, PACKED)
+    position = first_position + tile * BLOCK_Q
+    return batch, tl.cast(start, tl.int64), T, Tk, position, last_boundary(Tk, CHUNK, CAUSAL), slot
+
+
+@triton.jit
+def place_of(slot, head, H, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, size):
+    """Offsets of a slot's sums over pairs and of its record."""
+    place = tl.cast(slot, tl.int64) * H + head
+    return place * (BLOCK_D * (BLOCK_D + 16) // 2 * BLOCK_M), place * size

@@ -137,26 +137,26 @@ def pair_sums(
 
 @triton.jit
 def record_sums(
-    x_ptr, y_ptr, f_ptr, key_mask_ptr, sums_ptr,
+    x_ptr, y_ptr, f_ptr, key_mask_ptr, record_ptr,
     cu_seqlens_ptr, rows_from_ptr,
     stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, stride_fb, stride_fh, stride_mb,
-    S, T, Tk, H, D, M, q_offset, CHUNK, RUN, runs, slots, size, weight_0, weight_1, weight_2,
+    S, T, Tk, H, D, M, q_offset, CHUNK, PART, parts, slots, size, weight_0, weight_1, weight_2,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     REVERSE: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
     FACTOR: tl.constexpr, EVEN: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
-    """The record of one chunk (causal), stored at its boundary, or of RUN tokens, stored by program. Without FACTOR
+    """The record of one chunk (causal), stored at its boundary, or of PART tokens, stored by program. Without FACTOR
     f = 1 forward, and in reverse, where rows are not normalised, f = 0."""
     h = tl.program_id(1)
-    sequence, run = sequence_of(tl.program_id(0), cu_seqlens_ptr, S, RUN, runs, 2, PACKED)
+    sequence, part = sequence_of(tl.program_id(0), cu_seqlens_ptr, S, PART, parts, 2, PACKED)
     start, T = span(sequence, cu_seqlens_ptr, T, PACKED)
     Tk = T if PACKED else Tk
     if CAUSAL:
         last = last_boundary(Tk, CHUNK, CAUSAL)
-        slot = slot_of(sequence, cu_seqlens_ptr, CHUNK, slots, CAUSAL, PACKED) + run
-        begin, stop = group_rows(run, last, slot, rows_from_ptr, q_offset, T, CHUNK, REVERSE, CAUSAL, TABLE)
+        slot = slot_of(sequence, cu_seqlens_ptr, CHUNK, slots, CAUSAL, PACKED) + part
+        begin, stop = group_rows(part, last, slot, rows_from_ptr, q_offset, T, CHUNK, REVERSE, CAUSAL, TABLE)
     else:
-        begin, stop = run * RUN, tl.minimum((run + 1) * RUN, T)
+        begin, stop = part * PART, tl.minimum((part + 1) * PART, T)
     batch = 0 if PACKED else sequence
     offs_t, offs_d, offs_m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
@@ -190,49 +190,39 @@ def record_sums(
             if not REVERSE:
                 count += tl.sum(real.to(tl.float32), 0)
     place = slot if CAUSAL else tl.program_id(0)
-    sums_ptr += (tl.cast(place, tl.int64) * H + h) * size
-    tl.store(sums_ptr + offs_d[:, None] * BLOCK_D + offs_d[None, :], gram * weight_2)
-    sums_ptr += BLOCK_D * BLOCK_D
-    tl.store(sums_ptr + offs_d[:, None] * BLOCK_M + offs_m[None, :], linear * weight_1)
-    sums_ptr += BLOCK_D * BLOCK_M
-    tl.store(sums_ptr + offs_d, x_sum * weight_1)
-    tl.store(sums_ptr + BLOCK_D + offs_m, y_sum * weight_0)
-    tl.store(sums_ptr + BLOCK_D + BLOCK_M + tl.arange(0, SLICE), tl.where(tl.arange(0, SLICE) == 0, count, 0.0))
+    record_ptr += (tl.cast(place, tl.int64) * H + h) * size
+    tl.store(record_ptr + offs_d[:, None] * BLOCK_D + offs_d[None, :], gram * weight_2)
+    record_ptr += BLOCK_D * BLOCK_D
+    tl.store(record_ptr + offs_d[:, None] * BLOCK_M + offs_m[None, :], linear * weight_1)
+    record_ptr += BLOCK_D * BLOCK_M
+    tl.store(record_ptr + offs_d, x_sum * weight_1)
+    tl.store(record_ptr + BLOCK_D + offs_m, y_sum * weight_0)
+    tl.store(record_ptr + BLOCK_D + BLOCK_M + tl.arange(0, SLICE), tl.where(tl.arange(0, SLICE) == 0, count, 0.0))
 
 
 @triton.jit
-def scan_sums(
-    sums_ptr, totals_ptr, offset_ptr, end_ptr,
-    cu_seqlens_ptr, rows_from_ptr,
-    T, Tk, H, size, CHUNK, RUN, runs, slots, weight,
-    BLOCK: tl.constexpr, REVERSE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
-    IN_PLACE: tl.constexpr, OFFSET: tl.constexpr, END: tl.constexpr, LOW: tl.constexpr,
+def scan(
+    sums_ptr, totals_ptr, offset_ptr, end_ptr, offs, size, rows_from_ptr,
+    sequence, h, H, T, last, slot, run_0, CHUNK, RUN, weight, EMPTY,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, CAUSAL: tl.constexpr, TABLE: tl.constexpr, IN_PLACE: tl.constexpr,
+    OFFSET: tl.constexpr, END: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Some elements of one sequence and head: turn sums within runs into sums from the beginning (REVERSE: from the
     end). `offset` is what stands before all of them; what stands after goes to `end`. IN_PLACE: each run is one
-    boundary, and its own total."""
-    sequence, h = tl.program_id(1), tl.program_id(2)
-    start, T = span(sequence, cu_seqlens_ptr, T, PACKED)
-    Tk = T if PACKED else Tk
-    last = last_boundary(Tk, CHUNK, CAUSAL)
-    slot = slot_of(sequence, cu_seqlens_ptr, CHUNK, slots, CAUSAL, PACKED)
-    run_0 = base_of(sequence, cu_seqlens_ptr, RUN, 2) if PACKED else sequence * runs
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    boundary, and its own total. EMPTY: nothing was stored, for want of keys."""
     inside = offs < size
     sums_ptr += (tl.cast(slot, tl.int64) * H + h) * size + offs
     totals_ptr += (tl.cast(run_0, tl.int64) * H + h) * size + offs
     step = tl.cast(H, tl.int64) * size
+    of_sequence = (tl.cast(sequence, tl.int64) * H + h) * size + offs
+    carry = tl.zeros([BLOCK], tl.float32)
     if OFFSET:
-        carry = tl.load(offset_ptr + (tl.cast(sequence, tl.int64) * H + h) * size + offs, mask=inside, other=0.0)
-    else:
-        carry = tl.zeros([BLOCK], tl.float32)
+        carry = tl.load(offset_ptr + of_sequence, mask=inside, other=0.0)
     if CAUSAL:
         for i in range(last + 1):
             boundary = last - i if REVERSE else i
             local = tl.load(sums_ptr + boundary * step, mask=inside, other=0.0).to(tl.float32)
-            if Tk == 0:  # an empty sequence: nothing was stored
-                local = tl.zeros([BLOCK], tl.float32)
-            total = local + carry * weight
+            total = tl.where(EMPTY, 0.0, local) + carry * weight
             tl.store(sums_ptr + boundary * step, rounded(total, LOW), mask=inside)
             if IN_PLACE:
                 carry = total
@@ -253,4 +243,37 @@ def scan_sums(
         tl.store(sums_ptr, rounded(before * weight, LOW), mask=inside)
         tl.store(sums_ptr + step, rounded(after * weight, LOW), mask=inside)
     if END:
-        tl.store(end_ptr + (tl.cast(sequence, tl.int64) * H + h) * size + offs, carry, mask=inside)
+        tl.store(end_ptr + of_sequence, carry, mask=inside)
+
+
+@triton.jit
+def scan_sums(
+    sums_ptr, totals_ptr, offset_ptr, end_ptr, record_ptr, parts_ptr, record_offset_ptr, record_end_ptr,
+    cu_seqlens_ptr, rows_from_ptr,
+    T, Tk, H, size, CHUNK, RUN, runs, PART, parts, slots, weight,
+    OF_PAIRS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    REVERSE: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr,
+    OFFSET: tl.constexpr, END: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Scan the record, cut into parts of PART rows, and before it, in the first OF_PAIRS programs of a sequence and
+    head, the sums over pairs, cut into runs of RUN rows."""
+    block, sequence, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    _, T = span(sequence, cu_seqlens_ptr, T, PACKED)
+    Tk = T if PACKED else Tk
+    last = last_boundary(Tk, CHUNK, CAUSAL)
+    slot = slot_of(sequence, cu_seqlens_ptr, CHUNK, slots, CAUSAL, PACKED)
+    offs = tl.arange(0, BLOCK)
+    if block < OF_PAIRS:
+        run_0 = base_of(sequence, cu_seqlens_ptr, RUN, 2) if PACKED else sequence * runs
+        scan(
+            sums_ptr, totals_ptr, offset_ptr, end_ptr, block * BLOCK + offs, BLOCK_D * (BLOCK_D + 16) // 2 * BLOCK_M,
+            rows_from_ptr, sequence, h, H, T, last, slot, run_0, CHUNK, RUN, weight, Tk == 0,
+            BLOCK, REVERSE, CAUSAL, TABLE, False, OFFSET, END, LOW,
+        )  # fmt: skip
+    else:
+        part_0 = base_of(sequence, cu_seqlens_ptr, PART, 2) if PACKED else sequence * parts
+        scan(
+            record_ptr, parts_ptr, record_offset_ptr, record_end_ptr, (block - OF_PAIRS) * BLOCK + offs, size,
+            rows_from_ptr, sequence, h, H, T, last, slot, part_0, CHUNK, PART, 1.0, Tk == 0,
+            BLOCK, REVERSE, CAUSAL, TABLE, CAUSAL, OFFSET, END, tl.float32,
+        )  # fmt: skip

@@ -53,71 +53,70 @@ def _sums(
     keep: bool,
     reverse: bool,
 ) -> Sums:
-    S, H, T, causal = call.sequences, call.Hkv, x.shape[2], call.options.is_causal
+    S, H = call.sequences, call.Hkv
     features, size = layout.features(call.BLOCK_D), layout.record_size(call.BLOCK_D, call.BLOCK_M)
-    pairs = x.new_empty(call.slots, H, features, call.BLOCK_M, dtype=FOLD[x.dtype])
-    record = x.new_empty(call.slots, H, size, dtype=torch.float32)
-    ends = (record.new_empty(S, H, *pairs.shape[2:]), record.new_empty(S, H, size)) if keep else None
-    offsets, kept = offset or (None, None), ends or (None, None)
-    c0, c1, c2 = call.weights
     mask = None if reverse else call.key_mask
-    shared: dict[str, Any] = call.constants() | dict(
+    arguments: dict[str, Any] = call.constants() | dict(
         **strides("x", x), **strides("y", y), key_mask_ptr=mask, MASKED=mask is not None,
-        stride_mb=0 if mask is None else mask.stride(0), T=T, Tk=call.k.shape[2], H=H, REVERSE=reverse,
+        stride_mb=0 if mask is None else mask.stride(0), T=x.shape[2], Tk=call.k.shape[2], H=H, REVERSE=reverse,
         GROUP=call.group if reverse else 1, LOW=LOW[FOLD[x.dtype]],
     )  # fmt: skip
+    pairs, of_pairs = _pairs(call, arguments, offset is not None or keep)
+    record, of_record = _record(call, arguments, f)
+    ends = (record.new_empty(S, H, features, call.BLOCK_M), record.new_empty(S, H, size)) if keep else None
+    offsets, kept = offset or (None, None), ends or (None, None)
+    scanned = triton.cdiv(features * call.BLOCK_M, SCAN.BLOCK_T) if of_pairs["TOTALS"] else 0
+    arguments |= of_record | of_pairs | dict(
+        weight=1.0 if reverse else 2 * call.weights[2], OF_PAIRS=scanned, OFFSET=offset is not None, END=keep,
+        offset_ptr=offsets[0], record_offset_ptr=offsets[1], end_ptr=kept[0], record_end_ptr=kept[1], size=size,
+        BLOCK=SCAN.BLOCK_T,
+    )  # fmt: skip
+    run_kernel(scan_sums, (scanned + triton.cdiv(size, SCAN.BLOCK_T), S, H), SCAN, arguments)
+    return Sums(pairs, record, ends)
 
+
+def _pairs(call: Call, shared: dict[str, Any], always_scanned: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Sums over pairs within runs, and how they were cut."""
+    T, reverse, causal, tile = shared["T"], shared["REVERSE"], call.options.is_causal, call.row.pairs
+    features = layout.features(call.BLOCK_D)
+    pairs = call.q.new_empty(call.slots, call.Hkv, features, call.BLOCK_M, dtype=FOLD[call.q.dtype])
     run = _run(call, T)
     # Forward nothing comes to boundary 0: there is one chunk less than there are boundaries.
     per_sequence = triton.cdiv((call.boundaries - (not reverse)) * call.chunk if causal else T, run)
     runs = call.pieces(per_sequence, run)
-    scanned = keep or offset is not None or not causal or runs > S
-    totals = record.new_empty(runs if scanned else 0, H, *pairs.shape[2:])
-    tile = call.row.pairs
-    regular = mask is None and call.cu_seqlens is None and call.tables is None
+    scanned = always_scanned or not causal or runs > call.sequences
+    totals = pairs.new_empty(runs if scanned else 0, *pairs.shape[1:], dtype=torch.float32)
+    regular = not shared["MASKED"] and call.cu_seqlens is None and call.tables is None
     whole = regular and T % tile.BLOCK_T == 0 and (call.options.q_offset if reverse else 0) % tile.BLOCK_T == 0
-    arguments = shared | dict(
-        sums_ptr=pairs, totals_ptr=totals, RUN=run, runs=per_sequence, weight=2 * c2, TOTALS=scanned,
-        BLOCK_T=tile.BLOCK_T, EVEN_T=whole,
-    )  # fmt: skip
-    run_kernel(pair_sums, (features // 256, runs, H), tile, arguments)
-    if scanned:
-        _scan(call, arguments | dict(weight=1.0 if reverse else 2 * c2), offsets[0], kept[0], in_place=False)
+    cut = dict(sums_ptr=pairs, totals_ptr=totals, RUN=run, runs=per_sequence, TOTALS=scanned)
+    arguments = shared | cut | dict(weight=2 * call.weights[2], BLOCK_T=tile.BLOCK_T, EVEN_T=whole)
+    run_kernel(pair_sums, (features // 256, runs, call.Hkv), tile, arguments)
+    return pairs, cut
 
-    # A record is small: one program makes that of a whole chunk, and each chunk is then its own run.
-    if causal:
-        run, per_sequence = call.chunk, call.boundaries
-    runs = call.pieces(per_sequence, run)
-    parts = record if causal else record.new_empty(runs, H, size)
-    weights = (c0, c1, c2) if reverse else (1.0, 1.0, 1.0)
-    tile = call.row.record
+
+def _record(call: Call, shared: dict[str, Any], f: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+    """The record of every part, and how they were cut. It is small: one program makes that of a whole chunk."""
+    size, tile, causal = layout.record_size(call.BLOCK_D, call.BLOCK_M), call.row.record, call.options.is_causal
+    run = _run(call, shared["T"])
+    part, per_sequence = (call.chunk, call.boundaries) if causal else (run, triton.cdiv(shared["T"], run))
+    parts = call.pieces(per_sequence, part)
+    record = call.q.new_empty(call.slots, call.Hkv, size, dtype=torch.float32)
+    of_parts = record if causal else record.new_empty(parts, call.Hkv, size)
+    weights = call.weights if shared["REVERSE"] else (1.0, 1.0, 1.0)
     arguments = shared | dict(
-        sums_ptr=parts, RUN=run, runs=per_sequence, f_ptr=f, FACTOR=f is not None, BLOCK_T=tile.BLOCK_T,
+        record_ptr=of_parts, PART=part, parts=per_sequence, f_ptr=f, FACTOR=f is not None, BLOCK_T=tile.BLOCK_T,
         stride_fb=0 if f is None else f.stride(0), stride_fh=0 if f is None else f.stride(1),
         weight_0=weights[0], weight_1=weights[1], weight_2=weights[2],
     )  # fmt: skip
-    run_kernel(record_sums, (runs, H), tile, arguments)
-    arguments |= dict(sums_ptr=record, totals_ptr=parts, weight=1.0)
-    _scan(call, arguments, offsets[1], kept[1], in_place=causal)
-    return Sums(pairs, record, ends)
+    run_kernel(record_sums, (parts, call.Hkv), tile, arguments)
+    return record, dict(record_ptr=record, parts_ptr=of_parts, PART=part, parts=per_sequence)
 
 
 def _run(call: Call, T: int) -> int:
     """Rows of a run: as many as leave enough programs to fill the chip; whole chunks if causal."""
     length, step = (call.k.shape[2], call.chunk) if call.options.is_causal else (T, 8 * call.row.pairs.BLOCK_T)
-    blocks = layout.features(call.BLOCK_D) // 256 * call.Hkv * call.sequences
-    wanted = triton.cdiv(call.row.programs, blocks)
+    wanted = triton.cdiv(call.row.programs, layout.features(call.BLOCK_D) // 256 * call.heads)
     return max(length // (step * wanted), 1) * step
-
-
-def _scan(call: Call, arguments: dict[str, Any], offset: Tensor | None, end: Tensor | None, in_place: bool) -> None:
-    sums = arguments["sums_ptr"]
-    size = sums.shape[2:].numel()
-    arguments |= dict(
-        offset_ptr=offset, OFFSET=offset is not None, end_ptr=end, END=end is not None, size=size, BLOCK=SCAN.BLOCK_T,
-        IN_PLACE=in_place, LOW=LOW[sums.dtype],
-    )  # fmt: skip
-    run_kernel(scan_sums, (triton.cdiv(size, SCAN.BLOCK_T), call.sequences, call.Hkv), SCAN, arguments)
 
 
 def state_after(call: Call, sums: Sums, before: State) -> State:
