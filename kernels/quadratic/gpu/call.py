@@ -11,10 +11,10 @@ import triton
 from torch import Tensor
 
 from ...common.gpu.architecture import architecture
-from ...common.gpu.launch import launch
+from ...common.gpu.launch import block, launch, readable, strides
 from ...common.gpu.numerics import LOW, precision
 from ...common.gpu.similarity import quadratic
-from ...common.packed import sequence_bounds
+from ...common.packed import check_sequences
 from ...common.stateful import Plan
 from ..contract import Options
 from . import config, layout
@@ -27,35 +27,16 @@ TINY = 1e-20
 """A scale of 0, for scores: kernels divide by the slope of a similarity and multiply with it again."""
 
 
-def block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def gram_precision(dtype: torch.dtype) -> str:
     """bf16 and fp16 are exact in TF32, to which the other factor, an fp32 sum, is rounded."""
     exact = precision(torch.float32)
     return exact if dtype == torch.float32 or exact == "ieee" else "tf32"
 
 
-def strides(name: str, x: Tensor, letter: str = "") -> dict[str, Any]:
-    """A tensor `[B, H, T, size]` and its strides."""
-    letter = letter or name
-    return {f"{name}_ptr": x} | {f"stride_{letter}{axis}": x.stride(i) for i, axis in enumerate("bht")}
-
-
 def run_kernel(kernel: Any, grid: tuple[int, ...], tile: Any, arguments: dict[str, Any]) -> None:
     """Launch with those of the arguments that the kernel has."""
     mine = {name: arguments[name] for name in kernel.arg_names}
     launch(kernel, grid, num_warps=tile.num_warps, num_stages=tile.num_stages, **mine)
-
-
-def checked(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Values that do not partition the row raise on a CPU and assert on a device."""
-    if cu_seqlens.device.type == "cpu":
-        sequence_bounds(cu_seqlens, T)
-    elif cu_seqlens.device.type != "meta":
-        torch._assert_async((cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all())
-    return cu_seqlens
 
 
 @dataclass(frozen=True)
@@ -84,9 +65,10 @@ class Call:
         options: Options,
         plan: Plan,
     ) -> Call:
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (readable(x) for x in (q, k, v))
         if cu_seqlens is not None:
-            cu_seqlens = checked(cu_seqlens, q.shape[2])
+            check_sequences(cu_seqlens, q.shape[2])
+            cu_seqlens = cu_seqlens.contiguous()
         # Beyond the last key, or before the first, all offsets are one.
         offset = min(max(options.q_offset, -q.shape[2]), k.shape[2]) if options.is_causal else 0
         row = config.row(architecture(q.device), q.dtype, max(block(q.shape[3]), block(v.shape[3])))

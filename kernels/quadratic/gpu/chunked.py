@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...common.allocation import empty_in_storage_order, empty_row_sums
 from ...common.gpu.architecture import architecture
+from ...common.gpu.launch import block, readable, strides
 from ...common.gpu.numerics import LOW
 from ...common.stateful import Plan
 from ..contract import Options
 from . import config, sums
-from .call import FOLD, Call, block, run_kernel, strides
+from .call import FOLD, Call, run_kernel
 from .keys import pull_folded_keys
 from .layout import State
 from .rows import pull_rows, read_rows, share_rows
@@ -65,7 +66,7 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
-    dout = dout if dout.stride(3) == 1 else dout.contiguous()
+    dout = readable(dout)
     rows = _share(call, dout, out, l)
     dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
     if wanted[0]:
