@@ -6,9 +6,9 @@ A stage returns 0, or 1 if something of ours failed.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -255,25 +255,19 @@ def host(run: Run) -> int:
     return 0
 
 
-def _host_us(call: Callable[[], None], run: Run, count: int = 50, rounds: int = 5) -> float:
-    """Microseconds of a call: the best of some rounds, since whatever else the machine does only adds to them."""
+def _host_us(call: Callable[[], None], run: Run, count: int = 200) -> float:
+    """Median of the microseconds until each of some calls has returned."""
     from linattn.kernels.common.gpu.launch import recording
 
-    def wait() -> None:
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    best = math.inf
+    samples = []
     with recording() if run.rehearse else nullcontext():
-        for _ in range(rounds):
-            call()
-            wait()
+        for _ in range(count):
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
             begun = time.perf_counter()
-            for _ in range(count):
-                call()
-            best = min(best, time.perf_counter() - begun)
-            wait()
-    return best / count * 1e6
+            call()
+            samples.append((time.perf_counter() - begun) * 1e6)
+    return statistics.median(samples)
 
 
 def million(run: Run) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.skipif(
     bool(TRITON_ABSENT) or not INTERPRETED, reason=TRITON_ABSENT or "files serve as memory only to TRITON_INTERPRET=1"
 )
 if not TRITON_ABSENT:
+    from triton.runtime.interpreter import GridExecutor
+
     from linattn.kernels.common.gpu.direct import launcher as direct
     from linattn.kernels.common.gpu.launch import FARTHEST_ROWS
     from linattn.kernels.feature_map.gpu import launcher as feature_map
@@ -27,13 +30,14 @@ ROW = FARTHEST_ROWS - 8
 KEYS = 2**31 // ROW + 16
 HEAD = 2**30
 
+OPTIONS = {"is_causal": True, "enable_gqa": True, "backend": "triton"}
 CALLS: dict[str, Callable[..., Tensor]] = {
-    "softmax": lambda *x: linattn.softmax_attention(*x, is_causal=True, backend="triton"),
-    "quadratic direct": lambda *x: linattn.quadratic_attention(*x, is_causal=True, form="direct", backend="triton"),
-    "quadratic chunked": lambda *x: linattn.quadratic_attention(*x, is_causal=True, form="chunked", backend="triton"),
-    "elu+1 chunked": lambda *x: linattn.linear_attention(*x, is_causal=True, form="chunked", backend="triton"),
-    "elu+1 direct": lambda *x: linattn.linear_attention(*x, is_causal=True, form="direct", backend="triton"),
-    "elu+1 recurrent": lambda *x: linattn.linear_attention(*x, is_causal=True, form="recurrent", backend="triton"),
+    "softmax": partial(linattn.softmax_attention, **OPTIONS),
+    "quadratic direct": partial(linattn.quadratic_attention, form="direct", **OPTIONS),
+    "quadratic chunked": partial(linattn.quadratic_attention, form="chunked", **OPTIONS),
+    "elu+1 chunked": partial(linattn.linear_attention, form="chunked", **OPTIONS),
+    "elu+1 direct": partial(linattn.linear_attention, form="direct", **OPTIONS),
+    "elu+1 recurrent": partial(linattn.linear_attention, form="recurrent", **OPTIONS),
 }
 
 
@@ -53,13 +57,18 @@ def far(tmp_path: Path) -> Callable[[tuple[int, ...]], Tensor]:
     return place
 
 
+@pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("name", CALLS)
 def test_rows_and_heads_far_apart(
-    name: str, far: Callable[[tuple[int, ...]], Tensor], monkeypatch: pytest.MonkeyPatch
+    name: str, kv_heads: int, far: Callable[[tuple[int, ...]], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inputs, outputs and gradients, each beyond 2^31 elements, bit by bit as in dense memory."""
-    tensors = testing.make_inputs(batch=1, heads=3, keys=KEYS, head_size=16, value_size=16, dtype=torch.float32)
+    tensors = testing.make_inputs(
+        batch=1, heads=3, kv_heads=kv_heads, keys=KEYS, head_size=16, value_size=16, dtype=torch.float32
+    )
     (dense,), gradients = testing.evaluate(CALLS[name], tensors)
+    # The interpreter copies the whole memory of each argument back onto itself.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *arguments: None)
     for module in (direct, feature_map, quadratic):
         monkeypatch.setattr(module, "empty_in_storage_order", lambda like, last: far((*like.shape[:3], last)))
     leaves = [far(x.shape).copy_(x).requires_grad_() for x in tensors]
