@@ -50,7 +50,8 @@ TRITON36 := $(CURDIR)/.triton36
 triton36: export PYTHONPATH := $(TRITON36)$(if $(PYTHONPATH),:$(PYTHONPATH))
 triton36: $(TRITON36)/.ready
 	$(PY) -m pytest tests/kernels/test_static_report.py $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest -W 'ignore:Conversion of an array with ndim:DeprecationWarning' tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -W 'ignore:Conversion of an array with ndim:DeprecationWarning' \
+	  $(wildcard tests/kernels/test_*triton*.py) $(ARGS)
 
 $(TRITON36)/.ready: | $(READY)
 	$(PY) -m pip install --upgrade --no-deps --target $(TRITON36) triton==3.6.0 'numpy<2.4'

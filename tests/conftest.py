@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
-# CI repeats itself exactly; `pytest --hypothesis-profile=long` searches afresh and wider.
-_shared = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-settings.register_profile("ci", max_examples=25, derandomize=True, **_shared)
-settings.register_profile("long", max_examples=1000, **_shared)
-settings.load_profile("ci")
+# CI repeats itself exactly; `pytest --hypothesis-profile=long` searches afresh and wider. The tests of the Triton
+# kernels do without hypothesis, which the machine with the GPU may not have.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    _shared = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+    settings.register_profile("ci", max_examples=25, derandomize=True, **_shared)
+    settings.register_profile("long", max_examples=1000, **_shared)
+    settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from linattn.bench import gpu, gpu_cases, peers
 from linattn.bench.cases import QUADRATIC_DIRECT, SDPA, Method, Problem
 from linattn.bench.gpu_cases import CHUNKED, DIRECT, FLASH, Comparison, Goal, value_of
 from linattn.bench.gpu_rows import Limits, broken, compare, judge_goals, rates, verdict
+from linattn.bench.gpu_stages import Outcomes
 from linattn.bench.stages import DONE, Record, Stage
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_a_stage_runs_in_its_own_process_and_writes_to_the_folder_alone(monkeypa
     before = set(results.rglob("*"))
     monkeypatch.setattr(gpu, "STAGES", (Stage("limits", "the limits", 120),))
     monkeypatch.setattr(gpu, "PEERS", tmp_path / "no peers")
-    for name in ("PYTHONPATH", "TRITON_INTERPRET"):  # prepare_environment sets both; put back afterwards
+    for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "TRITON_INTERPRET"):  # prepare_environment sets them; put back after
         monkeypatch.setenv(name, "")
     assert gpu.main(["--rehearse", "--only", "limits", "--out", str(tmp_path)]) == 0
     found = Record(tmp_path / "gpu.json").load()
@@ -64,9 +65,27 @@ def test_a_stage_runs_in_its_own_process_and_writes_to_the_folder_alone(monkeypa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu.main([]) == 2
     assert "REHEARSE=1" in capsys.readouterr().err
+    assert gpu.main(["--stage", "figures", "--out", str(tmp_path)]) == 0
+
+
+def test_outcomes_of_tests_are_recorded_as_they_come(tmp_path: Path) -> None:
+    """A stage that is cut off leaves what it has seen."""
+    record = Record(tmp_path / "gpu.json")
+    outcomes = Outcomes(record)
+    for name, when, outcome in (
+        ("a", "setup", "passed"), ("a", "call", "passed"), ("a", "teardown", "passed"),
+        ("b", "setup", "skipped"), ("c", "call", "failed"), ("d", "setup", "failed"),
+    ):  # fmt: skip
+        outcomes.written -= 10.0
+        outcomes.pytest_runtest_logreport(
+            pytest.TestReport(name, (name, 0, name), {}, outcome, "boom" if outcome == "failed" else None, when)
+        )
+    found = record.section("tests")["kernels"]
+    assert (found["passed"], found["skipped"], found["failed"]) == (1, 1, 2)
+    assert found["failures"] == ["c: boom", "d: boom"]
 
 
 def test_a_row_says_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:

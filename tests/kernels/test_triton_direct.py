@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,15 +85,9 @@ def inputs(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, so that a kernel that forgets a place cannot pass by luck."""
-    allocate = torch.Tensor.new_empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        x = allocate(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def _poisoned() -> Iterator[None]:
+    with testing.poisoned_memory():
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -121,7 +117,7 @@ def test_offsets(name: str, q_offset: int) -> None:
 @pytest.mark.parametrize("name", ["taylor", "polynomial"])
 def test_padding_and_packed_sequences(name: str, is_causal: bool) -> None:
     q, k, v = inputs(keys=90, kv_heads=1)
-    cu_seqlens = torch.tensor([0, 0, 33, 34, 34, 80, 90, 90], device=DEVICE)
+    cu_seqlens = torch.tensor([0, 0, 33, 34, 34, 80, 90, 90], device=DEVICE).repeat_interleave(2)[::2]
     key_mask = testing.make_key_mask(1, 90).to(DEVICE)
     check(name, (q, k, v), is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     hidden = ~key_mask[:, None, :, None]
@@ -204,18 +200,23 @@ def test_results_repeat_bit_by_bit() -> None:
     assert all(torch.equal(x, y) for x, y in zip(once[0] + once[1], again[0] + again[1], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("wanted", "kernels"),
-    [((True, True, True), 2), ((False, True, False), 2), ((True, False, False), 1), ((False, False, False), 1)],
-)
-def test_launches(wanted: tuple[bool, bool, bool], kernels: int) -> None:
-    q, k, v = (x.to("meta") for x in inputs(keys=300))
-    problem = direct.Problem(q, k, v, None, None, True, 0, KINDS["taylor"].similarity, True)
-    with recording() as launches, as_architecture("sm_90"):
-        out, sums = direct.forward(problem)
-        assert len(launches) == 1
-        direct.backward(problem, out, out, sums, wanted)
-    assert len(launches) == 1 + kernels
+@pytest.mark.parametrize("queries", [1, 1000])
+@pytest.mark.parametrize("name", KINDS)
+def test_one_launch_forward_and_two_backward(name: str, queries: int) -> None:
+    """Whatever the flags; two forward where keys are split among programs, fewer backward for fewer gradients."""
+    keys, kind = max(queries, 1000), KINDS[name]
+    q, k, v = (x.to("meta") for x in inputs(queries=queries, keys=keys))
+    key_mask, bounds = torch.ones(1, keys, dtype=torch.bool, device="meta"), torch.zeros(4, dtype=int, device="meta")
+    flags = itertools.product((False, True), (None, key_mask), (None, bounds) if queries == keys else (None,))
+    for is_causal, mask, cu_seqlens in flags:
+        problem = direct.Problem(q, k, v, mask, cu_seqlens, is_causal, 0, kind.similarity, kind.normalize)
+        with recording() as launches, as_architecture("sm_90"):
+            out, sums = direct.forward(problem)
+        assert len(launches) == (2 if queries == 1 else 1)
+        for wanted in itertools.product((False, True), repeat=3):
+            with recording() as launches, as_architecture("sm_90"):
+                direct.backward(problem, out, out, sums, wanted)
+            assert len(launches) == (wanted[0] or kind.normalize) + (wanted[1] or wanted[2])
 
 
 def test_gradients_that_nobody_reads_are_not_computed() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 import linattn
 from linattn.kernels.common.backend import INTERPRETED, TRITON_ABSENT
 from linattn.kernels.common.stateful import Plan
-from linattn.kernels.feature_map.contract import Options
+from linattn.kernels.feature_map.contract import Options, state_shapes
 from linattn.testing import (
     LAYOUTS,
     TRUE_FEATURE_MAPS,
@@ -20,6 +20,7 @@ from linattn.testing import (
     evaluate,
     make_inputs,
     make_key_mask,
+    poisoned_memory,
     relative_error,
     truth_feature_state,
     truth_linear,
@@ -38,7 +39,7 @@ if not TRITON_ABSENT:
 
 # Over tiles of 16: several chunks with a ragged end, slices of features and values with ragged ends, grouped queries.
 SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "keys": 37, "head_size": 18, "value_size": 24, "score_std": 1.0}
-PACKED = torch.tensor([0, 0, 5, 22, 22, 37], dtype=torch.int32)
+PACKED = torch.tensor([0, 0, 5, 22, 22, 37], dtype=torch.int32).repeat_interleave(2)[::2]
 
 
 def inputs(**changes) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,18 +292,12 @@ def test_later_keys_do_not_reach_earlier_rows(form):
     assert not torch.equal(before[:, :, 21:], after[:, :, 21:])
 
 
-def test_repeats_bit_by_bit_on_poisoned_memory(monkeypatch):
+def test_repeats_bit_by_bit_on_poisoned_memory():
     """Everything that a kernel reads has been written: memory starts as NaN the second time."""
     q, k, v = inputs(queries=20, keys=29)
     first = evaluate(lambda *x: attend(*x, is_causal=True, q_offset=-5), (q, k, v))
-    empty = Tensor.new_empty
-
-    def poisoned(self, *size, **how):
-        x = empty(self, *size, **how)
-        return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(7)
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-    second = evaluate(lambda *x: attend(*x, is_causal=True, q_offset=-5), (q, k, v))
+    with poisoned_memory():
+        second = evaluate(lambda *x: attend(*x, is_causal=True, q_offset=-5), (q, k, v))
     for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
         assert torch.equal(a, b)
 
@@ -341,17 +336,25 @@ def test_every_configuration(architecture, wide, size):
         check(tensors, feature_map="relu", is_causal=True)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("form", ["chunked", "direct", "recurrent"])
-def test_number_of_launches(form, is_causal):
+def test_number_of_launches(form, is_causal, with_state, packed, masked):
     """Two forward and three backward at most, with nothing but shapes to go by."""
     q, k, v = (x.to("meta") for x in inputs(keys=4096, heads=8, kv_heads=8))
+    state, wanted = [], [True, True, True, with_state]
+    if with_state:
+        sequences = len(PACKED) - 1 if packed else 1
+        state = [torch.empty(shape, device="meta") for shape in state_shapes(sequences, 8, 18, 24)]
+    masks = (torch.ones(1, 4096, dtype=bool, device="meta") if masked else None, PACKED.to("meta") if packed else None)
     options, plan = Options(is_causal, 0, 1.0, "elu+1", True), Plan(form, "triton")
     with recording() as forward, as_architecture("sm_90"):
-        out, row_sums, _, _ = launcher.forward(q, k, v, None, None, [], options, False, True, plan)
+        out, row_sums, after, _ = launcher.forward(q, k, v, *masks, state, options, with_state, True, plan)
     with recording() as backward, as_architecture("sm_90"):
         launcher.backward(
-            torch.empty_like(out), [], q, k, v, out, row_sums, [], None, None, [], options, [True] * 3 + [False], plan
+            torch.empty_like(out), after[1:], q, k, v, out, row_sums, [], *masks, state, options, wanted, plan
         )
     assert 1 <= len(forward) <= 2
     assert 1 <= len(backward) <= 3

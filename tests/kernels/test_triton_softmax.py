@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -24,15 +25,9 @@ softmax = partial(linattn.softmax_attention, backend="triton")
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory holds NaN, so that a kernel that forgets a place cannot pass by luck."""
-    allocate = torch.Tensor.new_empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        x = allocate(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+def _poisoned() -> Iterator[None]:
+    with testing.poisoned_memory():
+        yield
 
 
 def check(tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The one place where kernels are launched, or recorded instead.
+"""The one place where kernels get their arguments and are launched, or recorded instead.
 
 A launcher can be run on meta tensors inside `recording()`: its launches are then collected and not executed, which is
 how the static report compiles, without a GPU, exactly what would run on one.
@@ -31,6 +31,29 @@ class Launch(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+FARTHEST_ROWS = 2**23
+"""Elements from a row to the next: offsets inside a tile, of 256 rows at most, are 32-bit."""
+
+
+def readable(x: Tensor) -> Tensor:
+    """A tensor `[B, H, T, size]` as kernels read it: its last stride is 1. All other strides are free: it is copied
+    only if the last one is not, or if rows lie 32 MB apart."""
+    adjacent = x.stride(3) == 1 or x.shape[3] == 1
+    return x if adjacent and x.stride(2) < FARTHEST_ROWS else x.contiguous()
+
+
+def block(size: int) -> int:
+    """The side of a tile that holds `size`: a power of two, and at least the 16 that matrix units take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def strides(name: str, x: Tensor, letter: str = "") -> dict[str, Any]:
+    """`name`_ptr, a tensor `[B, H, T, size]`, and its strides: stride_qb, stride_qh, stride_qt for letter "q"."""
+    b, h, t, _ = x.stride()
+    letter = letter or name
+    return {f"{name}_ptr": x, f"stride_{letter}b": b, f"stride_{letter}h": h, f"stride_{letter}t": t}
+
+
 _recorded: list[list[Launch]] = []
 
 
@@ -52,7 +75,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: Any, num_stages: An
     elif INTERPRETED:
         _interpret(kernel, grid, arguments)
     else:
-        kernel[grid](**arguments, **call.options)
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device_of(next(x for x in arguments.values() if isinstance(x, Tensor))):
+            kernel[grid](**arguments, **call.options)
 
 
 def _interpret(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Backend "triton" of the feature-map ops (convention: kernels/common/stateful.py, maths: ../README.md).
 
-Read downhill: `layout` (which rows, keys and sums belong to a program) and `maps` (phi on tiles) -> `sums` (a scan over
-chunks) -> `output` (forward) and `gradient` (backward); `recurrent` walks tokens; `config` holds the tile sizes.
+Read downhill: `launcher` (which kernels a call runs) -> `call` and `launches` (how; `config` holds the tile sizes) ->
+the kernels `sums` (a scan over chunks), `output` (forward), `gradient` (backward) and `recurrent` (token by token) ->
+`layout` (which rows, keys and sums belong to a program) and `maps` (phi on tiles).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def chunk_gradients(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot,
     stride_dqb, stride_dqh, stride_dqt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    stride_mb, stride_mt,
+    stride_mb,
     places, sequences, Hkv, Tq, Tk, q_offset, W, scale,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     KEY_SPLITS: tl.constexpr, ROW_SPLITS: tl.constexpr, DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -54,8 +54,8 @@ def chunk_gradients(
     keys = (first_key + offs_t >= 0) & (first_key + offs_t < Tk)
     seen = keys
     if MASKED:
-        at = b.to(tl.int64) * stride_mb + (start + first_key + offs_t) * stride_mt
-        seen &= tl.load(key_mask_ptr + at, mask=keys, other=0) != 0
+        key_mask_ptr += b.to(tl.int64) * stride_mb + start + first_key
+        seen &= tl.load(key_mask_ptr + offs_t, mask=keys, other=0) != 0
     first_row += start
     first_key += start
     visible = (offs_t[:, None] <= offs_t[None, :]) & seen[:, None] & rows[None, :]

@@ -12,7 +12,7 @@ from .maps import key_features, load_rows, operand, query_features, store_rows
 def read_sums(
     q_ptr, k_ptr, v_ptr, out_ptr, l_ptr, key_mask_ptr, cu_seqlens_ptr, totals_ptr, sums_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot, stride_mb, stride_mt,
+    stride_ob, stride_oh, stride_ot, stride_mb,
     places, sequences, Hkv, Tq, Tk, q_offset, W, scale,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MAP: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -57,18 +57,19 @@ def read_sums(
     if IS_CAUSAL:
         k_ptr += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
         v_ptr += b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
+        offs_n = tl.arange(0, BLOCK_N)
         for n in tl.static_range(CHUNK // BLOCK_N):
-            offs_n = r * CHUNK + n * BLOCK_N + tl.arange(0, BLOCK_N)
-            seen = (offs_n >= 0) & (offs_n < Tk)
+            j = r * CHUNK + n * BLOCK_N
+            seen = (j + offs_n >= 0) & (j + offs_n < Tk)
             if MASKED:
-                at = b.to(tl.int64) * stride_mb + (start + offs_n) * stride_mt
-                seen &= tl.load(key_mask_ptr + at, mask=seen, other=0) != 0
-            k = load_rows(k_ptr, start, stride_kt, offs_n, offs_d, seen, D_MASK)
+                at = b.to(tl.int64) * stride_mb + start + j
+                seen &= tl.load(key_mask_ptr + at + offs_n, mask=seen, other=0) != 0
+            k = load_rows(k_ptr, start + j, stride_kt, offs_n, offs_d, seen, D_MASK)
             k = key_features(k, seen, offs_d, D_MASK, MAP, LOW)
             p = dot(x, tl.trans(k), tl.zeros([CHUNK, BLOCK_N], tl.float32), PRECISION)
-            p = rounded(tl.where(r * CHUNK + offs_t[:, None] >= offs_n[None, :], p, 0.0), LOW)
+            p = rounded(tl.where(offs_t[:, None] >= n * BLOCK_N + offs_n[None, :], p, 0.0), LOW)
             l += tl.sum(p.to(tl.float32), 1)
-            v = operand(load_rows(v_ptr, start, stride_vt, offs_n, offs_m, seen, M_MASK), LOW)
+            v = operand(load_rows(v_ptr, start + j, stride_vt, offs_n, offs_m, seen, M_MASK), LOW)
             acc = dot(p, v, acc, PRECISION)
 
     if NORMALIZE:

@@ -13,7 +13,7 @@ def walk(
     q_ptr, k_ptr, v_ptr, out_ptr, l_ptr, key_mask_ptr, cu_seqlens_ptr,
     first_total_ptr, first_ptr, last_total_ptr, last_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot, stride_mb, stride_mt,
+    stride_ob, stride_oh, stride_ot, stride_mb,
     Hkv, Tq, Tk, q_offset, scale,
     G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MAP: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr,
@@ -47,7 +47,7 @@ def walk(
         j = (start + position).to(tl.int64)
         seen = (position >= 0) & (position < Tk)
         if MASKED:
-            seen &= tl.load(key_mask_ptr + b * stride_mb + j * stride_mt, mask=seen, other=0) != 0
+            seen &= tl.load(key_mask_ptr + b * stride_mb + j, mask=seen, other=0) != 0
         k = tl.load(k_ptr + j * stride_kt + offs_d, mask=offs_d < tl.where(seen, D, 0), other=0.0).to(tl.float32)
         v = tl.load(v_ptr + j * stride_vt + offs_m, mask=offs_m < tl.where(seen, M, 0), other=0.0).to(tl.float32)
         f = tl.where(offs_d < tl.where(seen, D, 0), feature(k, MAP), 0.0)

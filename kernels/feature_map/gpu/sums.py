@@ -36,7 +36,7 @@ def scan_sums(
     x_ptr, w_ptr, out_ptr, l_ptr, key_mask_ptr, cu_seqlens_ptr,
     first_total_ptr, first_ptr, totals_ptr, sums_ptr, last_total_ptr, last_ptr,
     stride_xb, stride_xh, stride_xt, stride_wb, stride_wh, stride_wt, stride_ob, stride_oh, stride_ot,
-    stride_mb, stride_mt,
+    stride_mb,
     Hkv, Tq, Tk, q_offset, scale,
     OF_ROWS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
@@ -103,8 +103,7 @@ def scan_sums(
         first += start
         head = h * HEADS + g
         if MASKED and not OF_ROWS:
-            at = b.to(tl.int64) * stride_mb + (first + offs_t) * stride_mt
-            kept &= tl.load(key_mask_ptr + at, mask=kept, other=0) != 0
+            kept &= tl.load(key_mask_ptr + b.to(tl.int64) * stride_mb + first + offs_t, mask=kept, other=0) != 0
         x = x_ptr + b.to(tl.int64) * stride_xb + head.to(tl.int64) * stride_xh
         w = w_ptr + b.to(tl.int64) * stride_wb + head.to(tl.int64) * stride_wh
         x = load_rows(x, first, stride_xt, offs_t, offs_d, kept, D_MASK)

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ...common.gpu.architecture import architecture
-from ...common.gpu.launch import launch
+from ...common.gpu.launch import block, launch, readable, strides
 from ...common.gpu.numerics import LOW, precision
 from ...common.gpu.similarity import quadratic
 from ...common.stateful import Plan
@@ -26,20 +26,10 @@ TINY = 1e-20
 """A scale of 0, for scores: kernels divide by the slope of a similarity and multiply with it again."""
 
 
-def block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def gram_precision(dtype: torch.dtype) -> str:
     """bf16 and fp16 are exact in TF32, to which the other factor, an fp32 sum, is rounded."""
     exact = precision(torch.float32)
     return exact if dtype == torch.float32 or exact == "ieee" else "tf32"
-
-
-def strides(name: str, x: Tensor, letter: str = "") -> dict[str, Any]:
-    """A tensor `[B, H, T, size]` and its strides."""
-    letter = letter or name
-    return {f"{name}_ptr": x} | {f"stride_{letter}{axis}": x.stride(i) for i, axis in enumerate("bht")}
 
 
 def run_kernel(kernel: Any, grid: tuple[int, ...], tile: Any, arguments: dict[str, Any]) -> None:
@@ -76,7 +66,7 @@ class Call:
         options: Options,
         plan: Plan,
     ) -> Call:
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (readable(x) for x in (q, k, v))
         # Beyond the last key, or before the first, all offsets are one.
         offset = min(max(options.q_offset, -q.shape[2]), k.shape[2]) if options.is_causal else 0
         row = config.row(architecture(q.device), q.dtype, max(block(q.shape[3]), block(v.shape[3])))

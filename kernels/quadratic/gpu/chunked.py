@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ...common.allocation import empty_in_storage_order, empty_row_sums
 from ...common.gpu.architecture import architecture
+from ...common.gpu.launch import readable, strides
 from ...common.gpu.numerics import LOW, precision
 from ...common.packed import check_sequences
 from ...common.stateful import Plan
 from ..contract import Options
 from . import config, layout, sums
-from .call import FOLD, Call, run_kernel, strides
+from .call import FOLD, Call, run_kernel
 from .keys import pull_folded_keys, pull_lost_rows
 from .layout import State
 from .memory import Part, joined, keeps_sums, parts
@@ -99,7 +100,7 @@ def backward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     call = _checked(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
-    dout = dout if dout.stride(3) == 1 else dout.contiguous()
+    dout = readable(dout)
     lost, kept = (saved[0], saved[1:]) if call.guarded else (None, saved)
     rows = _share(call, dout, out, l, lost)
     dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))

@@ -100,7 +100,8 @@ def read_rows(
 
 @triton.jit
 def share_rows(
-    out_ptr, dout_ptr, l_ptr, lost_ptr, shared_ptr, norm_ptr, delta_ptr, folded_delta_ptr, lost_norm_ptr, lost_tiles_ptr,
+    out_ptr, dout_ptr, l_ptr, lost_ptr, shared_ptr, norm_ptr, delta_ptr, folded_delta_ptr, lost_norm_ptr,
+    lost_tiles_ptr,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
     T, H, M,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, NORMALIZE: tl.constexpr, GUARD: tl.constexpr, FOLD: tl.constexpr,

@@ -86,9 +86,9 @@ def pair_sums(
     Tk = T if PACKED else Tk
     last = last_boundary(Tk, CHUNK, CAUSAL)
     slot = slot_of(sequence, cu_seqlens_ptr, CHUNK, slots, CAUSAL, PACKED)
-    batch = 0 if PACKED else sequence
-    x_ptr += tl.cast(batch, tl.int64) * stride_xb + tl.cast(h * GROUP, tl.int64) * stride_xh
-    y_ptr += tl.cast(batch, tl.int64) * stride_yb + tl.cast(h * GROUP, tl.int64) * stride_yh
+    batch = tl.cast(0 if PACKED else sequence, tl.int64)
+    x_ptr += batch * stride_xb + tl.cast(h * GROUP, tl.int64) * stride_xh
+    y_ptr += batch * stride_yb + tl.cast(h * GROUP, tl.int64) * stride_yh
     A, B = block_of(pair, BLOCK_D)
     offs_t = tl.arange(0, BLOCK_T)
     offs_a = A * SLICE + tl.arange(0, SLICE)
@@ -120,8 +120,8 @@ def pair_sums(
                 real = offs_t < stop - t
                 if MASKED:
                     real = real & tl.load(key_mask_ptr + batch * stride_mb + row + offs_t, mask=real, other=0)
-                x_tile = x_ptr + row * stride_xt + head * stride_xh + offs_t[:, None] * stride_xt
-                y_tile = y_ptr + row * stride_yt + head * stride_yh + offs_t[:, None] * stride_yt
+                x_tile = x_ptr + row * stride_xt + tl.cast(head, tl.int64) * stride_xh + offs_t[:, None] * stride_xt
+                y_tile = y_ptr + row * stride_yt + tl.cast(head, tl.int64) * stride_yh + offs_t[:, None] * stride_yt
                 xa = load_slice(x_tile, offs_a, D, real, not EVEN_T, EVEN)
                 xb = load_slice(x_tile, offs_b, D, real, not EVEN_T, EVEN)
                 y = load_slice(y_tile, offs_m, M, real, not EVEN_T, EVEN)
@@ -157,14 +157,14 @@ def record_sums(
         begin, stop = group_rows(part, last, slot, rows_from_ptr, q_offset, T, CHUNK, REVERSE, CAUSAL, TABLE)
     else:
         begin, stop = part * PART, tl.minimum((part + 1) * PART, T)
-    batch = 0 if PACKED else sequence
+    batch = tl.cast(0 if PACKED else sequence, tl.int64)
     offs_t, offs_d, offs_m = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     gram = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     linear = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
     x_sum, y_sum, count = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32), 0.0
     for head in range(GROUP):
-        x_head = x_ptr + tl.cast(batch, tl.int64) * stride_xb + tl.cast(h * GROUP + head, tl.int64) * stride_xh
-        y_head = y_ptr + tl.cast(batch, tl.int64) * stride_yb + tl.cast(h * GROUP + head, tl.int64) * stride_yh
+        x_head = x_ptr + batch * stride_xb + tl.cast(h * GROUP + head, tl.int64) * stride_xh
+        y_head = y_ptr + batch * stride_yb + tl.cast(h * GROUP + head, tl.int64) * stride_yh
         for t in tl.range(begin, stop, BLOCK_T):
             row = tl.cast(start + t, tl.int64)
             real = offs_t < stop - t
@@ -180,7 +180,7 @@ def record_sums(
             y_sum += tl.sum(y.to(tl.float32), 0)
             x = x.to(tl.float32)
             if FACTOR:
-                f_head = tl.cast(batch, tl.int64) * stride_fb + tl.cast(h * GROUP + head, tl.int64) * stride_fh
+                f_head = batch * stride_fb + tl.cast(h * GROUP + head, tl.int64) * stride_fh
                 fx = x * -tl.load(f_ptr + f_head + row + offs_t, mask=real, other=0.0)[:, None]
             else:
                 fx = x

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ...common.allocation import empty_in_storage_order, empty_row_sums
 from ...common.gpu.architecture import architecture
+from ...common.gpu.launch import block, strides
 from ...common.gpu.numerics import rounded
 from ...common.gpu.pairs import weigh
 from ...common.stateful import Plan
 from ..contract import Options, state_shapes
 from . import config
-from .call import Call, block, run_kernel, strides
+from .call import Call, run_kernel
 from .layout import State
 
 STATE = ("n", "k_sum", "kk", "v_sum", "kv", "kkv")

@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ...common.gpu.launch import strides
 from ...common.gpu.numerics import LOW
 from . import config, layout
-from .call import FOLD, Call, run_kernel, strides
+from .call import FOLD, Call, run_kernel
 from .layout import State
 from .state import pair_sums, record_sums, scan_sums
 

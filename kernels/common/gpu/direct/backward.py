@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..numerics import rounded
 from ..pairs import kept_keys, load_rows, pull_keys, pull_queries
-from .place import find_tile, key_span, query_span, rows_of_sequence
+from .place import key_span, own_tile, query_span
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -33,34 +33,19 @@ def queries_kernel(
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """norm and delta, dense [B, H, T], of every query, and dq. Grid: tiles * B * H."""
-    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # the longest first
-    batch, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    q_ptr += batch * stride_qb + h * stride_qh
-    k_ptr += batch * stride_kb + h // G * stride_kh
-    v_ptr += batch * stride_vb + h // G * stride_vh
-    out_ptr += batch * stride_ob + h * stride_oh
-    dout_ptr += batch * stride_dob + h * stride_doh
-    dq_ptr += batch * stride_dqb + h * stride_dqh
-    row = head.to(tl.int64) * T
+    heads_apart = T  # in l, norm and delta
+    # Of causal tiles the longest first.
+    batch, h, first, start, T, Tk = own_tile(cu_ptr, H, S, tiles, T, Tk, CAUSAL, PACKED, BLOCK_Q)
+    q_ptr += batch * stride_qb + h * stride_qh + start * stride_qt
+    k_ptr += batch * stride_kb + h // G * stride_kh + start * stride_kt
+    v_ptr += batch * stride_vb + h // G * stride_vh + start * stride_vt
+    out_ptr += batch * stride_ob + h * stride_oh + start * stride_ot
+    dout_ptr += batch * stride_dob + h * stride_doh + start * stride_dot
+    dq_ptr += batch * stride_dqb + h * stride_dqh + start * stride_dqt
+    row = (batch * H + h) * heads_apart + start
     if KEY_MASK:
-        mask_ptr += batch * stride_mask
-    if PACKED:
-        s, tile = find_tile(cu_ptr, tile, S, BLOCK_Q)
-        start, T = rows_of_sequence(cu_ptr, s)
-        Tk = tl.where(tile * BLOCK_Q < T, T, 0)
-        q_ptr += start * stride_qt
-        k_ptr += start * stride_kt
-        v_ptr += start * stride_vt
-        out_ptr += start * stride_ot
-        dout_ptr += start * stride_dot
-        dq_ptr += start * stride_dqt
-        row += start
-        if KEY_MASK:
-            mask_ptr += start
+        mask_ptr += batch * stride_mask + start
 
-    first = tile * BLOCK_Q
     offs_q, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     real = first + offs_q < T
     dout = load_rows(dout_ptr, first, stride_dot, real, offs_q, offs_m, M, True, EVEN_M)
@@ -103,37 +88,20 @@ def keys_kernel(
 
     RAGGED: the last tile of queries is not full.
     """
-    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    batch, h = (head // Hkv).to(tl.int64), (head % Hkv).to(tl.int64)
-    q_ptr += batch * stride_qb + h * G * stride_qh
-    k_ptr += batch * stride_kb + h * stride_kh
-    v_ptr += batch * stride_vb + h * stride_vh
-    dout_ptr += batch * stride_dob + h * G * stride_doh
-    dk_ptr += batch * stride_dkb + h * stride_dkh
-    dv_ptr += batch * stride_dvb + h * stride_dvh
-    heads_apart = T
+    heads_apart = T  # in norm and delta
+    batch, h, first, start, Tk, T = own_tile(cu_ptr, Hkv, S, tiles, Tk, T, False, PACKED, BLOCK_K)
+    q_ptr += batch * stride_qb + h * G * stride_qh + start * stride_qt
+    k_ptr += batch * stride_kb + h * stride_kh + start * stride_kt
+    v_ptr += batch * stride_vb + h * stride_vh + start * stride_vt
+    dout_ptr += batch * stride_dob + h * G * stride_doh + start * stride_dot
+    dk_ptr += batch * stride_dkb + h * stride_dkh + start * stride_dkt
+    dv_ptr += batch * stride_dvb + h * stride_dvh + start * stride_dvt
     if NORMALIZE:
-        norm_ptr += head.to(tl.int64) * G * heads_apart
-        delta_ptr += head.to(tl.int64) * G * heads_apart
+        norm_ptr += (batch * Hkv + h) * G * heads_apart + start
+        delta_ptr += (batch * Hkv + h) * G * heads_apart + start
     if KEY_MASK:
-        mask_ptr += batch * stride_mask
-    if PACKED:
-        s, tile = find_tile(cu_ptr, tile, S, BLOCK_K)
-        start, Tk = rows_of_sequence(cu_ptr, s)
-        T = tl.where(tile * BLOCK_K < Tk, Tk, 0)
-        q_ptr += start * stride_qt
-        k_ptr += start * stride_kt
-        v_ptr += start * stride_vt
-        dout_ptr += start * stride_dot
-        dk_ptr += start * stride_dkt
-        dv_ptr += start * stride_dvt
-        if NORMALIZE:
-            norm_ptr += start
-            delta_ptr += start
-        if KEY_MASK:
-            mask_ptr += start
+        mask_ptr += batch * stride_mask + start
 
-    first = tile * BLOCK_K
     offs_k, offs_d, offs_m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     keys = first + offs_k
     keep = kept_keys(mask_ptr, keys, Tk, KEY_MASK)

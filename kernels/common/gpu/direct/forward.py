@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..numerics import rounded
 from ..pairs import attend, load_rows, no_sums, settled
-from .place import find_tile, key_span, rows_of_sequence
+from .place import key_span, own_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -45,30 +45,17 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles * B * H. G query heads share a key head; S sequences, 1 if not PACKED; l [B, H, T] is dense."""
-    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile  # the longest first
-    batch, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    q_ptr += batch * stride_qb + h * stride_qh
-    k_ptr += batch * stride_kb + h // G * stride_kh
-    v_ptr += batch * stride_vb + h // G * stride_vh
-    out_ptr += batch * stride_ob + h * stride_oh
-    l_ptr += head.to(tl.int64) * T
+    heads_apart = T  # in l
+    # Of causal tiles the longest first.
+    batch, h, first, start, T, Tk = own_tile(cu_ptr, H, S, tiles, T, Tk, CAUSAL, PACKED, BLOCK_Q)
+    q_ptr += batch * stride_qb + h * stride_qh + start * stride_qt
+    k_ptr += batch * stride_kb + h // G * stride_kh + start * stride_kt
+    v_ptr += batch * stride_vb + h // G * stride_vh + start * stride_vt
+    out_ptr += batch * stride_ob + h * stride_oh + start * stride_ot
+    l_ptr += (batch * H + h) * heads_apart + start
     if KEY_MASK:
-        mask_ptr += batch * stride_mask
-    if PACKED:
-        s, tile = find_tile(cu_ptr, tile, S, BLOCK_Q)
-        start, T = rows_of_sequence(cu_ptr, s)
-        Tk = tl.where(tile * BLOCK_Q < T, T, 0)
-        q_ptr += start * stride_qt
-        k_ptr += start * stride_kt
-        v_ptr += start * stride_vt
-        out_ptr += start * stride_ot
-        l_ptr += start
-        if KEY_MASK:
-            mask_ptr += start
+        mask_ptr += batch * stride_mask + start
 
-    first = tile * BLOCK_Q
     offs_q, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     real = first + offs_q < T
     q = load_rows(q_ptr, first, stride_qt, real, offs_q, offs_d, D, True, EVEN_D)

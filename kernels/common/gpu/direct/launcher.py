@@ -13,7 +13,7 @@ from torch import Tensor
 from ...allocation import empty_in_storage_order, empty_row_sums
 from ...packed import check_sequences
 from ..architecture import architecture
-from ..launch import launch
+from ..launch import block, launch, readable, strides
 from ..numerics import LOW, precision
 from ..similarity import Similarity
 from .backward import keys_kernel, queries_kernel
@@ -47,17 +47,17 @@ class Problem:
 
     @property
     def block_d(self) -> int:
-        return _block(self.q.shape[3])
+        return block(self.q.shape[3])
 
     @property
     def block_m(self) -> int:
-        return _block(self.v.shape[3])
+        return block(self.v.shape[3])
 
-    def tiles(self, length: int, block: int) -> int:
+    def tiles(self, length: int, size: int) -> int:
         """Programs for one head. Of packed sequences only the total length is known here: an upper bound."""
         if self.cu_seqlens is None:
-            return triton.cdiv(length, block)
-        return length // block + self.cu_seqlens.shape[0] - 1
+            return triton.cdiv(length, size)
+        return length // size + self.cu_seqlens.shape[0] - 1
 
     @property
     def few_queries(self) -> bool:
@@ -79,13 +79,13 @@ class Problem:
         q, k, v, kind = self.q, self.k, self.v, self.similarity
         D, M = q.shape[3], v.shape[3]
         # A view as bytes, since Triton's masks are not stored as bits.
-        key_mask = None if self.key_mask is None else _dense_rows(self.key_mask).view(torch.uint8)
+        key_mask = None if self.key_mask is None else self.key_mask.contiguous().view(torch.uint8)
         return {
-            **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "mask_ptr": key_mask, "cu_ptr": self.cu_seqlens},
-            **_strides("q", q),
-            **_strides("k", k),
-            **_strides("v", v),
-            "stride_mask": 0 if key_mask is None else key_mask.stride(0),
+            **strides("q", q),
+            **strides("k", k),
+            **strides("v", v),
+            **{"mask_ptr": key_mask, "stride_mask": 0 if key_mask is None else key_mask.stride(0)},
+            "cu_ptr": None if self.cu_seqlens is None else self.cu_seqlens.contiguous(),
             **{"T": q.shape[2], "Tk": k.shape[2], "D": D, "M": M, "q_offset": self.q_offset},
             "S": 1 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1,
             **{"a": kind.a, "b": kind.b, "c": kind.c, "SIMILARITY": kind.kind, "NORMALIZE": self.normalize},
@@ -99,6 +99,8 @@ class Problem:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """out, and of each row l, or the log-sum-exp for softmax."""
+    if problem.cu_seqlens is not None:
+        check_sequences(problem.cu_seqlens, problem.q.shape[2])
     problem = _readable(problem)
     q, k, tile = problem.q, problem.k, problem.row.forward
     B, H, T, _ = q.shape
@@ -111,8 +113,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         forward_kernel,
         (tiles * B * H,),
         **problem.arguments(tile),
-        **{"out_ptr": out, "l_ptr": l, **_strides("o", out)},
-        **{"H": H, "G": H // k.shape[1], "tiles": tiles},
+        **strides("out", out, "o"),
+        **{"l_ptr": l, "H": H, "G": H // k.shape[1], "tiles": tiles},
     )
     return out, l
 
@@ -126,19 +128,21 @@ def _decode(problem: Problem, out: Tensor, l: Tensor) -> None:
     split = splits > 1
     acc = q.new_empty((splits, B, H, T, M), dtype=torch.float32) if split else None
     sums, m = (q.new_empty((splits, B, H, T), dtype=torch.float32) if split else l for _ in range(2))
-    arguments = problem.arguments(replace(tile, BLOCK_Q=max(tile.BLOCK_Q, _block(H // Hkv * T))))
+    arguments = problem.arguments(replace(tile, BLOCK_Q=max(tile.BLOCK_Q, block(H // Hkv * T))))
     launch(
         decode_kernel,
         (splits * B * Hkv,),
         **arguments,
-        **{"out_ptr": out, "l_ptr": sums, "acc_ptr": acc, "m_ptr": m, **_strides("o", out)},
+        **strides("out", out, "o"),
+        **{"l_ptr": sums, "acc_ptr": acc, "m_ptr": m},
         **{"Hkv": Hkv, "G": H // Hkv, "splits": splits, "length": length, "SPLIT": split},
     )
     if split:
         launch(
             merge_kernel,
             (B * H * T,),
-            **{"acc_ptr": acc, "sums_ptr": sums, "m_ptr": m, "out_ptr": out, "l_ptr": l, **_strides("o", out)},
+            **strides("out", out, "o"),
+            **{"acc_ptr": acc, "sums_ptr": sums, "m_ptr": m, "l_ptr": l},
             **{"H": H, "T": T, "M": M, "splits": splits, "BLOCK_S": triton.next_power_of_2(splits)},
             **{name: arguments[name] for name in ("SIMILARITY", "NORMALIZE", "LOW", "BLOCK_M")},
             num_warps=4,
@@ -151,18 +155,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; those that are not wanted hold anything."""
     problem = _readable(problem)
-    q, k, v, dout = problem.q, problem.k, problem.v, _unit_last_stride(dout)
+    q, k, v, dout = problem.q, problem.k, problem.v, readable(dout)
     B, H, T, _ = q.shape
     Hkv, Tk = k.shape[1:3]
     dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
-    norm, delta = (torch.empty_like(l), torch.empty_like(l)) if problem.normalize else (None, None)
-    rows: dict[str, Any] = {
-        "norm_ptr": norm,
-        "delta_ptr": delta,
-        "dout_ptr": dout,
-        "slope": problem.similarity.slope,
-        **_strides("do", dout),
-    }
+    norm, delta = (empty_row_sums(q), empty_row_sums(q)) if problem.normalize else (None, None)
+    rows = strides("dout", dout, "do")
+    rows |= {"norm_ptr": norm, "delta_ptr": delta, "slope": problem.similarity.slope}
 
     if wanted[0] or problem.normalize:
         tile = problem.row.queries
@@ -172,8 +171,9 @@ def backward(
             (tiles * B * H,),
             **problem.arguments(tile),
             **rows,
-            **{"out_ptr": out, "l_ptr": l, "dq_ptr": dq, **_strides("o", out), **_strides("dq", dq)},
-            **{"H": H, "G": H // Hkv, "tiles": tiles, "WANT_DQ": wanted[0]},
+            **strides("out", out, "o"),
+            **strides("dq", dq),
+            **{"l_ptr": l, "H": H, "G": H // Hkv, "tiles": tiles, "WANT_DQ": wanted[0]},
         )
     if wanted[1] or wanted[2]:
         tile = problem.row.keys
@@ -183,7 +183,8 @@ def backward(
             (tiles * B * Hkv,),
             **problem.arguments(tile),
             **rows,
-            **{"dk_ptr": dk, "dv_ptr": dv, **_strides("dk", dk), **_strides("dv", dv)},
+            **strides("dk", dk),
+            **strides("dv", dv),
             **{"Hkv": Hkv, "G": H // Hkv, "tiles": tiles, "WANT_DK": wanted[1], "WANT_DV": wanted[2]},
             RAGGED=problem.cu_seqlens is not None or T % tile.BLOCK_Q != 0,
         )
@@ -193,31 +194,11 @@ def backward(
 def describe(q: Tensor, v: Tensor, kind: str) -> str:
     """The kernels that run for a similarity, and their configuration."""
     name = architecture(q.device)
-    row = configuration(name, q.dtype, max(_block(q.shape[3]), _block(v.shape[3])))
+    row = configuration(name, q.dtype, max(block(q.shape[3]), block(v.shape[3])))
     tiles = f"forward {row.forward}, dq {row.queries}, dk and dv {row.keys}"
     return f"Triton ({name}): direct tiles of queries x keys, {kind}: {tiles}"
 
 
 def _readable(problem: Problem) -> Problem:
-    """With last strides of 1, as kernels read them. Other strides may be anything: only then is something copied."""
-    if problem.cu_seqlens is not None:
-        check_sequences(problem.cu_seqlens, problem.q.shape[2])
-    q, k, v = (_unit_last_stride(x) for x in (problem.q, problem.k, problem.v))
+    q, k, v = (readable(x) for x in (problem.q, problem.k, problem.v))
     return replace(problem, q=q, k=k, v=v)
-
-
-def _unit_last_stride(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _dense_rows(key_mask: Tensor) -> Tensor:
-    return key_mask if key_mask.stride(1) == 1 else key_mask.contiguous()
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return {f"stride_{name}{axis}": x.stride(i) for i, axis in enumerate("bht")}
-
-
-def _block(size: int) -> int:
-    """Matrix units take at least 16."""
-    return max(16, triton.next_power_of_2(size))

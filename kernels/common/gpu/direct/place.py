@@ -1,7 +1,25 @@
-"""Where a program works: which head, which tile of rows, and of which packed sequence."""
+"""Where a program of the direct form works: which head, which tile of rows, of which packed sequence, over what."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def own_tile(cu_ptr, heads, S, tiles, own, other, REVERSED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile of rows that a program holds, out of `tiles` a head (`own` rows) on a grid of tiles * B * heads.
+
+    Returns batch element and head; the first row of the tile; and of its sequence the start (0 if not PACKED), the
+    number of own rows, and of rows on the other side. A tile beyond the sequence's end gets none of the latter.
+    """
+    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if REVERSED:
+        tile = tiles - 1 - tile
+    start = tl.full([], 0, tl.int64)
+    if PACKED:
+        s, tile = find_tile(cu_ptr, tile, S, BLOCK)
+        start, own = rows_of_sequence(cu_ptr, s)
+        other = tl.where(tile * BLOCK < own, own, 0)
+    return (head // heads).to(tl.int64), (head % heads).to(tl.int64), tile * BLOCK, start, own, other
 
 
 @triton.jit

@@ -1,0 +1,103 @@
+"""One call: its tensors, its sizes, and what every kernel of it is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...common.backend import INTERPRETED
+from ...common.gpu.architecture import architecture
+from ...common.gpu.launch import readable
+from ...common.gpu.numerics import LOW, precision
+from ..contract import Options
+from .config import configuration
+
+State = list[Tensor]
+
+
+class Call:
+    """q, k and v are readable (common/gpu/launch.py)."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
+    ) -> None:
+        self.q, self.k, self.v = readable(q), readable(k), readable(v)
+        self.key_mask, self.cu_seqlens = key_mask, cu_seqlens
+        dense_mask = None if key_mask is None else key_mask.contiguous()
+        self.D, self.M, self.Hkv = q.shape[3], v.shape[3], k.shape[1]
+        self.is_causal = options.is_causal
+        self.sequences = q.shape[0]
+        if cu_seqlens is not None:
+            self.cu_seqlens, self.sequences = cu_seqlens.contiguous(), cu_seqlens.shape[0] - 1
+        self.q_offset = min(max(options.q_offset, -q.shape[2]), k.shape[2]) if options.is_causal else 0
+        self.config = configuration(architecture(q.device), q.dtype, self.D, self.M)
+        self.common: dict[str, Any] = {
+            # A view as bytes, since Triton's masks are not stored as bits.
+            "key_mask_ptr": None if dense_mask is None else dense_mask.view(torch.uint8),
+            "cu_seqlens_ptr": self.cu_seqlens,
+            "stride_mb": 0 if dense_mask is None else dense_mask.stride(0),
+            "Hkv": self.Hkv,
+            "Tq": q.shape[2],
+            "Tk": k.shape[2],
+            "q_offset": self.q_offset,
+            "scale": options.scale,
+            "G": q.shape[1] // self.Hkv,
+            "D": self.D,
+            "M": self.M,
+            "MAP": options.feature_map,
+            "NORMALIZE": options.normalize,
+            "PACKED": cu_seqlens is not None,
+            "MASKED": key_mask is not None,
+        }
+        # fp16 is multiplied as TF32: as many digits, and sums and their gradients stay in range.
+        is_half = q.dtype == torch.float16
+        self.product_dtype = torch.float32 if is_half else q.dtype
+        in_tf32 = is_half and not INTERPRETED and not torch.version.hip
+        self.products: dict[str, Any] = {
+            "IS_CAUSAL": options.is_causal,
+            "LOW": LOW[self.product_dtype],
+            "PRECISION": "tf32" if in_tf32 else precision(q.dtype),
+        }
+
+    def places(self, chunk: int, from_keys: bool) -> tuple[int, int]:
+        """How many tiles of rows (and keys) a grid holds for each batch element, and how often packed sequences take a
+        place (layout.py)."""
+        Tq, Tk = self.q.shape[2], self.k.shape[2]
+        if self.cu_seqlens is not None:
+            W = 1 if self.q_offset == 0 else 2
+            return W * (Tk // chunk + self.sequences), W
+        first, last = self.q_offset // chunk, triton.cdiv(Tq + self.q_offset, chunk)
+        if from_keys:
+            first, last = min(first, 0), max(last, triton.cdiv(Tk, chunk))
+        return last - first, 1
+
+    def stored_sums(self, chunk: int, splits: int) -> int:
+        """How many sums a scan stores for each head: at every chunk, if anybody reads them there, and of every split
+        (layout.py)."""
+        if not self.is_causal:
+            return self.sequences * splits
+        if self.cu_seqlens is not None:
+            return self.k.shape[2] // chunk + self.sequences * (1 + splits)
+        return self.sequences * (triton.cdiv(self.k.shape[2], chunk) + splits)
+
+    def empty_state(self, *leading: int) -> State:
+        """f_sum and fv, for every key head of `leading`."""
+        sizes = ((self.D,), (self.D, self.M))
+        return [self.k.new_empty(*leading, self.Hkv, *size, dtype=torch.float32) for size in sizes]
+
+    def keys_seen(self, initial_state: State) -> Tensor:
+        """n of the state after this call."""
+        if self.cu_seqlens is not None:
+            ends = self.cu_seqlens.long()
+            if self.key_mask is not None:
+                counted = torch.nn.functional.pad(self.key_mask[0].cumsum(0), (1, 0))
+                ends = counted[ends]
+            n = ends[1:] - ends[:-1]
+        elif self.key_mask is not None:
+            n = self.key_mask.sum(1)
+        else:
+            n = torch.full((self.sequences,), self.k.shape[2], dtype=torch.int64, device=self.k.device)
+        return n + initial_state[0] if initial_state else n
