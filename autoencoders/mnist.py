@@ -19,6 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,8 +137,8 @@ def read_idx(path: Path, *, sha256: str | None = None) -> Tensor:
         )
     if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise DataError(f"{path} has checksum {found} (SHA-256, uncompressed); expected {sha256}")
-    # A copy: the bytes of a file are read-only, a tensor is not.
-    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
+    # A copy: the bytes that were read cannot be written to, a tensor can.
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
 def _find(folder: Path, part: Part) -> Path | None:

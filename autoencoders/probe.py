@@ -57,7 +57,7 @@ def probe_accuracy(
 ) -> Tensor:
     """Train one probe for each of R encoders and return their accuracies on the test codes, `[R]`, 0 to 1.
 
-    The probes share nothing but their batches: they run as one batched product because that is faster.
+    Each probe ends as if it were alone. They run as one batched product because that is faster.
 
     Args:
         codes: `[R, n, k]` of the labelled samples, `test_codes` `[R, m, k]`.
@@ -87,9 +87,10 @@ def probe_accuracy(
 
     def start(*shape: int) -> Tensor:
         values = (2 * torch.rand(shape, generator=generator) - 1) * bound
-        return values.to(codes.device, codes.dtype).requires_grad_()
+        return values.to(codes.device, codes.dtype).repeat(R, 1, 1).requires_grad_()
 
-    weight, bias = start(R, k, classes), start(R, 1, classes)
+    # All begin alike: what differs in the end is due to the codes.
+    weight, bias = start(k, classes), start(1, classes)
     optimizer = torch.optim.Adam([weight, bias], lr=config.learning_rate, fused=codes.device.type in ("cpu", "cuda"))
     whole = config.batch >= n
     with torch.enable_grad():

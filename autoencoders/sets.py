@@ -121,7 +121,7 @@ def load_digits() -> Split:
 def check_samples(x: Tensor, source: str) -> None:
     """Raise DataError unless x `[n, F]` holds at least one sample and only finite numbers; `source` names it."""
     if x.ndim != 2 or x.numel() == 0:
-        raise DataError(f"{source} has shape {list(x.shape)}; accepted: samples [n, F], at least one of each")
+        raise DataError(f"{source} has shape {list(x.shape)}; accepted: [n, F] with at least one sample and entry")
     wrong = int((~x.isfinite()).sum())
     if wrong:
         raise DataError(f"{source} has {wrong} entries that are NaN or infinite; accepted: finite numbers only")
@@ -157,16 +157,16 @@ def _read_npz(path: Path) -> Split:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}; accepted: an .npz file with x and maybe y") from error
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read: {error}; accepted: an .npz file with x and maybe y") from error
     if "x" not in found:
         raise DataError(f"{path} holds {sorted(found)}; accepted: x [n, ...] and maybe y [n]")
     x, y = found["x"], found.get("y", np.empty(0, np.int64))
-    if x.dtype.kind not in "biuf" or x.ndim < 2:
+    if x.dtype.kind not in "biuf" or x.ndim < 2 or not x.size:
         raise DataError(f"x in {path} has dtype {x.dtype} and shape {list(x.shape)}; accepted: real numbers [n, ...]")
     samples = torch.tensor(x.reshape(len(x), -1), dtype=torch.float32)
     check_samples(samples, f"x in {path}")

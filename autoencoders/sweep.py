@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace, data: SampleSet) -> list[Job]:
-    """All jobs, the longest first: repeats together where one batched model is faster, else one a job."""
+    """All jobs, the shortest first: repeats together where one batched model is faster, else one a job."""
     jobs = []
     for model in args.models:
         for objective in args.objectives:
@@ -163,7 +163,7 @@ def plan(args: argparse.Namespace, data: SampleSet) -> list[Job]:
                 trial = [build(settings, data, seed) for seed in range(min(repeats, 2))]
                 together = [tuple(range(repeats))] if batching_pays(trial) else [(r,) for r in range(repeats)]
                 jobs += [Job(model, objective, k, members, settings) for members in together]
-    return sorted(jobs, key=lambda job: -job.k - len(job.settings.hidden))
+    return sorted(jobs, key=lambda job: job.k)
 
 
 def work(job: Job, data: SampleSet) -> dict[str, Any] | None:
