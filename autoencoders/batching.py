@@ -1,7 +1,7 @@
-"""`linattn study batching`: are several repeats faster as one batched model, or one by one?
+"""`linattn sweep batching`: are several repeats faster as one batched model, or one by one?
 
-For each size a step of training (losses, gradients, Adam) is timed both ways, in turns, on one thread, as `linattn sweep
-ae` uses them: it runs as many processes as there are cores. What it finds decides `repeats.BATCHED_PAYS_BELOW`.
+For each size a step of training (losses, gradients, Adam) is timed both ways, in turns, on one thread, as `linattn
+sweep ae` uses them: it runs as many processes as there are cores. `repeats.BATCHED_PAYS_BELOW` follows from the result.
 """
 
 from __future__ import annotations

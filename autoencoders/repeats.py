@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 from linattn.autoencoders.autoencoder import Autoencoder, reconstruction_loss
 from linattn.errors import ArgumentError
 
-# Parameters of one model. Measured on 2 cores (`linattn study batching`): small models are bound by the overhead of
+# Parameters of one model. Measured on 2 cores (`linattn sweep batching`): small models are bound by the overhead of
 # operations, which batching shares; large ones by arithmetic, which torch does better for one matrix than for a batch.
 BATCHED_PAYS_BELOW = 120_000
 

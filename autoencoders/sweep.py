@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do the jobs that are not done yet, then print, write and draw; 130 when interrupted."""
+    """Do the jobs that are not done yet, then print, write and draw what is there; 130 when interrupted."""
     if not args.no_figure:
         require_matplotlib()
     chosen = set_options(args)
@@ -118,27 +118,24 @@ def run(args: argparse.Namespace) -> int:
     done = _finished(out, jobs)
     left = [job for job in jobs if job.name not in done]
     print(f"{len(jobs)} jobs, {len(done)} of them done before; {args.workers} processes", flush=True)
-    complete = True
     for job, found in _finish(left, data, args.workers, out):
-        if found is None:
-            complete = False
-        else:
+        if found is not None:
             done[job.name] = found
-    if not complete:
-        command = f"linattn sweep ae --set {data.name} --out {out}"
+    if done:
+        results = assemble(args, data, jobs, done, _sessions(out))
+        write(results, out)
+        print(table(results))
+        if not args.no_figure:
+            from linattn.autoencoders.sweep_figures import draw_all
+
+            draw_all(results, out)
+        print(f"\n{results['seconds']:.0f} s of wall time on {args.workers} processes; {out}")
+    if len(done) < len(jobs):
         print(
-            f"stopped with {len(done)} of {len(jobs)} jobs done; the same command goes on: {command} ...",
+            f"stopped with {len(done)} of {len(jobs)} jobs done, of which the results tell; the same command goes on",
             file=sys.stderr,
         )
         return 130
-    results = assemble(args, data, jobs, done, _sessions(out))
-    write(results, out)
-    print(table(results))
-    if not args.no_figure:
-        from linattn.autoencoders.sweep_figures import draw_all
-
-        draw_all(results, out)
-    print(f"\n{results['seconds']:.0f} s of wall time on {args.workers} processes; {out}")
     return 0
 
 
@@ -163,7 +160,7 @@ def plan(args: argparse.Namespace, data: SampleSet) -> list[Job]:
                 trial = [build(settings, data, seed) for seed in range(min(repeats, 2))]
                 together = [tuple(range(repeats))] if batching_pays(trial) else [(r,) for r in range(repeats)]
                 jobs += [Job(model, objective, k, members, settings) for members in together]
-    return sorted(jobs, key=lambda job: job.k)
+    return sorted(jobs, key=lambda job: (job.k, OBJECTIVES.index(job.objective)))
 
 
 def work(job: Job, data: SampleSet) -> dict[str, Any] | None:
@@ -261,10 +258,10 @@ def assemble(
     done: dict[str, Any],
     sessions: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """One entry a combination, with the curves of all its repeats in order."""
+    """One entry a combination that was begun, with the curves of its finished repeats in order."""
     bounds = {k: _bound(data, k) for k in args.k}
     cells: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for job in sorted(jobs, key=lambda job: job.members):
+    for job in sorted((job for job in jobs if job.name in done), key=lambda job: job.members):
         found = done[job.name]
         cell = cells.setdefault(
             (job.model, job.objective, job.k),
@@ -299,7 +296,8 @@ def assemble(
         "seconds": sum(session["seconds"] for session in sessions),
         "sessions": list(sessions),
         "environment": asdict(describe(torch.device("cpu"))),
-        "cells": [cells[key] for key in order],
+        "jobs": {"planned": len(jobs), "done": len(done)},
+        "cells": [cells[key] for key in order if key in cells],
     }
 
 

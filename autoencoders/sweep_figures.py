@@ -104,6 +104,8 @@ def draw_sizes(results: dict[str, Any]) -> Figure:
     for model in _names(results, "model"):
         for objective in _names(results, "objective"):
             cells = sorted(_cells(results, model=model, objective=objective), key=lambda cell: cell["k"])
+            if not cells:
+                continue
             style = {
                 "color": OBJECTIVE_COLOURS[objective],
                 "linestyle": "-" if model == "linear" else "--",
@@ -146,6 +148,8 @@ def _names(results: dict[str, Any], column: str) -> list[Any]:
 
 def _floor(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
     """Losses that vanish (1e-11) would take nearly all of a logarithmic axis: cut it at 1e-4 of the largest."""
+    if not curves:  # of a sweep that was stopped
+        return
     largest = max(max(curve) for curve in curves)
     if min(min(curve) for curve in curves) < 1e-4 * largest:
         axes.set_ylim(bottom=1e-4 * largest)

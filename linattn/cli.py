@@ -37,15 +37,15 @@ COMMANDS = {
     "train ae": Command("linattn.autoencoders.train_command", "train autoencoders: plain, denoising or masked"),
     "probe": Command("linattn.autoencoders.probe_command", "a linear classifier on the codes of trained autoencoders"),
     "sweep ae": Command("linattn.autoencoders.sweep", "autoencoders over latent sizes, depths and objectives"),
-    "study batching": Command("linattn.autoencoders.batching", "autoencoders trained as one model, or one by one"),
+    "sweep batching": Command("linattn.autoencoders.batching", "autoencoders trained as one model, or one by one"),
     "runs": Command("linattn.runs", "list training runs and compare their histories, in a table and a figure"),
     "study scaling": Command("linattn.examples.scaling", "why scores are divided by sqrt(D)"),
     "study argmax": Command("linattn.examples.argmax", "looking up the best key, and why it cannot learn"),
     "study kernels": Command("linattn.examples.kernels", "similarities that keep the denominator away from zero"),
     "study karate": Command("linattn.examples.karate", "Zachary's karate club by graph convolution and by attention"),
     "study accumulation": Command("linattn.examples.accumulation", "micro-batches under BatchNorm and LayerNorm"),
-    "study pca": Command("linattn.examples.principal", "what a linear autoencoder learns, beside PCA"),
-    "study decay": Command("linattn.examples.regularised", "weight decay makes a linear autoencoder orthonormal"),
+    "study pca": Command("linattn.examples.pca", "what a linear autoencoder learns, beside PCA"),
+    "study decay": Command("linattn.examples.decay", "weight decay makes a linear autoencoder orthonormal"),
     "study depth": Command("linattn.examples.depth", "plain and residual networks of 20 and 56 layers"),
 }
 

@@ -23,8 +23,8 @@ from linattn.autoencoders import (
     shrunk_singular_values,
 )
 from linattn.errors import ArgumentError, ShapeError
-from linattn.examples import regularised
-from linattn.examples.regularised import Recipe
+from linattn.examples import decay as decay_study
+from linattn.examples.decay import Recipe
 
 
 def draw(n: int, F: int, seed: int = 0) -> Tensor:
@@ -155,11 +155,11 @@ def test_directions_narrower_than_the_decay_vanish() -> None:
 
 def test_pinned_singular_values_and_what_the_wrong_decay_leaves() -> None:
     """Single-sample SGD with nn.MSELoss: .983 .963 .933 with decay 2 lambda / m, .857 .642 .00003 with 2 lambda."""
-    x = regularised.samples(seed=0)
+    x = decay_study.samples(seed=0)
     S = x.mT @ x / len(x)
-    torch.testing.assert_close(torch.linalg.eigvalsh(S).flip(0), torch.tensor(regularised.VARIANCES, dtype=S.dtype))
+    torch.testing.assert_close(torch.linalg.eigvalsh(S).flip(0), torch.tensor(decay_study.VARIANCES, dtype=S.dtype))
     recipes = [Recipe("right", "mean", 0.6 / 8), Recipe("summed", "sum", 0.6), Recipe("wrong", "mean", 0.6)]
-    right, summed, wrong = regularised.train(x, recipes, epochs=60, seed=0)
+    right, summed, wrong = decay_study.train(x, recipes, epochs=60, seed=0)
     expected = torch.tensor([0.983, 0.963, 0.933], dtype=torch.float64)
     for values in right.singular_values:
         torch.testing.assert_close(values, expected, atol=0.01, rtol=0)

@@ -134,7 +134,7 @@ def claims_of(found: dict[str, Found]) -> list[Claim]:
     for decay in DECAYS[1:]:
         theory = shrunk_singular_values(variances, decay)
         worst = max((values - theory).abs().max().item() for values in found[f"lambda = {decay:g}"].singular_values)
-        claims.append(Claim(f"lambda = {decay:g}: singular values of W1, W2 off theory", worst, "<", 0.02))
+        claims.append(Claim(f"lambda = {decay:g}: singular values of W1, W2 off theory", worst, "<", 0.03))
     shown = found[f"lambda = {SHOWN:g}"]
     summed = found[f"lambda = {SHOWN:g}, summed loss"]
     mistaken = found[f"lambda = {SHOWN:g}, MSELoss with decay 2 lambda"].singular_values[1]
