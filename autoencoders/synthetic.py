@@ -17,7 +17,7 @@ from linattn.errors import ArgumentError
 
 
 class Split(NamedTuple):
-    """Samples `x [n, F]` in float32 and their labels `y [n]`, int64, 0 or 1."""
+    """Samples `x [n, F]` in float32 and their labels `y [n]`, int64 from 0."""
 
     x: Tensor
     y: Tensor

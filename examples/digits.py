@@ -1,7 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: real data that need no download.
-
-Source: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI Machine Learning Repository.
-"""
+"""scikit-learn's 1,797 handwritten digits as images: real data that need no download."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.errors import MissingExtraError
+from linattn.autoencoders import sets
 
 
 class Digits(NamedTuple):
@@ -26,10 +23,6 @@ def load_digits(dtype: torch.dtype = torch.float32) -> Digits:
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "studies", "reading the handwritten digits") from error
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=dtype).view(-1, 1, 8, 8)
-    return Digits((images - images.mean()) / images.std(), torch.tensor(labels))
+    digits = sets.load_digits()
+    images = digits.x.to(dtype).view(-1, 1, 8, 8)
+    return Digits((images - images.mean()) / images.std(), digits.y)

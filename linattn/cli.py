@@ -38,6 +38,10 @@ COMMANDS = {
     "train running-average": Command("linattn.rnn.train_running_average", "recurrent networks learn a running mean"),
     "names predict": Command("linattn.rnn.predict_name", "the languages that a surname reminds a trained model of"),
     "generate": Command("linattn.generate_command", "continue a text with a language model that was trained here"),
+    "train ae": Command("linattn.autoencoders.train_command", "train autoencoders: plain, denoising or masked"),
+    "probe": Command("linattn.autoencoders.probe_command", "a linear classifier on the codes of trained autoencoders"),
+    "sweep ae": Command("linattn.autoencoders.sweep", "autoencoders over latent sizes, depths and objectives"),
+    "sweep batching": Command("linattn.autoencoders.batching", "autoencoders trained as one model, or one by one"),
     "runs": Command("linattn.runs", "list training runs and compare their histories, in a table and a figure"),
     "study scaling": Command("linattn.examples.scaling", "why scores are divided by sqrt(D)"),
     "study argmax": Command("linattn.examples.argmax", "looking up the best key, and why it cannot learn"),
@@ -49,6 +53,8 @@ COMMANDS = {
     "study accumulation": Command("linattn.examples.accumulation", "micro-batches under BatchNorm and LayerNorm"),
     "study gradients": Command("linattn.examples.gradients", "how gradients vanish and explode through time"),
     "study beam": Command("linattn.examples.beam", "beam search: a worked example, what it misses, what it costs"),
+    "study pca": Command("linattn.examples.pca", "what a linear autoencoder learns, beside PCA"),
+    "study decay": Command("linattn.examples.decay", "weight decay makes a linear autoencoder orthonormal"),
     "study depth": Command("linattn.examples.depth", "plain and residual networks of 20 and 56 layers"),
 }
 

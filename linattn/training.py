@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,12 +44,13 @@ class TrainingConfig:
         final_learning_rate: share of the peak that is left at the end of the cosine.
         weight_decay: decoupled decay of matrices; vectors (gains, biases) are not decayed.
         betas: of AdamW.
-        clip: largest norm of the whole gradient.
+        clip: largest norm of the whole gradient, None for any.
         validate_every: steps between validations; a checkpoint is written at each, and one before the first step.
+        patience: stop early after so many validations in a row without a new lowest loss; None for never.
 
     Raises:
-        ArgumentError: neither or non-positive limits, shares outside [0, 1], rates, norms and intervals that are not
-            positive.
+        ArgumentError: neither or non-positive limits, shares outside [0, 1], rates, norms, intervals and patience that
+            are not positive.
     """
 
     steps: int | None = None
@@ -59,13 +60,14 @@ class TrainingConfig:
     final_learning_rate: float = 0.05
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
+    clip: float | None = 1.0
     validate_every: int = 250
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ArgumentError("neither steps nor minutes was given; at least one says when to stop")
-        for name in ("steps", "minutes", "learning_rate", "clip", "validate_every"):
+        for name in ("steps", "minutes", "learning_rate", "clip", "validate_every", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ArgumentError(f"{name}={value} was given; accepted: above 0")
@@ -109,6 +111,7 @@ class Record:
         validation_loss: of the model as it is now.
         learning_rate: of the last step.
         seconds: of training until now, all sessions together.
+        measures: what else was measured then, by name; of several repeats trained at once, one number each.
     """
 
     step: int
@@ -116,6 +119,7 @@ class Record:
     validation_loss: float
     learning_rate: float
     seconds: float
+    measures: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Trainer:
@@ -132,6 +136,9 @@ class Trainer:
             dictionaries.
         tracker: see `linattn.tracking`.
         on_record: called with each `Record`.
+        measure: numbers by name that go into each `Record` and, as means, to the tracker; called after `validate`, in
+            the same mode.
+        show_progress: draw a bar, where there is a terminal.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -154,10 +161,13 @@ class Trainer:
         settings: Mapping[str, Any] | None = None,
         tracker: Tracker | None = None,
         on_record: Callable[[Record], None] | None = None,
+        measure: Callable[[], dict[str, list[float]]] | None = None,
+        show_progress: bool = True,
     ) -> None:
         self.model, self.loss, self.validate, self.config = model, loss, validate, config
         self.folder, self.settings = folder, dict(settings or {})
-        self.tracker, self.on_record = tracker, on_record
+        self.tracker, self.on_record, self.measure = tracker, on_record, measure
+        self.show_progress = show_progress
         self.step = 0
         self.seconds = 0.0
         self.history: list[Record] = []
@@ -176,7 +186,13 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        return self.config.progress(self.step, self.seconds) >= 1
+        return self.config.progress(self.step, self.seconds) >= 1 or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last `patience` validations all failed to beat the ones before them."""
+        patience, losses = self.config.patience, [record.validation_loss for record in self.history]
+        return patience is not None and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
     def run(self) -> bool:
         """Train to the end, or until Ctrl-C; a second Ctrl-C stops at once.
@@ -191,7 +207,7 @@ class Trainer:
             CheckpointError: the checkpoint or the history cannot be written. A previous one is intact.
         """
         started = time.monotonic() - self.seconds
-        with _stop_requests() as stop_requested, _ProgressBar() as bar:
+        with _stop_requests() as stop_requested, _ProgressBar(self.show_progress) as bar:
             if not self.history:
                 # At once: from here on a killed run can be resumed, and the run that was here before cannot.
                 self.save()
@@ -218,7 +234,8 @@ class Trainer:
             group["lr"] = rate
         loss = self.loss(self.step)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # Summed on the device: reading every loss would make the host wait for it.
@@ -231,12 +248,13 @@ class Trainer:
         was_training = self.model.training
         self.model.eval()
         validation_loss = float(self.validate())
+        measures = self.measure() if self.measure is not None else {}
         self.model.train(was_training)
         train_loss = self._loss_sum.item() / self._loss_count if self._loss_count else None
         self._loss_sum.zero_()
         self._loss_count = 0
         rate = self.optimizer.param_groups[0]["lr"] if self.step else 0.0
-        record = Record(self.step, train_loss, validation_loss, rate, self.seconds)
+        record = Record(self.step, train_loss, validation_loss, rate, self.seconds, measures)
         for name, value in (("training", train_loss), ("validation", validation_loss)):
             if value is not None and not math.isfinite(value):
                 raise ArgumentError(
@@ -247,6 +265,7 @@ class Trainer:
         self._write_history()
         if self.tracker is not None:
             scalars = {"loss/validation": validation_loss, "learning_rate": rate, "seconds": self.seconds}
+            scalars |= {f"measure/{name}": sum(values) / len(values) for name, values in measures.items()}
             self.tracker.scalars(self.step, scalars if train_loss is None else {**scalars, "loss/train": train_loss})
         if self.on_record is not None:
             self.on_record(record)
@@ -376,11 +395,12 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 class _ProgressBar:
     """A bar on stderr for the share of the run that is done; nothing without a terminal or without tqdm."""
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
         self._bar: Any = None
 
     def __enter__(self) -> _ProgressBar:
-        if sys.stderr.isatty():
+        if self._wanted and sys.stderr.isatty():
             with suppress(ImportError):
                 from tqdm import tqdm
 

@@ -425,3 +425,48 @@ def test_training_in_another_thread_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert results == [True]
+
+
+def test_patience_stops_a_run_that_no_longer_improves() -> None:
+    trainer = make(steps=600, validate_every=6, patience=3)
+    losses = iter([5.0, 4.0, 4.5, 3.0, 3.0, 3.5, 3.1, 2.0, 1.0])
+    trainer.validate = lambda: next(losses)
+    assert trainer.run() and trainer.stopped_early and trainer.finished
+    assert [record.validation_loss for record in trainer.history] == [5.0, 4.0, 4.5, 3.0, 3.0, 3.5, 3.1]
+    assert trainer.step == 36
+
+
+def test_without_a_clip_the_gradient_is_taken_as_it_is() -> None:
+    def slope(clip: float | None) -> float:
+        trainer = make(steps=1, clip=clip)
+        # Plain SGD shows the size of the gradient, which Adam divides out.
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+        real = trainer.loss
+        trainer.loss = lambda step: 1000 * real(step)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer._train_step()
+        after = trainer.model.parameters()
+        return sum((a - b).square().sum().item() for a, b in zip(after, before, strict=True)) ** 0.5
+
+    rate = make(steps=1).config.rate(1.0)
+    assert slope(1.0) <= rate * 1.001
+    assert slope(None) > 10 * rate
+
+
+def test_measures_are_kept_in_history_checkpoint_and_tracker(tmp_path: Path) -> None:
+    logged: list[Mapping[str, float]] = []
+
+    class Recorder:
+        def scalars(self, step: int, values: Mapping[str, float]) -> None:
+            logged.append(values)
+
+    trainer = make(tmp_path, tracker=Recorder())
+    trainer.measure = lambda: {"accuracy": [float(trainer.step), 10.0]}
+    trainer.run()
+    assert [r.measures["accuracy"][0] for r in trainer.history] == [0, 6, 12, 18, 20]
+    assert [values["measure/accuracy"] for values in logged] == [5, 8, 11, 14, 15]
+    lines = [json.loads(line) for line in (tmp_path / HISTORY_NAME).read_text().splitlines()]
+    assert lines[1]["measures"] == {"accuracy": [6.0, 10.0]}
+    again = make(tmp_path)
+    again.restore(read_checkpoint(tmp_path / CHECKPOINT_NAME), tmp_path / CHECKPOINT_NAME)
+    assert again.history == trainer.history

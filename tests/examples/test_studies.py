@@ -21,8 +21,10 @@ SMALL = {
     "kernels": ["--rows", "20000"],
     "karate": ["--epochs", "700"],
     "accumulation": ["--steps", "200"],
+    "pca": ["--steps", "1000"],
+    "decay": ["--epochs", "60"],
 }
-NEEDS_DIGITS = ("accumulation", "depth")
+NEEDS_DIGITS = ("accumulation", "depth", "pca")
 
 
 def run_study(name: str, out: Path, *options: str) -> int:

@@ -152,6 +152,7 @@ def _checked(
 ) -> Call:
     if cu_seqlens is not None:
         check_sequences(cu_seqlens, q.shape[2])
+        cu_seqlens = cu_seqlens.contiguous()
     return Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
 
 
