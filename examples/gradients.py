@@ -158,7 +158,7 @@ def both_targets(model: RecurrentRegressionModel, x: Tensor, y: Tensor) -> tuple
 
 
 def claims_of(slopes: dict[float, float], far: dict[str, Trace], hidden: int) -> list[Claim]:
-    """Slopes as theory has them, what targets on the way do to a tanh RNN, and who carries a gradient over FAR steps."""
+    """Slopes as in theory, what targets on the way do to a tanh RNN, and who carries a gradient over FAR steps."""
     last, every = both_targets(scaled_model("rnn", "tanh", hidden, 1, 1), *running_average_batch(20, 1, dtype=FLOAT))
     # A relative error, and at rho = 1, whose logarithm is 0, the slope itself.
     errors = [abs(s / math.log(rho) - 1) if rho != 1 else abs(s) for rho, s in slopes.items()]
@@ -228,6 +228,7 @@ def _shown(values: Sequence[float]) -> list[float]:
 
 def _finish_axes(axes: Axes) -> None:
     axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False)
 
