@@ -120,7 +120,7 @@ def train_one(names: Names, seed: int, args: argparse.Namespace) -> Score | None
         folder=args.out / f"seed-{seed}",
         settings={**shape, "seed": seed, "batch": args.batch, "lr": args.lr, "languages": list(names.languages)},
     )
-    if not train(trainer, resume=args.resume, overwrite=args.overwrite):
+    if not train(trainer, args):
         return None
     model.eval()
     with torch.no_grad():

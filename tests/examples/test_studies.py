@@ -21,6 +21,8 @@ SMALL = {
     "kernels": ["--rows", "20000"],
     "karate": ["--epochs", "700"],
     "accumulation": ["--steps", "200"],
+    "gradients": [],
+    "beam": ["--seconds", "0"],  # nothing is timed in a test
 }
 NEEDS_DIGITS = ("accumulation", "depth")
 
