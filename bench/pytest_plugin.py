@@ -33,6 +33,9 @@ class BenchmarkPlugin:
 
     def __init__(self, folder: Path, *, quick: bool) -> None:
         self.quick = quick
+        self.folder = folder
+        self.notes: list[str] = []
+        """Lines for the end of the session, of benchmarks with a file of their own."""
         self.path = folder / "results.json"
         self._device = pick_device(None)
         self._memory = MemoryProbe(self._device)
@@ -56,6 +59,8 @@ class BenchmarkPlugin:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the table by case, N* of each head size, and where the results are."""
+        for note in self.notes:
+            terminalreporter.write_line(note)
         if not self._results.rows:
             return
         environment = self._results.environment

@@ -120,7 +120,7 @@ def train_one(names: Names, seed: int, args: argparse.Namespace) -> Score | None
         folder=args.out / f"seed-{seed}",
         settings={**shape, "seed": seed, "batch": args.batch, "lr": args.lr, "languages": list(names.languages)},
     )
-    if not train(trainer, resume=args.resume, overwrite=args.overwrite):
+    if not train(trainer, args):
         return None
     model.eval()
     with torch.no_grad():
@@ -258,7 +258,7 @@ def draw_confusion(languages: tuple[str, ...], scores: list[Score]) -> Figure:
     shares = counts / totals.clamp(min=1)
     figure = Figure(figsize=(10.5, 9), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares.tolist(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(languages)), languages, rotation=60, ha="right")
     labels = [f"{language} ({n})" for language, n in zip(languages, totals[:, 0].tolist(), strict=True)]
     axes.set_yticks(range(len(languages)), labels)

@@ -143,7 +143,7 @@ def train_one(
         folder=args.out / f"{cell}{layers}-{targets}-{seed}",
         settings=settings,
     )
-    if not train(trainer, resume=args.resume, overwrite=args.overwrite):
+    if not train(trainer, args):
         return None
     last_batches = statistics.mean(last) if last else None
     validation = trainer.history[-1].validation_loss

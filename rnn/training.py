@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from linattn import tracking
 from linattn.errors import CheckpointError, MissingExtraError
 from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
@@ -25,24 +26,25 @@ def adam(steps: int, learning_rate: float, validate_every: int) -> TrainingConfi
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """Declare --seeds, --out, --resume and --overwrite."""
+    """Declare --seeds, --out, --resume, --overwrite and the trackers."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of each (default 0)", metavar="SEED")
     parser.add_argument("--out", type=Path, default=Path("runs") / out, help="folder (%(default)s)")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on where the runs in the folder stopped")
     start.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds runs")
+    tracking.add_arguments(parser)
 
 
-def train(trainer: Trainer, *, resume: bool, overwrite: bool) -> bool:
-    """Run a trainer that has a folder; False when it was interrupted, after saving.
+def train(trainer: Trainer, args: argparse.Namespace) -> bool:
+    """Run a trainer that has a folder, by the options above; False when it was interrupted, after saving.
 
     Raises: CheckpointError for a checkpoint in the folder that is in the way, or is of other settings.
     """
     assert trainer.folder is not None
     path = trainer.folder / CHECKPOINT_NAME
-    if path.exists() and not (resume or overwrite):
+    if path.exists() and not (args.resume or args.overwrite):
         raise CheckpointError(f"{trainer.folder} holds a run already; accepted: --resume, --overwrite or another --out")
-    if path.exists() and resume:
+    if path.exists() and args.resume:
         checkpoint = read_checkpoint(path)
         found = checkpoint.get("settings", {})
         other = {name for name in {*found, *trainer.settings} if found.get(name) != trainer.settings.get(name)}
@@ -51,7 +53,11 @@ def train(trainer: Trainer, *, resume: bool, overwrite: bool) -> bool:
                 f"the run in {trainer.folder} has another {', '.join(sorted(other))}; accepted: the same"
             )
         trainer.restore(checkpoint, path)
+    trainer.tracker = tracking.open_tracker(args, trainer.folder, resumed_at=trainer.step if args.resume else None)
     finished = trainer.run()
+    if trainer.tracker is not None:
+        trainer.tracker.hyperparameters(trainer.settings, {"result/validation": trainer.history[-1].validation_loss})
+        trainer.tracker.close()
     if not finished:
         print(f"stopped at step {trainer.step}; go on with the same command and --resume", file=sys.stderr)
     return finished

@@ -19,7 +19,7 @@ struct Call {
     const float* h0 = nullptr;       // [B, H]
     const float* c0 = nullptr;       // [B, H]; lstm
     float* all_h = nullptr;          // [B, T, H], 0 after a sequence's end; read by the backward pass
-    float* cells = nullptr;          // [B, T, H], every c_t; null: no backward pass will follow; lstm
+    float* cells = nullptr;          // [B, T, H], every c_t, likewise; null: no backward pass will follow; lstm
     float* activations = nullptr;    // [B, T, 4 H], every i, f, g, o; null with `cells`; lstm
     int threads = 1;
 };

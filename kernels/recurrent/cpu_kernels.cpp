@@ -179,6 +179,15 @@ void lstm_row(const Block& block, int r, Index t, const float* z, float* h, floa
     });
 }
 
+// What a sequence gives from step `from` to step `to`, behind its end.
+void clear_outputs(const Block& block, int r, Index from, Index to) {
+    const Call& call = block.call;
+    const Index at = block.at(r, from), n = (to - from) * block.H;
+    clear(call.all_h + at, n);
+    if (call.cells != nullptr) clear(call.cells + at, n);
+    if (call.activations != nullptr) clear(call.activations + 4 * at, 4 * n);
+}
+
 template <Cell cell>
 void forward_block(const ForwardCall& call, const Block& block, const float* packed) {
     Scratch scratch;
@@ -200,14 +209,14 @@ void forward_block(const ForwardCall& call, const Block& block, const float* pac
         add_step_product(h, Hp, block.rows, packed, H, wide, z, wide);
         for (int r = 0; r < block.rows; ++r) {
             if (!block.runs(r, t))
-                clear(call.all_h + block.at(r, t), H);
+                clear_outputs(block, r, t, t + 1);
             else if constexpr (cell == Cell::lstm)
                 lstm_row(block, r, t, z + r * wide, h + r * Hp, c + r * Hp);
             else
                 elman_row<cell>(block, r, t, z + r * wide, h + r * Hp);
         }
     }
-    for (int r = 0; r < block.rows; ++r) clear(call.all_h + block.at(r, steps), (call.T - steps) * H);
+    for (int r = 0; r < block.rows; ++r) clear_outputs(block, r, steps, call.T);
     write_state(block, h, call.last_h);
     if (cell == Cell::lstm) write_state(block, c, call.last_c);
 }

@@ -23,6 +23,8 @@ SMALL = {
     "accumulation": ["--steps", "200"],
     "pca": ["--steps", "1000"],
     "decay": ["--epochs", "60"],
+    "gradients": [],
+    "beam": ["--seconds", "0"],  # nothing is timed in a test
 }
 NEEDS_DIGITS = ("accumulation", "depth", "pca")
 

@@ -1,0 +1,205 @@
+"""Beam search: the most probable continuations, as far as a few at a time can see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from linattn.errors import ArgumentError, ShapeError
+from linattn.rnn.checks import check_size
+
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+NOTHING = -1
+"""Stands behind the end of a shorter continuation, and everywhere in one that does not exist."""
+
+
+class BeamResult(NamedTuple):
+    """The best continuations of each sequence, best first.
+
+    Attributes:
+        tokens: int64 `[B, n_best, T]`, T the longest of them; the end token is included, -1 stands behind it.
+        lengths: int64 `[B, n_best]`; 0 where fewer than `n_best` were found.
+        log_probs: `[B, n_best]`, of the whole continuation; -inf where there is none.
+        scores: `[B, n_best]`, log_probs / lengths^length_penalty, by which they are ranked.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    log_probs: Tensor
+    scores: Tensor
+
+
+class _Ended(NamedTuple):
+    """Complete continuations, best first, `[B, n]` each: what stood in `beam` at step length - 1, and then `token`."""
+
+    scores: Tensor
+    log_probs: Tensor
+    lengths: Tensor
+    beam: Tensor
+    token: Tensor
+
+    def with_new(self, new: _Ended) -> _Ended:
+        """The best of both, as many as there are now."""
+        both = _Ended(*(torch.cat(pair, 1) for pair in zip(self, new, strict=True)))
+        scores, kept = both.scores.topk(self.scores.shape[1], dim=1)
+        return _Ended(scores, *(x.gather(1, kept) for x in both[1:]))
+
+
+@torch.no_grad()
+def beam_search(
+    step_fn: Step,
+    state: Any,
+    first_token: Tensor,
+    *,
+    beams: int,
+    max_length: int,
+    end_token: int | None = None,
+    length_penalty: float = 0.0,
+    n_best: int = 1,
+    batch_dim: int = 0,
+    early_stop: bool = True,
+) -> BeamResult:
+    """Extend the `beams` most probable beginnings of every sequence by one token at a time.
+
+    A step ranks all K M extensions. Of the best K, those that end in `end_token` are complete and set aside; the best K
+    that do not end go on. What is left after `max_length` tokens is complete too. Complete ones are ranked by
+    log p / length^length_penalty.
+
+    With `early_stop` a search ends when nothing can change its result any more: log p only falls and no continuation is
+    longer than `max_length`, so what is alive never scores above log p / max_length^length_penalty. Once the n-th best
+    complete one of every sequence does, the rest is left out. The result is that without it.
+
+    K = 1 is greedy search. K at least the number of beginnings of every length is exhaustive, and only then is the
+    result certainly the most probable one.
+
+    Args:
+        step_fn: `(tokens int64 [R], state) -> (log_probs [R, M], state)`, R = B at the first step and B K later; a
+            row's log_probs are those of the token after the one given, at most 0.
+        state: before `first_token`: None, a tensor, or tuples (named ones too), lists and dictionaries of them, with
+            the batch in dimension `batch_dim` of every tensor. It is reordered on its device.
+        first_token: int64 `[B]`, given to the first step; not part of the result.
+        beams: K, at least 1.
+        max_length: T, tokens of a continuation at most, at least 1.
+        end_token: 0 to M - 1; None: all continuations have `max_length` tokens.
+        length_penalty: 0 ranks by log p, which favours short ones; 1 by its mean over tokens.
+        n_best: continuations to return, at most K.
+        batch_dim: 0 for states `[B, ...]`, 1 for those of stacks, `[L, B, H]`.
+        early_stop: False runs to `max_length` always.
+
+    Cost: T calls of step_fn on B K rows, O(B T K M log M) for ranking, O(B T K) memory besides the state.
+
+    Raises: ArgumentError, ShapeError (what step_fn returns).
+
+    >>> table = torch.tensor([[0.5, 0.4, 0.1], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]).log()
+    >>> result = beam_search(lambda tokens, state: (table[tokens], state), None, torch.tensor([0]),
+    ...                      beams=2, max_length=4, end_token=2)
+    >>> result.tokens[0, 0].tolist(), round(result.log_probs[0, 0].exp().item(), 2)
+    ([1, 2], 0.32)
+    """
+    _check_options(first_token, beams, max_length, length_penalty, n_best)
+    B, K = first_token.shape[0], beams
+    device = first_token.device
+    log_probs, state = _stepped(step_fn, first_token, state, B, end_token)
+    M = log_probs.shape[1]
+    alive = log_probs.new_zeros(B, 1)
+    history: list[tuple[Tensor, Tensor]] = []  # of every step: the beam that each beam came from, its token
+    nowhere = torch.zeros(B, n_best, dtype=torch.int64, device=device)
+    worst = log_probs.new_full((B, n_best), -torch.inf)
+    ended = _Ended(worst, worst, nowhere, nowhere, nowhere)
+
+    for length in range(1, max_length + 1):
+        extended = (alive[:, :, None] + log_probs.view(B, -1, M)).flatten(1)
+        ranked, index = extended.topk(min(2 * K, extended.shape[1]), dim=1)
+        beam, token = index // M, index % M
+        is_end = token == end_token if end_token is not None else torch.zeros_like(token, dtype=torch.bool)
+        complete = is_end if length < max_length else torch.ones_like(is_end)
+        complete = complete & (torch.arange(ranked.shape[1], device=device) < K)
+        found = ranked.masked_fill(~complete, -torch.inf)
+        lengths = torch.full_like(beam, length)
+        ended = ended.with_new(_Ended(found / length**length_penalty, found, lengths, beam, token))
+
+        alive, kept = ranked.masked_fill(is_end, -torch.inf).topk(min(K, ranked.shape[1]), dim=1)
+        beam, token = beam.gather(1, kept), token.gather(1, kept)
+        history.append((beam, token))
+        if length == max_length or (early_stop and _nothing_can_change(ended, alive, max_length, length_penalty)):
+            break
+        rows = (torch.arange(B, device=device)[:, None] * (len(log_probs) // B) + beam).flatten()
+        state = reorder(state, rows, batch_dim)
+        log_probs, state = _stepped(step_fn, token.flatten(), state, token.numel(), end_token, M)
+    return _traced(ended, history)
+
+
+def _nothing_can_change(ended: _Ended, alive: Tensor, max_length: int, length_penalty: float) -> bool:
+    """Whether no living beam can still score above the last complete continuation that will be returned."""
+    return bool((ended.scores[:, -1] >= alive[:, 0] / max_length**length_penalty).all())
+
+
+def _traced(ended: _Ended, history: list[tuple[Tensor, Tensor]]) -> BeamResult:
+    """Walk from the end of each complete continuation back to its beginning."""
+    exists = ended.scores > -torch.inf
+    lengths = ended.lengths * exists
+    longest = int(lengths.max()) if lengths.numel() else 0
+    tokens = torch.full((*lengths.shape, longest), NOTHING, device=lengths.device)
+    beam = ended.beam
+    for t in reversed(range(longest)):
+        parent, token = history[t]
+        last, inside = lengths == t + 1, lengths > t + 1
+        here = beam.clamp(max=parent.shape[1] - 1)  # of rows that have not begun yet, whatever it is
+        tokens[..., t] = torch.where(last, ended.token, torch.where(inside, token.gather(1, here), NOTHING))
+        beam = torch.where(inside, parent.gather(1, here), beam)
+    return BeamResult(tokens, lengths, ended.log_probs, ended.scores)
+
+
+def reorder(state: Any, rows: Tensor, batch_dim: int = 0) -> Any:
+    """The state of these rows: every tensor in tuples, lists and dictionaries, taken along its batch dimension.
+
+    >>> reorder({"h": torch.tensor([[1.0, 2.0, 3.0]]), "c": None}, torch.tensor([2, 2, 0]), batch_dim=1)
+    {'h': tensor([[3., 3., 1.]]), 'c': None}
+    """
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return state.index_select(batch_dim, rows)
+    if isinstance(state, dict):
+        return {name: reorder(part, rows, batch_dim) for name, part in state.items()}
+    if isinstance(state, (tuple, list)):
+        parts = [reorder(part, rows, batch_dim) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    raise ArgumentError(f"a state holds a {type(state).__name__}; accepted: None, tensors, tuples, lists, dictionaries")
+
+
+def _stepped(
+    step_fn: Step, tokens: Tensor, state: Any, rows: int, end_token: int | None, width: int | None = None
+) -> tuple[Tensor, Any]:
+    """A call of step_fn, its log-probabilities checked."""
+    log_probs, state = step_fn(tokens, state)
+    accepted = f"accepted: a floating tensor [{rows}, {width or 'M'}]"
+    if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
+        given = log_probs.dtype if isinstance(log_probs, Tensor) else type(log_probs).__name__
+        raise ShapeError(f"step_fn returned log_probs of {given}; {accepted}")
+    if log_probs.dim() != 2 or log_probs.shape[0] != rows or log_probs.shape[1] != (width or log_probs.shape[1]):
+        raise ShapeError(f"step_fn returned log_probs of shape {list(log_probs.shape)}; {accepted}")
+    if end_token is not None and not 0 <= end_token < log_probs.shape[1]:
+        raise ArgumentError(f"end_token={end_token} was given; accepted: 0 to {log_probs.shape[1] - 1}, or None")
+    highest = log_probs.max()
+    if not highest <= 1e-3:
+        raise ArgumentError(
+            f"step_fn returned a value of {highest.item():.3g}; accepted: log-probabilities, at most 0 "
+            "(logits become some by log_softmax)"
+        )
+    return log_probs, state
+
+
+def _check_options(first_token: Tensor, beams: int, max_length: int, length_penalty: float, n_best: int) -> None:
+    if not isinstance(first_token, Tensor) or first_token.dtype != torch.int64 or first_token.dim() != 1:
+        given = f"{first_token.dtype} {list(first_token.shape)}" if isinstance(first_token, Tensor) else first_token
+        raise ShapeError(f"first_token must be an int64 tensor [B], got {given}")
+    for name, value in (("beams", beams), ("max_length", max_length), ("n_best", n_best)):
+        check_size(name, value)
+    if n_best > beams:
+        raise ArgumentError(f"n_best={n_best} and beams={beams} were given; accepted: n_best of at most beams")
+    if not length_penalty >= 0:
+        raise ArgumentError(f"length_penalty={length_penalty} was given; accepted: 0 or more")
