@@ -101,7 +101,7 @@ def test_the_recall_study_goes_on_where_it_was_interrupted(
     assert cli.main(words) in (0, 1)  # eight steps teach nothing: the claim on softmax is broken
     assert {name: (tmp_path / name / "results.json").stat().st_mtime_ns for name in finished} == before
     printed = capsys.readouterr().out
-    assert "BROKEN: softmax, D = 8, pairs 64 of 256: accuracy" in printed
+    assert "BROKEN: 64 pairs in 256 tokens, accuracy: softmax, D = 8" in printed
     assert "2 runs" in printed and (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "elu+1-D8-seed0" / "results.json").read_text())
     assert set(results["accuracy"]) == {f"{cell.pairs} of {cell.length}" for cell in CELLS}
