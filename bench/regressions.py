@@ -22,7 +22,7 @@ from linattn.errors import DataError
 from linattn.testing import BUDGETS
 
 RUN_TO_RUN = 0.10
-"""The same code, run twice, gives ratios that differ by up to this much beyond what the repeats of one run tell."""
+"""What two runs of the same code may differ by beyond what the repeats of one run tell: clocks and neighbours drift."""
 MEMORY_SHARE, MEMORY_MIB = 0.10, 2.0
 """A peak may grow by this share, and by this much, unnoticed: pages and thread stacks."""
 DRAWS = 400

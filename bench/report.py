@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linattn.bench import heat_map, marked_tables, page, plots, roofline, scaling
+from linattn.bench.gpu_section import RECORD, gpu_section
 from linattn.bench.page import Section
 from linattn.bench.regressions import Flag, committed_before, compare
 from linattn.bench.results import Results
@@ -80,10 +81,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.no_figures:
         plots.require_matplotlib()
-    findings = [_look_at(path, args.baseline) for path in result_files(args.paths)]
-    if not findings:
+    files = result_files(args.paths)
+    findings = [_look_at(path, args.baseline) for path in files if path.name != RECORD]
+    records = [path for path in files if path.name == RECORD]
+    if not files:
         raise DataError(f"no result files in {', '.join(map(str, args.paths))}; `linattn crossover` writes some")
-    _write(args.out, as_page(findings, figures=not args.no_figures))
+    _write(args.out, as_page(findings, records, figures=not args.no_figures))
     for finding in findings:
         print(f"{finding.path}: {finding.verdict}" + (f", compared with {finding.source}" if finding.source else ""))
         for flag in finding.flags:
@@ -96,20 +99,26 @@ def result_files(paths: Iterable[Path]) -> list[Path]:
     """Files that were named, and those in folders that were; in folders results of another kind are passed over."""
     found: list[Path] = []
     for path in paths:
-        found += [path] if not path.is_dir() else [file for file in sorted(path.rglob("results.json")) if _ours(file)]
+        if path.is_dir():
+            found += [file for file in sorted(path.rglob("results.json")) if _ours(file)]
+            found += sorted(path.rglob(RECORD))
+        else:
+            found.append(path)
     return list(dict.fromkeys(found))
 
 
-def as_page(findings: Sequence[Finding], *, figures: bool) -> str:
-    """The page of some result files."""
+def as_page(findings: Sequence[Finding], records: Sequence[Path] = (), *, figures: bool) -> str:
+    """The page of some result files, and of records of `make gpu`."""
     flags = [f"{finding.path}: {flag}" for finding in findings for flag in finding.flags]
     compared = [finding for finding in findings if finding.source]
-    overview = Section("Overview", f"{len(findings)} result files, {len(compared)} compared with earlier ones")
+    count = len(findings) + len(records)
+    overview = Section("Overview", f"{count} result files, {len(compared)} compared with earlier ones")
     overview.parts.append(
         page.notice(flags or ["Nothing is slower, larger or wrong beyond its noise band."], alarm=bool(flags))
     )
     devices = list(dict.fromkeys(finding.results.environment.device for finding in findings))
     sections = [overview, *(_section(finding, figures=figures) for finding in findings)]
+    sections += [gpu_section(path, figures=figures) for path in records]
     return page.page("linattn: measured", ", ".join(devices), sections)
 
 
