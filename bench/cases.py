@@ -26,7 +26,9 @@ DTYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
 }
 FEATURE_MAP_OPS = ("elu+1", "relu", "relu2", "exp")
-COEFFICIENTS = {"quadratic": (1, 2, 1), "power": (0, 0, 1)}
+COEFFICIENTS = {"quadratic": (1, 2, 1), "taylor": (1, 1, 0.5), "power": (0, 0, 1)}
+GENERAL = "general"
+"""Backend name of the operations in plain PyTorch that have no other."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Problem:
 class Method:
     """Who computes it: an operation, the form it takes, and a backend of linattn or the name of a peer.
 
-    `op` is "softmax", "quadratic", "power" ((q.k)^2), "plain" (q.k, not divided by its sum) or a feature map's name.
+    `op` is "softmax", "quadratic", "taylor" (1 + s + s^2/2), "power" ((q.k)^2), "plain" (q.k, not divided by its sum),
+    "argmax" or a feature map's name.
     """
 
     name: str
@@ -85,7 +88,9 @@ class Method:
     @property
     def kernel(self) -> Literal["softmax", "quadratic", "feature_map"]:
         """The family that `linattn.cost` counts it under."""
-        return "softmax" if self.op == "softmax" else "quadratic" if self.op in COEFFICIENTS else "feature_map"
+        return (
+            "softmax" if self.op in ("softmax", "argmax") else "quadratic" if self.op in COEFFICIENTS else "feature_map"
+        )
 
 
 SDPA = Method("SDPA", "softmax", "direct", "sdpa")
@@ -93,6 +98,16 @@ QUADRATIC_DIRECT = Method("quadratic direct", "quadratic", "direct")
 QUADRATIC_CHUNKED = Method("quadratic chunked", "quadratic", "chunked")
 SOFTMAX = Method("softmax", "softmax", "direct")
 ELU_CHUNKED = Method("elu+1 chunked", "elu+1", "chunked")
+KERNEL_ATTENTION = Method("kernel_attention", "quadratic", "direct", GENERAL)
+ARGMAX = Method("argmax_attention", "argmax", "direct", GENERAL)
+
+
+def takes(method: Method, problem: Problem) -> bool:
+    """Whether a method is defined on a problem: decoding goes forwards in time, looking up the best key has no mask
+    and no gradient to queries and keys."""
+    if method.form == "recurrent":
+        return problem.is_causal
+    return method.op != "argmax" or (problem.direction == "forward" and not problem.is_causal)
 
 
 def attention_of(method: Method) -> Callable[..., Tensor]:
@@ -102,6 +117,8 @@ def attention_of(method: Method) -> Callable[..., Tensor]:
         if peer.op != method.op:
             raise ArgumentError(f"peer {method.backend!r} computes {peer.op!r}, got op {method.op!r}")
         return peer.load()
+    if method.backend == GENERAL:
+        return _general(method)
     if method.op == "softmax":
         return lambda q, k, v, is_causal: linattn.softmax_attention(
             q, k, v, is_causal=is_causal, backend=method.backend
@@ -120,6 +137,20 @@ def attention_of(method: Method) -> Callable[..., Tensor]:
             q, k, v, feature_map=method.op, is_causal=is_causal, form=method.form, backend=method.backend
         )
     raise unknown_name("op", method.op, ("softmax", *COEFFICIENTS, "plain", *FEATURE_MAP_OPS))
+
+
+def _general(method: Method) -> Callable[..., Tensor]:
+    if method.op == "argmax":
+        return lambda q, k, v, is_causal: linattn.argmax_attention(q, k, v)
+    if method.op in COEFFICIENTS:
+        c0, c1, c2 = COEFFICIENTS[method.op]
+
+        def similarity(q: Tensor, k: Tensor) -> Tensor:
+            s = q @ k.mT
+            return c0 + c1 * s + c2 * s.square()
+
+        return lambda q, k, v, is_causal: linattn.kernel_attention(q, k, v, sim=similarity, is_causal=is_causal)
+    raise unknown_name("op", method.op, ("argmax", *COEFFICIENTS))
 
 
 def prepare(method: Method, problem: Problem, tensors: Sequence[Tensor], upstream: Tensor | None = None) -> Call:

@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "runs/crossover")
     parser.add_argument("--fresh", action="store_true", help="measure again what is already there")
     parser.add_argument(
-        "--dtype", action="append", choices=list(DTYPES), help="may be repeated (fp32; on cuda and with --full also bf16)"
+        "--dtype",
+        action="append",
+        choices=list(DTYPES),
+        help="may be repeated (fp32; on cuda and with --full also bf16)",
     )
     parser.add_argument("--heads", type=int, default=4, metavar="H", help="heads, B = 1 (%(default)s)")
     parser.add_argument("--sizes", type=_sizes, metavar="D,D", help="head sizes instead of the plan's, as 16,32")

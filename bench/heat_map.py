@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
 from linattn.bench.environment import Environment
-from linattn.bench.plots import STYLES, new_figure, parts_of, save
+from linattn.bench.plots import STYLES, machine_of, new_figure, parts_of, save, title
 from linattn.bench.results import Results, Row
 from linattn.bench.tables import Group
 
@@ -40,9 +40,7 @@ def draw_winners(parts: Mapping[str, Mapping[Group, Sequence[Row]]], environment
     heads = sorted({group.D for groups in parts.values() for group in groups})
     sizes = sorted({row.problem.N for groups in parts.values() for rows in groups.values() for row in rows})
     sizes = [N for N in sizes if N & (N - 1) == 0]
-    figure = new_figure(
-        max(7.0, (0.75 * len(heads) + 1.6) * len(masks)), (0.27 * len(sizes) + 0.9) * len(parts) + 1.3
-    )
+    figure = new_figure(max(7.0, (0.75 * len(heads) + 1.6) * len(masks)), (0.27 * len(sizes) + 0.9) * len(parts) + 1.3)
     grid = figure.subplots(len(parts), len(masks), sharex=True, sharey=True, squeeze=False)
     for line, groups in zip(grid, parts.values(), strict=True):
         for axes, is_causal in zip(line, masks, strict=True):
@@ -53,9 +51,7 @@ def draw_winners(parts: Mapping[str, Mapping[Group, Sequence[Row]]], environment
     for axes in grid[:, 0]:
         axes.set_ylabel("sequence length N (tokens)")
     figure.legend(handles=_legend(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle("The fastest attention, and by what factor it beats the next\n\n", fontsize=13)
-    details = f"M = D, torch {environment.torch}, {environment.device}, {environment.threads} threads"
-    figure.text(0.5, 1 - 0.42 / figure.get_figheight(), details, ha="center", va="top", fontsize=9, color="#444444")
+    title(figure, "The fastest attention, and by what factor it beats the next", f"M = D, {machine_of(environment)}")
     return figure
 
 

@@ -109,3 +109,13 @@ def useful_gflops(method: Method, problem: Problem) -> float:
         sum(flops(method.kernel, form, is_causal=problem.is_causal, backward=p, **sizes) for p in passes) / 1e9
         for form in forms
     )
+
+
+def least_bytes(problem: Problem) -> int:
+    """Bytes that must cross to and from memory: q, k, v are read and out is written once.
+
+    Backward q, k, v, out and its gradient are read again, and dq, dk, dv written.
+    """
+    itemsize = DTYPES[problem.dtype].itemsize
+    q, v = (problem.B * problem.H * problem.N * size * itemsize for size in (problem.D, problem.M))
+    return 2 * (q + v) + (4 * (q + v) if problem.direction == "training" else 0)

@@ -1,4 +1,8 @@
-"""Implementations that are not ours, by name. Each says which operation it computes, so its error can be judged."""
+"""Implementations that are not ours, by name.
+
+Each says which operation it computes, so that `linattn.bench.proofs` can hold it against the truth of that operation
+before it is compared with anything, and from which package it comes.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,15 @@ from linattn.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Peer:
-    """`load()` imports what the peer needs and returns `(q, k, v, is_causal) -> out`; `op` is what it computes."""
+    """`load()` imports what the peer needs and returns `(q, k, v, is_causal) -> out`; `op` is what it computes.
+
+    `package` is what has to be installed; `causal_only` peers have no other mask.
+    """
 
     op: str
     load: Callable[[], Callable[..., Tensor]]
+    package: str = "torch"
+    causal_only: bool = False
 
 
 def _load_sdpa() -> Callable[..., Tensor]:
@@ -88,10 +97,9 @@ def _load_fla_linear() -> Callable[..., Tensor]:
     """fla-core: linear attention with its normaliser; the feature map is applied before, as its layers do."""
     from fla.ops.linear_attn import chunk_linear_attn
 
-    def mapped(x: Tensor) -> Tensor:
-        return torch.nn.functional.elu(x) + 1
-
-    return _causal_only(lambda q, k, v: chunk_linear_attn(mapped(q), mapped(k), v, scale=1.0, normalize=True)[0])
+    return _causal_only(
+        lambda q, k, v: chunk_linear_attn(_elu_features(q), _elu_features(k), v, scale=1.0, normalize=True)[0]
+    )
 
 
 def _load_fla_plain() -> Callable[..., Tensor]:
@@ -126,15 +134,68 @@ def _load_lightning() -> Callable[..., Tensor]:
     return attend
 
 
+def _load_naive() -> Callable[..., Tensor]:
+    """(1 + q.k)^2 as it is written down: all N^2 scores at once."""
+
+    def naive(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        weights = (1 + q @ k.mT).square()
+        if is_causal:
+            weights = weights.tril()
+        return (weights @ v) / weights.sum(dim=-1, keepdim=True)
+
+    return naive
+
+
+def _load_batched_cumsum(features: Callable[[Tensor], Tensor], chunk: int = 64) -> Callable[..., Tensor]:
+    """phi(q).phi(k) in plain PyTorch: features of all tokens, states of all chunks, and their cumulated sums."""
+
+    def whole(f_q: Tensor, f_k: Tensor, v: Tensor) -> Tensor:
+        return (f_q @ (f_k.mT @ v)) / (f_q @ f_k.sum(dim=-2)[..., None])
+
+    def in_chunks(x: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % chunk))
+        return padded.unflatten(2, (-1, chunk))
+
+    def batched_cumsum(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        if not is_causal:
+            return whole(features(q), features(k), v)
+        # Keys that fill up the last chunk come after every query.
+        f_q, f_k, values = in_chunks(features(q)), in_chunks(features(k)), in_chunks(v)
+        with_sums = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
+        states = f_k.mT @ with_sums
+        before = states.cumsum(dim=2) - states
+        inside = (f_q @ f_k.mT).tril() @ with_sums
+        sums = (f_q @ before + inside).flatten(2, 3)[:, :, : q.shape[2]]
+        return sums[..., :-1] / sums[..., -1:]
+
+    return batched_cumsum
+
+
+def _elu_features(x: Tensor) -> Tensor:
+    return torch.nn.functional.elu(x) + 1
+
+
+def _quadratic_features(x: Tensor) -> Tensor:
+    """[1, sqrt(2) x_i, x_i^2, sqrt(2) x_i x_j (i < j)], every one of them in memory."""
+    D = x.shape[-1]
+    i, j = torch.triu_indices(D, D, device=x.device)
+    weight = torch.where(i == j, 1.0, 2**0.5).to(x)
+    return torch.cat([torch.ones_like(x[..., :1]), 2**0.5 * x, x[..., i] * x[..., j] * weight], dim=-1)
+
+
 PEERS: dict[str, Peer] = {
     "sdpa": Peer("softmax", _load_sdpa),
     "sdpa-flash": Peer("softmax", lambda: _load_sdpa_on("FLASH_ATTENTION")),
+    "sdpa-efficient": Peer("softmax", lambda: _load_sdpa_on("EFFICIENT_ATTENTION")),
     "sdpa-cudnn": Peer("softmax", lambda: _load_sdpa_on("CUDNN_ATTENTION")),
     "sdpa-math": Peer("softmax", lambda: _load_sdpa_on("MATH")),
     "flex": Peer("quadratic", _load_flex),
-    "fla-rebased": Peer("quadratic", _load_rebased),
-    "fla-linear": Peer("elu+1", _load_fla_linear),
-    "fla-plain": Peer("plain", _load_fla_plain),
-    "retention": Peer("power", _load_retention),
-    "lightning": Peer("plain", _load_lightning),
+    "naive": Peer("quadratic", _load_naive),
+    "features-cumsum": Peer("quadratic", lambda: _load_batched_cumsum(_quadratic_features)),
+    "fla-rebased": Peer("quadratic", _load_rebased, "fla-core", causal_only=True),
+    "retention": Peer("power", _load_retention, "retention", causal_only=True),
+    "elu-cumsum": Peer("elu+1", lambda: _load_batched_cumsum(_elu_features)),
+    "fla-linear": Peer("elu+1", _load_fla_linear, "fla-core", causal_only=True),
+    "fla-plain": Peer("plain", _load_fla_plain, "fla-core", causal_only=True),
+    "lightning": Peer("plain", _load_lightning, "lightning-attn", causal_only=True),
 }

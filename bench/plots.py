@@ -131,7 +131,7 @@ def _panels(
     for group, rows in groups.items():
         axes = grid[masks.index(group.is_causal)][heads.index(group.D)]
         draw(axes, group, rows)
-        _log_axes(axes, [row.problem.N for row in rows])
+        log_axes(axes, [row.problem.N for row in rows])
         axes.set_title(f"D = {group.D}, {'causal' if group.is_causal else 'non-causal'}", fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("sequence length N (tokens)")
@@ -227,7 +227,7 @@ def _interpolate(curve: Mapping[int, float], at: float) -> float:
     return math.exp((1 - share) * math.log(curve[a]) + share * math.log(curve[b]))
 
 
-def _log_axes(axes: Axes, sizes: Sequence[int]) -> None:
+def log_axes(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)
     powers = range(math.ceil(math.log2(min(sizes))), math.floor(math.log2(max(sizes))) + 1)
@@ -301,13 +301,23 @@ def _legend(figure: Figure, handles: list[Any]) -> None:
 def _title(figure: Figure, text: str, groups: Mapping[Group, Sequence[Row]], environment: Environment) -> None:
     group = next(iter(groups))
     what = "forward and backward" if group.direction == "training" else "forward"
-    machine = environment.device
-    if environment.slug.startswith("cpu"):
-        machine += f", {environment.threads} thread{'s'[: environment.threads != 1]}, {environment.instruction_set}"
-    details = f"{what}, {group.dtype}, B = {group.B}, H = {group.H}, M = D, torch {environment.torch}, {machine}"
+    details = f"{what}, {group.dtype}, B = {group.B}, H = {group.H}, M = D"
+    title(figure, text, f"{details}, {machine_of(environment)}")
+
+
+def title(figure: Figure, text: str, details: str) -> None:
+    """A heading, and below it, smaller, what has to be known of the measurement."""
     # The empty lines keep room for the details below the title, whose place is fixed in inches.
     figure.suptitle(f"{text}\n\n", fontsize=13)
     figure.text(0.5, 1 - 0.42 / figure.get_figheight(), details, ha="center", va="top", fontsize=9, color="#444444")
+
+
+def machine_of(environment: Environment) -> str:
+    """Version and machine in a line."""
+    machine = environment.device
+    if environment.slug.startswith("cpu"):
+        machine += f", {environment.threads} thread{'s'[: environment.threads != 1]}, {environment.instruction_set}"
+    return f"torch {environment.torch}, {machine}"
 
 
 def save(figure: Figure, path: Path) -> None:

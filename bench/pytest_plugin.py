@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from linattn.bench import tables, targets
-from linattn.bench.cases import DTYPES, SDPA, Method, Problem
+from linattn.bench.cases import SDPA, Method, Problem
 from linattn.bench.environment import describe
 from linattn.bench.measure import affordable, measure
 from linattn.bench.memory import MemoryProbe
-from linattn.bench.results import Results, Row
+from linattn.bench.regressions import wrong
+from linattn.bench.results import Results
 from linattn.environment import pick_device
-from linattn.testing import BUDGETS
 
 QUICK_BUDGET_S, QUICK_LIMIT_S = 0.4, 0.6
 BUDGET_S, LIMIT_S = 3.0, 4.0
@@ -54,8 +54,8 @@ class BenchmarkPlugin:
         rows = measure(problem, kept, device=self._device, budget_s=budget, memory=self._memory) + skipped
         self._results.rows += rows
         self._results.save(self.path)
-        wrong = [line for row in rows for line in _excess(row)]
-        assert not wrong, "; ".join(wrong)
+        flags = [str(flag) for row in rows for flag in wrong(row)]
+        assert not flags, "; ".join(flags)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the table by case, N* of each head size, and where the results are."""
@@ -76,14 +76,3 @@ class BenchmarkPlugin:
     def pytest_unconfigure(self) -> None:
         """End the process that measures memory."""
         self._memory.close()
-
-
-def _excess(row: Row) -> list[str]:
-    """What about a row is worse than its dtype's error budget."""
-    budget = BUDGETS[DTYPES[row.problem.dtype]]
-    pairs = (("output", row.error, budget.forward), ("gradient", row.gradient_error, budget.gradient))
-    return [
-        f"{row.method.name} on {row.problem}: {what} is off by {error:.1e}, accepted: {limit:.0e}"
-        for what, error, limit in pairs
-        if error is not None and not error <= limit
-    ]

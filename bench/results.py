@@ -94,9 +94,19 @@ class Results:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as problem:
             raise DataError(f"cannot read result file {path}: {problem}") from problem
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: object, name: str) -> Results:
+        """What a result file called `name` holds, from its JSON.
+
+        Raises:
+            DataError: it is of another schema, or something is missing.
+        """
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
-            raise DataError(f"result file {path} has schema {schema!r}; accepted: {SCHEMA}")
+            raise DataError(f"result file {name} has schema {schema!r}; accepted: {SCHEMA}")
+        assert isinstance(data, dict)
         try:
             rows = [
                 Row(**{**row, "method": Method(**row["method"]), "problem": Problem(**row["problem"])})
@@ -104,7 +114,7 @@ class Results:
             ]
             return cls(data["kind"], Environment(**data["environment"]), data["settings"], rows)
         except (KeyError, TypeError) as problem:
-            raise DataError(f"result file {path} is damaged: {problem}") from problem
+            raise DataError(f"result file {name} is damaged: {problem}") from problem
 
 
 def resume(path: Path, kind: str, environment: Environment, settings: dict[str, object]) -> tuple[Results, str | None]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from linattn.bench import tables
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem, takes
 from linattn.bench.crossing import refine
 from linattn.bench.environment import describe
 from linattn.bench.measure import affordable, measure, useful_gflops
@@ -89,7 +89,8 @@ class Sweep:
         found = self.results.rows_of(problem)
         if not found:
             self.bar.set_postfix_str(str(problem))
-            methods, skipped = affordable(self.methods, problem, self.results.rows, limit_s)
+            defined = [method for method in self.methods if takes(method, problem)]
+            methods, skipped = affordable(defined, problem, self.results.rows, limit_s)
             found = measure(problem, methods, device=self.device, budget_s=self.plan.budget_s, memory=self.memory)
             found += skipped
             self.results.rows += found
@@ -182,7 +183,9 @@ def _announce(
         rate = useful_gflops(SDPA, sample) / (min(samples["sdpa"]) / 1e3)
         seconds = 0.0
         for problem in missing:
-            calls = {m: useful_gflops(m, problem) / rate * (1 if m == SDPA else 2) for m in methods}
+            calls = {
+                m: useful_gflops(m, problem) / rate * (1 if m == SDPA else 2) for m in methods if takes(m, problem)
+            }
             # Beyond twice the expected crossing the order is settled.
             settled = problem.N > 2 * problem.D**2
             limit_s = plan.settled_s if settled else plan.limit_s

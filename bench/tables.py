@@ -56,7 +56,7 @@ def crossing_of(rows: Sequence[Row], than: Method, ours: Method = QUADRATIC_CHUN
 
 def table(rows: Sequence[Row]) -> str:
     """The rows of one group as an aligned table, in the order given."""
-    lines = [HEADINGS, *(_cells(row) for row in rows)]
+    lines = [HEADINGS, *(cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     left = (1, 2)
     return "\n".join(
@@ -92,7 +92,8 @@ def _per_square(crossing: Crossing, D: int) -> str:
     return "" if crossing.value is None else f", N*/D^2 = {crossing.value / D**2:.2f}"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
+    """One row under `HEADINGS`."""
     start = (str(row.problem.N), row.method.name, row.backend_used)
     if row.median_ms is None or row.p20_ms is None or row.p80_ms is None:
         return (*start, "-", row.skipped or "-", "-", "-", "-", "-")

@@ -32,6 +32,12 @@ COMMANDS = {
     "fuzz": Command("linattn.fuzz", "try a backend on random calls, held against the truth in float64"),
     "kernels": Command("linattn.kernel_report", "compile the GPU kernels, without a GPU, and read their machine code"),
     "crossover": Command("linattn.bench.crossover", "measure from which length on the linear form is the faster one"),
+    "scaling": Command(
+        "linattn.bench.scaling", "measure how time and memory grow with the length, operation by operation"
+    ),
+    "roofline": Command("linattn.bench.roofline", "measure the machine's limits and each kernel's place below them"),
+    "peers": Command("linattn.bench.proofs", "prove what other implementations compute, and time them beside ours"),
+    "report": Command("linattn.bench.report", "one page of all results, the README's tables, and what became slower"),
     "calibrate": Command("linattn.bench.calibrate", "measure where the chunked form begins to pay, for later calls"),
     "train lm": Command("linattn.language", "train a character language model on a text file"),
     "train names": Command("linattn.rnn.train_names", "learn from which language a surname comes"),

@@ -183,6 +183,73 @@ def test_implemented_flops_are_those_of_the_reference_path(
     assert counted == pytest.approx(expected, rel=0.06)
 
 
+def multiply_adds(form: str, is_causal: bool, N: int, D: int, M: int, F: int, chunk: int) -> int:
+    """Multiply-adds of one head, forward, counted query by query and key by key."""
+    count = 0
+    for i in range(N):
+        if form == "direct":
+            # A causal query sees its own key by half, so that pairs come to N^2 / 2.
+            seen = i + 0.5 if is_causal else N
+            count += seen * (D + M)
+            continue
+        # Fold this key into the state of F features, values and normaliser; read it with this query.
+        count += 2 * F * (M + 1)
+        if form == "chunked" and is_causal:
+            # Of its own chunk a query sees half the keys on average.
+            count += chunk / 2 * (D + M)
+    return round(count)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "form"), [("softmax", "direct"), ("quadratic", "direct"), ("feature_map", "direct"), *LINEAR]
+)
+def test_flops_are_those_counted_pair_by_pair(kernel: str, form: str, is_causal: bool) -> None:
+    if form == "recurrent" and not is_causal:
+        pytest.skip("the recurrent form is causal")
+    D, M, chunk = 6, 4, 16
+    F = sum(1 for i in range(D + 1) for j in range(i + 1)) if kernel == "quadratic" else D
+    counted = {N: 2 * multiply_adds(form, is_causal, N, D, M, F, chunk) for N in (64, 256)}
+    for N, count in counted.items():
+        assert flops(kernel, form, B=1, H=1, N=N, D=D, M=M, is_causal=is_causal, chunk=chunk) == count
+    assert exponent(counted) == pytest.approx(2.0 if form == "direct" else 1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "form"),
+    [("softmax", "direct"), ("quadratic", "direct"), ("quadratic", "chunked"), ("feature_map", "chunked")],
+)
+def test_flops_that_torch_counts_grow_as_the_model_says(kernel: str, form: str, is_causal: bool, monkeypatch) -> None:
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode, bmm_flop
+
+    import linattn
+    from linattn.kernels.common import tiles
+
+    D, tile = 8, 64
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", tile * tile)
+    options = {
+        "softmax": {"kernel": "softmax"},
+        "quadratic": {"kernel": "quadratic", "form": form},
+        "feature_map": {"kernel": "elu+1", "form": form},
+    }[kernel]
+
+    def baddbmm_flop(out, a, b, **_):
+        return bmm_flop(a, b)
+
+    counted = {}
+    for N in (2048, 8192):
+        q, k, v = (torch.randn(1, 1, N, D) for _ in range(3))
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop}) as counter:
+            linattn.attention(q, k, v, is_causal=is_causal, backend="reference", **options)
+        counted[N] = counter.get_total_flops()
+    predicted = {N: flops(kernel, form, B=1, H=1, N=N, D=D, M=D, is_causal=is_causal) for N in counted}
+    assert exponent(predicted) == pytest.approx(2.0 if form == "direct" else 1.0, abs=1e-9)
+    # Whole tiles on the diagonal, and a first chunk that has no state to read, shift it by a little.
+    assert exponent(counted) == pytest.approx(exponent(predicted), abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -218,7 +218,11 @@ def modelled(monkeypatch, seconds) -> list[tuple[int, list[Method]]]:
 
 def test_long_calls_end_once_the_order_is_settled(tmp_path, monkeypatch) -> None:
     # Chunked wins from 1500 on; SDPA and direct take 0.1 s at 1024.
-    times = {SDPA: lambda N: N * N / 1e7, QUADRATIC_DIRECT: lambda N: N * N / 1e7, QUADRATIC_CHUNKED: lambda N: N * 1.5e-4}
+    times = {
+        SDPA: lambda N: N * N / 1e7,
+        QUADRATIC_DIRECT: lambda N: N * N / 1e7,
+        QUADRATIC_CHUNKED: lambda N: N * 1.5e-4,
+    }
     measured = modelled(monkeypatch, lambda method, N: times[method](N))
     plan = Plan("quick", 128, 8192, budget_s=0.0, limit_s=9.0, settled_s=1.5, refine=True)
     monkeypatch.setattr(crossover, "QUICK", plan)

@@ -23,7 +23,9 @@ def test_a_power_law_is_found_exactly(exponent: float) -> None:
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     generator, held = random.Random(0), 0
     for _ in range(400):
-        points = [(x, x**2 * math.exp(generator.gauss(0, s)), s) for x, s in ((16, 0.3), (32, 0.1), (64, 0.05), (128, 0.05))]
+        points = [
+            (x, x**2 * math.exp(generator.gauss(0, s)), s) for x, s in ((16, 0.3), (32, 0.1), (64, 0.05), (128, 0.05))
+        ]
         law = fit_power_law(points)
         held += law.holds(2.0)
     # Student's interval with sigmas never scaled down: at least 95 %, give or take 2 % for 400 draws.

@@ -1,0 +1,40 @@
+"""Tables in Markdown pages that are made from result files, between marks:
+
+    <!-- linattn report: nstar-forward bench/results/cpu-2core-avx512/results.json -->
+    | D | ...
+    <!-- end of table -->
+
+The mark names a section (`summaries.SECTIONS`) and the file, relative to the page. `linattn report --update PAGE`
+writes what stands between; a test holds the pages of this repository against their files.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from linattn.bench.results import Results
+from linattn.bench.summaries import section
+from linattn.errors import DataError
+
+END = "<!-- end of table -->"
+MARK = re.compile(r"<!-- linattn report: (?P<section>\S+) (?P<file>\S+) -->\n")
+
+
+def updated(page: str, folder: Path) -> str:
+    """A page with every marked table as its file has it now; files are looked for from `folder`.
+
+    Raises:
+        DataError: a table has no end, or its file cannot be read.
+        ArgumentError: a section of that name does not exist.
+    """
+    pieces, at = [], 0
+    for mark in MARK.finditer(page):
+        end = page.find(END, mark.end())
+        following = MARK.search(page, mark.end())
+        if end < 0 or (following and following.start() < end):
+            raise DataError(f"the table after {mark.group().strip()} has no end; accepted: a line {END}")
+        text = section(mark["section"], Results.load(folder / mark["file"])).markdown()
+        pieces += [page[at : mark.end()], text, "\n"]
+        at = end
+    return "".join(pieces) + page[at:]
