@@ -52,8 +52,8 @@ UNSUPPORTED = {
 def register() -> tuple[str, ...]:
     """Make every kernel known to transformers and return the names, for `attn_implementation=`.
 
-    The names are `linattn_` and a kernel: `linattn_softmax`, `linattn_quadratic`, `linattn_taylor`, `linattn_elu+1`, ...
-    Scores are scaled as the model asks (1/sqrt(D) in Llama). Calling it again changes nothing.
+    The names are `linattn_` and a kernel: `linattn_softmax`, `linattn_quadratic`, `linattn_taylor`, `linattn_elu+1`
+    and so on. Scores are scaled as the model asks (1/sqrt(D) in Llama). Calling it again changes nothing.
 
     Raises (later, in the model's forward pass):
         ArgumentError: a mask or an option that the kernels cannot do.
