@@ -1,4 +1,5 @@
-"""Studies: one short script each, over library code, offline, in under 2 minutes on 2 cores.
+"""Studies: one short script each, over library code, offline, in under 2 minutes on 2 cores; `recall` and `lm` take
+an hour or two, run by run, and go on where they were interrupted.
 
     linattn study NAME              or, from a checkout, python examples/NAME.py
 
@@ -8,11 +9,15 @@ Each prints a table and leaves `figure.png` and `result.json` (its claims, the m
     scaling         why the scores are divided by sqrt(D)
     argmax          looking up the best key, and why it cannot learn
     kernels         which similarities keep the denominator away from zero; the exact quadratic feature map
+    maps            how well feature maps stand in for softmax, by their number of features
+    recall          looking things up in a context: accuracy against the size of the state
+    lm              character language models with each kernel, on texts of the user's
     karate          Zachary's karate club, by graph convolution and by graph attention
     accumulation    micro-batches under BatchNorm and LayerNorm; the loop that forgets zero_grad()
     depth           plain and residual networks of 20 and 56 layers
 
     study.py        what they share: claims, figures, result files
+    sweep.py        studies made of many training runs
     karate_club.py  the 78 friendships and both clubs
     digits.py       scikit-learn's handwritten digits as tensors
     convnets.py     the convolutional networks of `accumulation` and `depth`

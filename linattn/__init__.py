@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 __path__ = search_path(__path__)
 
 from linattn import cost, errors  # noqa: E402
+from linattn.decode import DecodeCache  # noqa: E402
 from linattn.dispatch import use_backend  # noqa: E402
 from linattn.functional import (  # noqa: E402
     argmax_attention,
@@ -22,6 +23,7 @@ from linattn.functional import (  # noqa: E402
 from linattn.state import FeatureMapState, QuadraticState  # noqa: E402
 
 __all__ = [
+    "DecodeCache",
     "FeatureMapState",
     "QuadraticState",
     "argmax_attention",

@@ -60,7 +60,7 @@ class Characters:
     def from_text(cls, text: str) -> Characters:
         """Encode a text; its last tenth is for validation."""
         alphabet = "".join(sorted(set(text)))
-        tokens = _encode(text, alphabet)
+        tokens = encode(text, alphabet)
         split = len(tokens) - max(1, int(len(tokens) * VALIDATION_SHARE))
         return cls(alphabet, tokens[:split], tokens[split:], hashlib.sha256(text.encode("utf-8")).hexdigest())
 
@@ -70,14 +70,24 @@ class Characters:
         Raises:
             DataError: a character that is not in the alphabet.
         """
-        return _encode(text, self.alphabet)
+        return encode(text, self.alphabet)
 
     def decode(self, tokens: Tensor) -> str:
         """Tokens [T] -> text."""
-        return "".join(self.alphabet[token] for token in tokens.tolist())
+        return decode(tokens, self.alphabet)
 
 
-def _encode(text: str, alphabet: str) -> Tensor:
+def decode(tokens: Tensor, alphabet: str) -> str:
+    """Tokens [T] -> text."""
+    return "".join(alphabet[token] for token in tokens.tolist())
+
+
+def encode(text: str, alphabet: str) -> Tensor:
+    """Text -> int64 tokens [T].
+
+    Raises:
+        DataError: a character that is not in the alphabet.
+    """
     index = {character: token for token, character in enumerate(alphabet)}
     try:
         return torch.tensor([index[character] for character in text], dtype=torch.long)

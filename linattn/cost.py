@@ -103,6 +103,27 @@ def state_size(kernel: Kernel, D: int, M: int, *, features: int | None = None) -
     return _features(kernel, D, features) * (M + 1)
 
 
+def fold_length(D: int, M: int | None = None, *, itemsize: int = 4) -> float:
+    """Number of keys from which decoding with the quadratic kernel does better to keep the state than the keys.
+
+        keys    T (D + M) itemsize bytes are read for a token
+        state   2 (C M + D^2 + D) 4 bytes are read and written
+
+    Decoding is bound by memory, so the bytes decide. For M = D in fp32 this is a little above C. At half this length
+    the state already takes no more room than the keys.
+
+    Args:
+        D, M: head sizes of keys and values; M = D when not given.
+        itemsize: bytes of one entry of a key.
+
+    Example:
+        >>> fold_length(64), fold_length(64, itemsize=2)
+        (2210.0, 4420.0)
+    """
+    M = D if M is None else M
+    return 2 * state_size("quadratic", D, M) * STATE_ITEMSIZE / ((D + M) * itemsize)
+
+
 def flops(
     kernel: Kernel,
     form: Form,

@@ -228,9 +228,10 @@ def linear_attention(
         out_i = sum_j p_ij v_j / l_i,    l_i = sum_j p_ij,    p_ij = scale * phi(q_i).phi(k_j)
 
     Args:
-        feature_map: "elu+1", "relu", "relu2" (relu squared), "exp", "identity" (only with normalize=False), or a
-            callable or module that turns `[B, H, T, D]` into features `[B, H, T, C]`; parameters get gradients. With
-            normalize=True phi(q).phi(k) is trusted to be non-negative, unless it has an attribute `positive` = False.
+        feature_map: a name of `linattn.feature_maps`, such as "elu+1", "dpfp", "favor+" ("identity" only with
+            normalize=False; what learns or is random stands at its first values), or a callable or module that turns
+            `[B, H, T, D]` into features `[B, H, T, C]`; parameters get gradients. With normalize=True phi(q).phi(k) is
+            trusted to be non-negative, unless it has an attribute `positive` = False.
         scale: factor of the similarity; without effect when normalize=True, and then it must be positive.
         normalize: divide by l. A row with l <= 0 (possible with "relu") gives 0 and zero gradient.
         The rest: see the top of this module.
@@ -315,7 +316,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "softmax", **opt
 
     Args:
         kernel: "softmax", "quadratic", "taylor" (the quadratic kernel with coefficients (1, 1, 0.5) and scale
-            1/sqrt(D)), or the name of a feature map: "elu+1", "relu", "relu2", "exp", "identity".
+            1/sqrt(D)), or the name of a feature map: "elu+1", "dpfp" and the others of `linattn.feature_maps`.
         options: those of `softmax_attention`, `quadratic_attention` or `linear_attention`, with their defaults.
 
     Example:

@@ -70,7 +70,7 @@ class Settings:
             dim=self.dim,
             heads=self.heads,
             kv_heads=self.kv_heads,
-            kernel=self.kernel,
+            kernel=tuple(self.kernel.split(",")) if "," in self.kernel else self.kernel,
             form=self.form,
             layer=self.layer,
             qk_norm=self.qk_norm,
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text + hint, **more)
 
     add("text", str, "UTF-8 text file to learn; its last tenth is kept for validation", metavar="FILE")
-    add("kernel", str, "softmax, quadratic, taylor, or a feature map such as elu+1")
+    add("kernel", str, "softmax, quadratic, taylor, a feature map such as elu+1, or several with commas, by layer")
     add("form", str, "direct, chunked or recurrent; softmax has one form only")
     add("layer", str, "prenorm or course")
     add("layers", int, "number of layers")
@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="bring queries and keys to root mean square 1 (default off)",
     )
-    add("context", int, "characters the model looks back on")
+    add("context", int, "characters in a window to learn")
     add("dropout", float, "share of activations dropped in training")
     add("batch", int, "windows in a step")
     add("steps", int, "stop after so many steps in all")
@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, then write the results; 130 when interrupted."""
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
-    out = args.out or Path("runs") / f"lm-{given.get('kernel', Settings.kernel)}"
+    out = args.out or Path("runs") / f"lm-{given.get('kernel', Settings.kernel)}".replace(",", "-")
     path = out / CHECKPOINT_NAME
     checkpoint = None
     if args.resume:
@@ -201,7 +201,9 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
         CheckpointError: the checkpoint is not of a language model, or options contradict it.
     """
     kept = {
-        name: value for name, value in checkpoint.get("settings", {}).items() if name not in ("sha256", "environment")
+        name: value
+        for name, value in checkpoint.get("settings", {}).items()
+        if name not in ("sha256", "alphabet", "environment")
     }
     try:
         settings = Settings(**kept)
@@ -252,7 +254,12 @@ def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tu
         return total / len(validation)
 
     # Taken before training: the working tree may move on meanwhile.
-    kept = {**asdict(settings), "sha256": text.sha256, "environment": asdict(describe(device))}
+    kept = {
+        **asdict(settings),
+        "sha256": text.sha256,
+        "alphabet": text.alphabet,
+        "environment": asdict(describe(device)),
+    }
     return model, Trainer(model, loss, validate, settings.training_config(), folder=out, settings=kept)
 
 
@@ -313,7 +320,13 @@ def write_sample(settings: Settings, text: Characters, model: CausalLM) -> str:
     prompt = whole[0] if whole else opening[0]
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(settings.seed)
-    tokens = model.generate(text.encode(prompt)[None].to(device), settings.sample, temperature=0.8, generator=generator)
+    tokens = model.generate(
+        text.encode(prompt)[None].to(device),
+        settings.sample,
+        temperature=0.8,
+        look_back=settings.context,
+        generator=generator,
+    )
     return text.decode(tokens[0].cpu())
 
 

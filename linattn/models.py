@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linattn.decode import ModelCache
 from linattn.errors import ArgumentError, ShapeError
 from linattn.modules import LayerKind, Transformer
 
@@ -18,10 +21,10 @@ class CausalLMConfig:
 
     Attributes:
         vocabulary: number of different tokens.
-        context: positions that `generate` looks back on, and the length to train with. The model itself takes any
-            length: positions are rotary.
+        context: the length to train with. The model itself takes any length: positions are rotary.
         layers, dim, heads, kv_heads, hidden, layer: see `linattn.modules.Transformer` and `Attention`.
-        kernel, form, qk_norm: see `linattn.modules.Attention`.
+        kernel: one name, or several for a hybrid: see `linattn.modules.Transformer`.
+        form, qk_norm: see `linattn.modules.Attention`.
         rotary: base of the rotary positions.
         dropout: probability of dropping entries of embeddings and of each layer's branches in training.
     """
@@ -33,7 +36,7 @@ class CausalLMConfig:
     heads: int = 4
     kv_heads: int | None = None
     hidden: int | None = None
-    kernel: str = "softmax"
+    kernel: str | tuple[str, ...] = "softmax"
     form: str | None = None
     layer: LayerKind = "prenorm"
     qk_norm: bool = False
@@ -89,15 +92,20 @@ class CausalLM(nn.Module):
         # The head multiplies by the same weights: a standard deviation of 1 / sqrt(dim) keeps the first logits near 1.
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: ModelCache | None = None) -> Tensor:
         """Logits of the next token: tokens int64 [B, T] -> [B, T, vocabulary].
+
+        Args:
+            key_mask: bool [B, T], True where a token is real and False where it is padding.
+            cache: from `decode_cache`; stands in for the tokens before these, which are added to it.
 
         Raises:
             ShapeError: tokens are not [B, T].
         """
         if tokens.ndim != 2:
             raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; accepted: [B, T]")
-        hidden: Tensor = self.transformer(self.dropout(self.embedding(tokens)))
+        embedded = self.dropout(self.embedding(tokens))
+        hidden: Tensor = self.transformer(embedded, key_mask=key_mask, cache=cache)
         return F.linear(hidden, self.embedding.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -110,58 +118,183 @@ class CausalLM(nn.Module):
             raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; accepted: [B, T + 1] with T at least 1")
         return F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
-    @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        count: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def decode_cache(self, capacity: int | None = None) -> ModelCache:
+        """Empty caches for all layers, to be given to `forward`; see `linattn.decode`.
+
+        Example:
+            >>> model = CausalLM(CausalLMConfig(vocabulary=65, kernel="elu+1", layers=2, dim=64, heads=2)).eval()
+            >>> tokens, cache = torch.randint(65, (1, 12)), model.decode_cache()
+            >>> pieces = [model(tokens[:, :10], cache=cache), model(tokens[:, 10:], cache=cache)]
+            >>> torch.allclose(torch.cat(pieces, dim=1), model(tokens), atol=1e-4)
+            True
+        """
+        return self.transformer.decode_cache(capacity)
+
+    def generate(self, tokens: Tensor, count: int, **options: Any) -> Tensor:
         """Continue `tokens` by `count` sampled ones, each from p = softmax(logits / temperature).
 
-        Every step runs the model again over the last `config.context` tokens: O(count * cost of one forward pass).
+        The prompt is read once, then one token at a time beside a cache (`linattn.decode`): the time of a token and the
+        memory do not grow with the position where the kernel has a state; for softmax both do.
 
         Args:
             tokens: int64 [B, T], T at least 1.
             count: tokens to add.
+
+        Options:
+            key_mask: bool [B, T], True where a token is real: prompts of different lengths are padded on either side,
+                each with one real token at least.
             temperature: 0 takes the most probable token; below 1 sharpens, above 1 flattens.
             top_k: sample among the k most probable tokens only.
+            top_p: sample among the fewest tokens whose probabilities add up to top_p (Holtzman et al. 2020, "The
+                curious case of neural text degeneration"); after top_k, if both are given.
+            stop: a sequence that has drawn one of these tokens repeats it; when all have, generation ends early.
+            look_back: how many tokens the model may look back on: when so many are held, it starts anew from the last
+                half of them. For models that do not carry beyond the length they were trained with. None: no limit.
             generator: source of randomness, on the model's device; the global one when not given.
 
         Returns:
-            int64 [B, T + count], beginning with `tokens`. The model is in evaluation mode meanwhile and afterwards as
-            it was.
+            int64 [B, T + count], or fewer after an early end, beginning with `tokens`. The model is in evaluation mode
+            meanwhile and afterwards as it was.
 
         Raises:
-            ShapeError: tokens are not [B, T] with T at least 1.
-            ArgumentError: a negative count or temperature, top_k below 1.
+            ShapeError: tokens are not [B, T] with T at least 1, or the mask is not like them.
+            ArgumentError: a count, temperature, top_k, top_p or look_back outside its range, a row without real tokens.
         """
-        if tokens.ndim != 2 or tokens.shape[1] < 1:
-            raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; accepted: [B, T] with T at least 1")
-        if count < 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
-            raise ArgumentError(
-                f"count={count}, temperature={temperature} and top_k={top_k} were given; "
-                "accepted: count >= 0, temperature >= 0, top_k >= 1 or None"
-            )
+        return torch.cat((tokens, *self.stream(tokens, count, **options)), dim=1)
+
+    def stream(
+        self,
+        tokens: Tensor,
+        count: int,
+        *,
+        key_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Collection[int] = (),
+        look_back: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """As `generate`, but give each new token, int64 [B, 1], as soon as it is drawn."""
+        self._check_request(tokens, count, key_mask, look_back)
+        pick = Sampler(temperature, top_k, top_p)
+        stops = torch.tensor(sorted(stop), dtype=torch.long, device=tokens.device)
+        return self._tokens(tokens, count, key_mask, pick, stops, look_back, generator)
+
+    def _tokens(
+        self,
+        tokens: Tensor,
+        count: int,
+        key_mask: Tensor | None,
+        pick: Sampler,
+        stops: Tensor,
+        look_back: int | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
         was_training = self.training
         self.eval()
+        window = Window(tokens, key_mask, look_back)
+        stopped = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+        last = tokens
+        cache = None
         try:
             for _ in range(count):
-                logits = self(tokens[:, -self.config.context :])[:, -1]
-                tokens = torch.cat((tokens, _pick(logits, temperature, top_k, generator)), dim=1)
+                if cache is None or window.full:
+                    cache = self.decode_cache()
+                    logits = self._next_logits(*window.restart(), cache)
+                else:
+                    logits = self._next_logits(last, None, cache)
+                last = torch.where(stopped, last[:, -1:], pick(logits, generator))
+                window.add(last)
+                yield last
+                stopped = stopped | torch.isin(last, stops)
+                if bool(stopped.all()):
+                    return
         finally:
             self.train(was_training)
-        return tokens
+
+    @torch.no_grad()
+    def _next_logits(self, tokens: Tensor, key_mask: Tensor | None, cache: ModelCache) -> Tensor:
+        """[B, T] -> logits after the last token of each row, [B, vocabulary]."""
+        hidden = self.transformer(self.embedding(tokens), key_mask=key_mask, cache=cache)
+        return F.linear(hidden[:, -1], self.embedding.weight)
+
+    def _check_request(self, tokens: Tensor, count: int, key_mask: Tensor | None, look_back: int | None) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; accepted: [B, T] with T at least 1")
+        if key_mask is not None and key_mask.shape != tokens.shape:
+            raise ShapeError(f"key_mask has shape {tuple(key_mask.shape)}; accepted: that of tokens, {tokens.shape}")
+        if key_mask is not None and not bool(key_mask.any(dim=1).all()):
+            raise ArgumentError("key_mask leaves a prompt without any token; accepted: at least one True in each row")
+        if count < 0 or (look_back is not None and look_back < 2):
+            raise ArgumentError(
+                f"count={count} and look_back={look_back} were given; accepted: count >= 0, look_back >= 2 or None"
+            )
 
 
-def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """logits [B, vocabulary] -> int64 [B, 1]."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    if top_k is not None and top_k < logits.shape[-1]:
-        lowest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+class Window:
+    """The tokens that a model looks back on, padded on the left: what a cache is filled with, and filled with anew."""
+
+    def __init__(self, tokens: Tensor, key_mask: Tensor | None, look_back: int | None) -> None:
+        self.look_back, self.held = look_back, 0
+        self.tokens, self.key_mask = tokens, key_mask
+        if key_mask is not None:
+            order = key_mask.to(torch.int8).argsort(dim=1, stable=True)  # padding first
+            self.tokens, self.key_mask = tokens.gather(1, order), key_mask.gather(1, order)
+
+    @property
+    def full(self) -> bool:
+        return self.look_back is not None and self.held >= self.look_back
+
+    def restart(self) -> tuple[Tensor, Tensor | None]:
+        """What to begin with: all tokens of the prompt, or its last `look_back`, or the last half of a full window."""
+        if self.look_back is not None:
+            kept = self.look_back // 2 if self.held else self.look_back
+            self.tokens = self.tokens[:, -kept:]
+            self.key_mask = None if self.key_mask is None else self.key_mask[:, -kept:]
+        self.held = self.tokens.shape[1]
+        return self.tokens, self.key_mask
+
+    def add(self, token: Tensor) -> None:
+        if self.look_back is None:
+            return
+        self.tokens = torch.cat((self.tokens, token), dim=1)
+        if self.key_mask is not None:
+            self.key_mask = torch.cat((self.key_mask, torch.ones_like(token, dtype=torch.bool)), dim=1)
+        self.held += 1
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is drawn; see `CausalLM.generate`. Call it with logits [B, vocabulary] for int64 [B, 1].
+
+    Example:
+        >>> Sampler(temperature=0)(torch.tensor([[0.1, 3.0, 2.0]]), None).item()
+        1
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        k_fits = self.top_k is None or self.top_k >= 1
+        p_fits = self.top_p is None or 0 < self.top_p <= 1
+        if not self.temperature >= 0 or not k_fits or not p_fits:
+            raise ArgumentError(
+                f"temperature={self.temperature}, top_k={self.top_k} and top_p={self.top_p} were given; "
+                "accepted: temperature >= 0, top_k >= 1 or None, 0 < top_p <= 1 or None"
+            )
+
+    def __call__(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.temperature == 0:
+            return logits.argmax(dim=-1, keepdim=True)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            lowest = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < lowest, -torch.inf)
+        probability = (logits / self.temperature).softmax(dim=-1)
+        if self.top_p is not None:
+            falling, order = probability.sort(dim=-1, descending=True)
+            enough = falling.cumsum(dim=-1) - falling >= self.top_p  # what comes before it suffices
+            probability = probability.masked_fill(enough.gather(-1, order.argsort(dim=-1)), 0)
+        return torch.multinomial(probability, 1, generator=generator)

@@ -10,7 +10,9 @@ with A_l an attention layer and f_l a feed-forward net of two linear layers, app
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,18 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linattn import feature_maps, functional
+from linattn.decode import POLYNOMIAL, DecodeCache, ModelCache
 from linattn.errors import ArgumentError, ShapeError, unknown_name
 from linattn.feature_maps import FeatureMap
-from linattn.kernels.feature_map.maps import NON_NEGATIVE
 
 LayerKind = Literal["prenorm", "course"]
 
-POLYNOMIAL_KERNELS = ("quadratic", "taylor")
 FORMS = ("direct", "chunked", "recurrent")
-KERNELS = ("softmax", *POLYNOMIAL_KERNELS, *feature_maps.NAMES)
+KERNELS = ("softmax", *POLYNOMIAL, *feature_maps.NAMES)
 
 
-def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
+def rotate(x: Tensor, base: float = 10_000.0, positions: Tensor | None = None) -> Tensor:
     """Rotary position embedding: turn pairs of entries by an angle that grows with the position.
 
         (x_i, x_{i+D/2}) at position t  ->  turned by t * base^(-2 i / D)
@@ -40,6 +41,7 @@ def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
     Args:
         x: [B, T, H, D] with D even, any floating dtype; angles are computed in float32.
         base: the slowest pair turns once in about 2 pi * base positions.
+        positions: [T], or [B, T] where sequences differ; 0 ... T - 1 when not given.
 
     Returns:
         The same shape and dtype. Complexity O(B T H D).
@@ -52,11 +54,25 @@ def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
         tensor([1., 1.])
     """
     T, D = x.shape[1], x.shape[3]
+    positions = torch.arange(T, device=x.device) if positions is None else positions
     frequency = base ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-    angle = torch.arange(T, device=x.device, dtype=torch.float32)[:, None, None] * frequency  # [T, 1, D / 2]
+    angle = positions.to(torch.float32)[..., None, None] * frequency  # [T, 1, D / 2] or [B, T, 1, D / 2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+def positions_of(T: int, key_mask: Tensor | None, cache: DecodeCache | None) -> Tensor | None:
+    """Where T new tokens stand in their sequences, for `rotate`: padding takes no place, and cached tokens come before.
+
+    Returns:
+        int64 [B, T]; None for 0 ... T - 1.
+    """
+    seen = None if cache is None or cache.seen is None else cache.seen[:, None]
+    if key_mask is not None:
+        places = (key_mask.cumsum(1) - 1).clamp(min=0)
+        return places if seen is None else places + seen
+    return None if seen is None else seen + torch.arange(T, device=seen.device)
 
 
 class Attention(nn.Module):
@@ -69,7 +85,7 @@ class Attention(nn.Module):
         dim: width of the input and the output.
         heads: number of query heads; `head_dim = dim / heads` unless given.
         kernel: "softmax", "quadratic", "taylor", the name of a feature map, or a feature map itself: any callable [...,
-            D] -> [..., C]. A module (one that learns) becomes part of this one.
+            D] -> [..., C]. A module (one that learns) becomes part of this one, as do "favor+" and "hedgehog".
         is_causal: position i sees positions <= i only.
         kv_heads: number of key and value heads, a divisor of `heads` (grouped-query attention); `heads` when not given.
         head_dim: D = M, the size of a head.
@@ -132,8 +148,8 @@ class Attention(nn.Module):
             )
         if isinstance(kernel, str) and kernel not in KERNELS:
             raise unknown_name("kernel", kernel, KERNELS)
-        if kernel in feature_maps.NAMES and kernel not in NON_NEGATIVE and options.get("normalize", True):
-            named = [name for name in KERNELS if name not in feature_maps.NAMES or name in NON_NEGATIVE]
+        if kernel in feature_maps.NAMES and kernel not in feature_maps.POSITIVE and options.get("normalize", True):
+            named = [name for name in KERNELS if name not in feature_maps.NAMES or name in feature_maps.POSITIVE]
             raise ArgumentError(
                 f"kernel={kernel!r} was given, whose similarities may be negative and need normalize=False; "
                 f"accepted with normalize=True: {', '.join(map(repr, named))}"
@@ -148,10 +164,11 @@ class Attention(nn.Module):
                     f"form={form!r} was given for kernel 'softmax', which has one form only; leave form out"
                 )
         else:
-            options["form"] = form or ("direct" if kernel in POLYNOMIAL_KERNELS else "chunked")
+            options["form"] = form or ("direct" if kernel in POLYNOMIAL else "chunked")
 
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
-        self.kernel = kernel
+        named = feature_maps.CATALOGUE.get(kernel) if isinstance(kernel, str) else None
+        self.kernel = named.make(head_dim) if named is not None and named.function is None else kernel
         self.is_causal = is_causal
         self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
         self.rotary = rotary
@@ -161,16 +178,36 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.out = nn.Linear(heads * head_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim]; `key_mask` bool [B, T], True where a position is real, not padding."""
+    def decode_cache(self, capacity: int | None = None) -> DecodeCache:
+        """An empty cache for this layer; see `linattn.decode`.
+
+        Raises:
+            ArgumentError: the layer is not causal.
+        """
+        if not self.is_causal:
+            raise ArgumentError("a decoding cache was asked of a layer with is_causal=False; accepted: is_causal=True")
+        options = {name: value for name, value in self.options.items() if name != "form"}
+        return DecodeCache.of(
+            self.kernel, capacity=capacity, scale=self.scale, enable_gqa=self.kv_heads != self.heads, **options
+        )
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
+        """x [B, T, dim] -> [B, T, dim].
+
+        Args:
+            key_mask: bool [B, T], True where a position is real, not padding, which takes no rotary position either.
+            cache: what stands in for the tokens before these; these are added to it.
+        """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(f"the input has shape {tuple(x.shape)}; accepted: [B, T, {self.dim}]")
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 Hkv, D]
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = rotate(q, self.rotary), rotate(k, self.rotary)
-        out = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), key_mask)
+            positions = positions_of(x.shape[1], key_mask, cache)
+            q, k = rotate(q, self.rotary, positions), rotate(k, self.rotary, positions)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = self._attend(q, k, v, key_mask) if cache is None else cache(q, k, v, key_mask=key_mask)
         mixed: Tensor = self.out(out.transpose(1, 2).flatten(2))
         return mixed
 
@@ -235,8 +272,8 @@ class CourseLayer(nn.Module):
         self.feed_forward = FeedForward(dim, hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        mixed = self.dropout(self.attention(x, key_mask=key_mask)) + x
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
+        mixed = self.dropout(self.attention(x, key_mask=key_mask, cache=cache)) + x
         out: Tensor = self.dropout(self.feed_forward(mixed))
         return out
 
@@ -264,8 +301,8 @@ class PreNormLayer(nn.Module):
         self.feed_forward = FeedForward(dim, hidden)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        mixed = x + self.dropout(self.attention(self.attention_norm(x), key_mask=key_mask))
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
+        mixed = x + self.dropout(self.attention(self.attention_norm(x), key_mask=key_mask, cache=cache))
         out: Tensor = mixed + self.dropout(self.feed_forward(self.feed_forward_norm(mixed)))
         return out
 
@@ -287,10 +324,13 @@ class Transformer(nn.Module):
         dim, heads: see `Attention`.
         layer: "prenorm" (`PreNormLayer`, followed by one last norm) or "course" (`CourseLayer`).
         hidden, dropout: see `CourseLayer`.
+        kernel: see `Attention`; a tuple or list gives layer l its entry l modulo its length, as in ("quadratic",
+            "quadratic", "quadratic", "softmax"): one softmax layer in four.
+        form: see `Attention`; among several kernels it is that of all but softmax.
         **attention: the other arguments of `Attention`, the same for every layer.
 
     Raises:
-        ArgumentError: an unknown kind of layer, fewer than one layer, and what `Attention` raises.
+        ArgumentError: an unknown kind of layer, fewer than one layer, no kernel, and what `Attention` raises.
 
     Example:
         >>> model = Transformer(2, 32, 2, kernel="quadratic", is_causal=True, rotary=10_000.0)
@@ -307,26 +347,39 @@ class Transformer(nn.Module):
         layer: LayerKind = "prenorm",
         hidden: int | None = None,
         dropout: float = 0.0,
+        kernel: FeatureMap | Sequence[FeatureMap] = "softmax",
+        form: str | None = None,
         **attention: Any,
     ) -> None:
         super().__init__()
         if layers < 1:
             raise ArgumentError(f"layers={layers} was given; accepted: at least 1")
+        kernels = kernel if isinstance(kernel, tuple | list) else (kernel,)
+        if not kernels:
+            raise ArgumentError("no kernel was given; accepted: one, or a tuple with one for each of the first layers")
         if layer not in LAYERS:
             raise unknown_name("layer", layer, LAYERS)
         make = LAYERS[layer]
-        self.layers = nn.ModuleList(
-            make(dim, heads, hidden=hidden, dropout=dropout, **attention) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList()
+        for own, _ in zip(itertools.cycle(kernels), range(layers), strict=False):
+            own_form = None if own == "softmax" and len(kernels) > 1 else form
+            options = {"kernel": own, "form": own_form, **attention}
+            self.layers.append(make(dim, heads, hidden=hidden, dropout=dropout, **options))
         self.norm = nn.RMSNorm(dim) if layer == "prenorm" else nn.Identity()
         for each in self.layers:
             if isinstance(each, PreNormLayer):
                 # 2 L branches add up: this keeps the variance at the start independent of L (Radford et al. 2019).
                 each.scale_branches(1 / math.sqrt(2 * layers))
 
-    def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """`key_mask` bool [B, T], True where a position is real and False where it is padding."""
-        for layer in self.layers:
-            x = layer(x, key_mask=key_mask)
+    def decode_cache(self, capacity: int | None = None) -> ModelCache:
+        """Empty caches for all layers; see `linattn.decode`."""
+        return ModelCache(layer.attention.decode_cache(capacity) for layer in self.layers)
+
+    def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: ModelCache | None = None) -> Tensor:
+        """`key_mask` bool [B, T], True where a position is real and False where it is padding; `cache` stands in for
+        the positions before these, which are added to it."""
+        caches = itertools.repeat(None) if cache is None else cache
+        for layer, held in zip(self.layers, caches, strict=False):
+            x = layer(x, key_mask=key_mask, cache=held)
         out: Tensor = self.norm(x)
         return out

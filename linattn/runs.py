@@ -138,7 +138,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     A run that stopped early has settings which say so, and in which text and checksum differ in spelling only; those of
     how long to go on and where to read from are left out.
     """
-    ignored = {"sha256", "text", "steps", "minutes"}
+    ignored = {"sha256", "alphabet", "text", "steps", "minutes"}
     names = dict.fromkeys(name for one in runs for name in one.settings if name not in ignored)
     return [name for name in names if len({repr(one.settings.get(name)) for one in runs if one.settings}) > 1]
 

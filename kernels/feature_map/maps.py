@@ -24,4 +24,3 @@ MAPS: dict[str, tuple[Map, Map]] = {
     "relu2": (lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
     "exp": (torch.exp, torch.exp),
 }
-NON_NEGATIVE = frozenset(MAPS) - {"identity"}

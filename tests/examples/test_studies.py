@@ -19,6 +19,7 @@ SMALL = {
     "scaling": ["--samples", "4000", "--queries", "64"],
     "argmax": ["--steps", "120"],
     "kernels": ["--rows", "20000"],
+    "maps": ["--draws", "4", "--steps", "60"],
     "karate": ["--epochs", "700"],
     "accumulation": ["--steps", "200"],
 }
@@ -60,7 +61,7 @@ def test_a_broken_claim_is_told_by_status_table_and_file(tmp_path: Path, capsys:
 
 def test_every_study_is_a_command_and_a_script() -> None:
     commands = {name.removeprefix("study ") for name in cli.COMMANDS if name.startswith("study ")}
-    assert commands == {*SMALL, "depth"}
+    assert commands == {*SMALL, "depth", "recall", "lm"}
     assert all((ROOT / "examples" / f"{name}.py").is_file() for name in commands)
 
 

@@ -1,0 +1,307 @@
+"""Looking things up in a context: what fits into a state of a given size?
+
+Multi-query associative recall: a sequence lists P pairs of a key and a value, then asks for keys, each once, in any
+order and at any distance; the answer to each is its value.
+
+    k1 v1 k2 v2 ... kP vP  .  k2?  .  .  k7?  .  k1? ...        N tokens in all, "." says nothing
+
+Softmax keeps every key and value, so it can always look. A linear form keeps sums of a fixed size, and what it can tell
+apart is bounded by that size. Here every kernel is trained on all difficulties at once and tested on each; the head
+size D sets the size of the state. The models are small: a short causal convolution, which lets a value know the key
+before it, then two layers of one head. No positions: recall needs none.
+
+Source: Arora et al. 2023, "Zoology: Measuring and improving recall in efficient language models".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if __name__ == "__main__":
+    # Python puts this file's folder first; the package is importable from the one above.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linattn.environment import describe, pick_device
+from linattn.examples.study import Claim, add_common_arguments, finish, new_figure, positive, require_matplotlib
+from linattn.examples.sweep import RESULTS_NAME, sweep
+from linattn.files import atomic_file
+from linattn.modules import Transformer
+from linattn.text_table import text_table
+from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SYMBOLS = 128  # different keys, and as many values
+NOTHING = 2 * SYMBOLS
+TOKENS_A_STEP = 4096
+TEST_SEQUENCES = 128
+TEST_SEED = 10_000  # far from the seeds to train with
+KERNELS = (
+    "softmax",
+    "quadratic",
+    "taylor",
+    "elu+1",
+    "relu2",
+    "exp",
+    "softmax-features",
+    "dpfp",
+    "favor+",
+    "hedgehog",
+    "quadratic,softmax",
+)
+STYLES = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#66CC66", "#777777", "#BBBBBB", "#E69F00", "#D55E00", "#CC79A7")
+
+
+class Cell(NamedTuple):
+    """One difficulty: P pairs in N tokens."""
+
+    pairs: int
+    length: int
+
+
+CELLS = tuple(Cell(N // part, N) for N in (64, 128, 256) for part in (16, 8, 4))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the outcome of a run."""
+
+    kernel: str
+    head_dim: int
+    seed: int
+    steps: int
+    dim: int = 64
+    layers: int = 2
+    lr: float = 3e-3
+
+
+class RecallModel(nn.Module):
+    """Tokens int64 [B, T] -> logits over the values [B, T, SYMBOLS]."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        dim, kernel = settings.dim, settings.kernel.split(",")
+        self.embedding = nn.Embedding(2 * SYMBOLS + 1, dim)
+        self.shift = nn.Conv1d(dim, dim, kernel_size=3, groups=dim, padding=2)
+        self.transformer = Transformer(
+            settings.layers, dim, heads=1, head_dim=settings.head_dim, kernel=kernel, is_causal=True, qk_norm=True
+        )
+        self.head = nn.Linear(dim, SYMBOLS, bias=False)
+
+    def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
+        x = self.embedding(tokens)
+        x = x + self.shift(x.mT)[..., : x.shape[1]].mT
+        logits: Tensor = self.head(self.transformer(x, cache=cache))
+        return logits
+
+    @torch.no_grad()
+    def state_bytes(self, length: int) -> int:
+        """What decoding has to keep after `length` tokens, all layers: keys and values for softmax, else the state."""
+        cache = self.transformer.decode_cache()
+        for layer in cache:
+            layer.fold_at = 1  # the state is what is compared here, even where fewer keys would take less room
+        x = torch.zeros(1, length, self.embedding.embedding_dim, device=self.embedding.weight.device)
+        self.transformer(x, cache=cache)
+        return sum(x.nbytes for layer in cache for x in layer.state_dict().values() if torch.is_tensor(x))
+
+
+def draw_sequences(cell: Cell, count: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Sequences int64 [count, N] and answers int64 [count, N], -100 where nothing is asked; of the arguments alone."""
+    P, N = cell
+    random = np.random.default_rng((seed, step))
+    tokens = np.full((count, N), NOTHING)
+    answers = np.full((count, N), -100)
+    keys = random.random((count, SYMBOLS)).argsort(1)[:, :P]
+    values = random.integers(SYMBOLS, size=(count, P))
+    tokens[:, 0 : 2 * P : 2], tokens[:, 1 : 2 * P : 2] = keys, values + SYMBOLS
+    asked = 2 * P + random.random((count, N - 2 * P)).argsort(1)[:, :P]
+    np.put_along_axis(tokens, asked, keys, 1)
+    np.put_along_axis(answers, asked, values, 1)
+    return torch.from_numpy(tokens), torch.from_numpy(answers)
+
+
+def accuracy(model: RecallModel, cell: Cell, device: torch.device) -> float:
+    """Share of the questions answered rightly on fresh sequences."""
+    tokens, answers = draw_sequences(cell, TEST_SEQUENCES, seed=TEST_SEED, step=CELLS.index(cell))
+    guesses = model(tokens.to(device)).argmax(-1).cpu()
+    asked = answers >= 0
+    return (guesses[asked] == answers[asked]).double().mean().item()
+
+
+def train(settings: Settings, folder: Path, device: torch.device) -> bool:
+    """One run, from its checkpoint if there is one; False when it was interrupted."""
+    torch.manual_seed(settings.seed)
+    model = RecallModel(settings).to(device)
+
+    def loss_on(cell: Cell, seed: int, step: int) -> Tensor:
+        tokens, answers = draw_sequences(cell, TOKENS_A_STEP // cell.length, seed=seed, step=step)
+        return F.cross_entropy(model(tokens.to(device)).flatten(0, 1), answers.to(device).flatten())
+
+    trainer = Trainer(
+        model,
+        lambda step: loss_on(CELLS[step % len(CELLS)], settings.seed, step),
+        lambda: statistics.fmean(loss_on(cell, TEST_SEED + 1, i).item() for i, cell in enumerate(CELLS)),
+        TrainingConfig(steps=settings.steps, learning_rate=settings.lr, validate_every=max(1, settings.steps // 4)),
+        folder=folder,
+        settings=asdict(settings),
+    )
+    path = folder / CHECKPOINT_NAME
+    if path.is_file():
+        trainer.restore(read_checkpoint(path), path)
+    if not trainer.run():
+        return False
+    model.eval()
+    with torch.no_grad():
+        found = {f"{cell.pairs} of {cell.length}": accuracy(model, cell, device) for cell in CELLS}
+    results = {
+        "settings": asdict(settings),
+        "accuracy": found,
+        "state_bytes": {str(N): model.state_bytes(N) for N in sorted({cell.length for cell in CELLS})},
+        "seconds": round(trainer.seconds, 1),
+        "environment": asdict(describe(device)),
+    }
+    with atomic_file(folder / RESULTS_NAME) as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
+    return True
+
+
+def claims_of(results: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """Softmax looks everything up; at the smallest state a linear form does not."""
+    hardest = f"{CELLS[-1].pairs} of {CELLS[-1].length}"
+    largest = max(r["settings"]["head_dim"] for r in results)
+    softmax = [r["accuracy"] for r in results if r["settings"]["kernel"] == "softmax"]
+    softmax_large = [
+        r["accuracy"][hardest]
+        for r in results
+        if r["settings"]["kernel"] == "softmax" and r["settings"]["head_dim"] == largest
+    ]
+    claims = []
+    if softmax:
+        claims.append(Claim(f"softmax, D = {largest}, pairs {hardest}: accuracy", min(softmax_large), ">=", 0.95))
+    small = min(r["settings"]["head_dim"] for r in results)
+    for kernel in ("elu+1", "quadratic"):
+        found = [
+            r["accuracy"][hardest]
+            for r in results
+            if r["settings"]["kernel"] == kernel and r["settings"]["head_dim"] == small
+        ]
+        if found and softmax:
+            claims.append(Claim(f"{kernel}, D = {small}, pairs {hardest}: accuracy", max(found), "<=", 0.9))
+    return claims
+
+
+def mean_accuracy(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int, cell: Cell) -> tuple[float, float]:
+    """Mean over seeds, and largest minus smallest."""
+    found = [
+        r["accuracy"][f"{cell.pairs} of {cell.length}"]
+        for r in results
+        if r["settings"]["kernel"] == kernel and r["settings"]["head_dim"] == head_dim
+    ]
+    return statistics.fmean(found), max(found) - min(found)
+
+
+def state_bytes(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int, cell: Cell) -> int:
+    """The same for all seeds."""
+    return next(
+        int(r["state_bytes"][str(cell.length)])
+        for r in results
+        if r["settings"]["kernel"] == kernel and r["settings"]["head_dim"] == head_dim
+    )
+
+
+def table(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> str:
+    """Accuracy in percent: one row a kernel and head size, one column a difficulty; mean over seeds."""
+    rows = []
+    for kernel in kernels:
+        for D in sizes:
+            means = [mean_accuracy(results, kernel, D, cell) for cell in CELLS]
+            state = state_bytes(results, kernel, D, CELLS[-1]) / 1024
+            spread = 100 * max(spread for _, spread in means)
+            rows.append((kernel, D, state, *(100 * mean for mean, _ in means), spread))
+    header = ("kernel", "D", f"KiB at N={CELLS[-1].length}", *(f"{P}/{N}" for P, N in CELLS), "largest spread")
+    return "Accuracy (%) by pairs/length, mean over seeds\n" + text_table(header, rows)
+
+
+def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> Figure:
+    """Accuracy against state size, one panel a difficulty: more pairs to the right, longer sequences below."""
+    lengths = sorted({cell.length for cell in CELLS})
+    figure = new_figure(13, 10)
+    grid = figure.subplots(len(lengths), len(CELLS) // len(lengths), sharex=True, sharey=True, squeeze=False)
+    for axes, cell in zip(grid.flat, CELLS, strict=True):
+        for index, kernel in enumerate(kernels):
+            points = sorted(
+                (state_bytes(results, kernel, D, cell) / 1024, 100 * mean_accuracy(results, kernel, D, cell)[0])
+                for D in sizes
+            )
+            hybrid = "," in kernel
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="s" if hybrid else "o",
+                linestyle="--" if hybrid else "-",
+                color=STYLES[index % len(STYLES)],
+                markersize=4,
+                label=kernel.replace(",", " + "),
+            )
+        axes.set(xscale="log", ylim=(-3, 103), title=f"{cell.pairs} pairs in {cell.length} tokens")
+        axes.grid(alpha=0.3)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("answers that are right (%)")
+    for axes in grid[-1]:
+        axes.set_xlabel("state of both layers (KiB)")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", title="kernel")
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_common_arguments(parser, "recall")
+    parser.add_argument("--seeds", type=positive, default=2, help="runs with seeds from --seed on (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=600, help="of training for each run (%(default)s)")
+    parser.add_argument(
+        "--kernels", type=lambda text: text.split(), default=list(KERNELS), help="separated by spaces (all)"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=lambda text: [positive(word) for word in text.split(",")],
+        default=[8, 16, 32, 64],
+        help="head sizes D, separated by commas (8,16,32,64)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is missing, print, draw."""
+    require_matplotlib()
+    device = pick_device(args.device)
+    plan = {
+        f"{kernel.replace(',', '-')}-D{D}-seed{seed}": Settings(kernel, D, seed, args.steps)
+        for seed in range(args.seed, args.seed + args.seeds)
+        for kernel in args.kernels
+        for D in args.sizes
+    }
+    runs = {name: asdict(settings) for name, settings in plan.items()}
+    found = sweep(runs, args.out, lambda name, folder: train(plan[name], folder, device))
+    results = list(found.values())
+    text = table(results, args.kernels, args.sizes)
+    text += f"\n\n{len(results)} runs, {sum(r['seconds'] for r in results) / 60:.0f} minutes of training"
+    return finish("recall", text, claims_of(results), draw(results, args.kernels, args.sizes), args)
+
+
+if __name__ == "__main__":
+    from linattn.cli import main
+
+    sys.exit(main(["study", "recall", *sys.argv[1:]]))
