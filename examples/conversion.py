@@ -6,7 +6,7 @@ A small character model is trained with softmax attention. Then its layers get f
 is measured at each step of the way back:
 
     swapped       Hedgehog maps phi(x) = softmax([W x, -W x]), W the identity: nothing is trained
-    distilled     only the maps are trained: the rows phi(q).phi(k) / sum of each layer imitate the teacher's softmax rows
+    distilled     only the maps are trained: each layer's rows phi(q).phi(k) / sum imitate the teacher's softmax rows
     fine-tuned    all weights are trained on the text, a fraction of the teacher's steps
 
 beside controls that fine-tune as long: without distilling, with elu+1, with the exact Taylor kernel, and the teacher
@@ -177,13 +177,13 @@ def recovered(losses: dict[str, float], name: str) -> float:
 
 
 def claims(losses: dict[str, float]) -> list[Claim]:
-    best = "hedgehog, distilled and fine-tuned"
+    best, teacher = "hedgehog, distilled and fine-tuned", losses["softmax, the teacher"]
     return [
-        Claim("swapping the kernel alone loses (nats)", losses["hedgehog, swapped"] - losses["softmax, the teacher"], ">", 0.1),
+        Claim("swapping the kernel alone loses (nats)", losses["hedgehog, swapped"] - teacher, ">", 0.1),
         Claim("distilling the maps alone gives back (share)", recovered(losses, "hedgehog, distilled"), ">", 0.4),
         Claim("distilling and fine-tuning give back (share)", recovered(losses, best), ">", 0.85),
         Claim("loss without distilling - with (nats)", losses["hedgehog, fine-tuned"] - losses[best], ">", 0.0),
-    ]  # fmt: skip
+    ]
 
 
 def draw(losses: dict[str, float]) -> Figure:
