@@ -136,13 +136,13 @@ def _line(row: Row) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def with_table(page: str, text: str) -> str:
+def with_table(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """The page with another table between its marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise DataError(f"{PAGE} has lost the marks around its table: {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    before, begun, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise DataError(f"the page has lost the marks around its table: {begin} and {end}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def _one_row_a_line(report: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from linattn import functional
 from linattn.errors import ArgumentError, MissingExtraError, StateError
-from linattn.modules import KERNELS
+from linattn.kernels.feature_map.maps import MAPS
 from linattn.state import FeatureMapState, QuadraticState
 
 try:
@@ -35,8 +35,9 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("transformers", "hf", "the Hugging Face integration") from error
 
 PREFIX = "linattn_"
-# Similarities of "identity" may be negative, and a transformer's attention is normalised.
-IMPLEMENTATIONS = {PREFIX + kernel: kernel for kernel in KERNELS if kernel != "identity"}
+# With the feature maps that kernels apply themselves. Similarities of "identity" may be negative: no normaliser.
+KERNELS = ("softmax", "quadratic", "taylor", *(name for name in MAPS if name != "identity"))
+IMPLEMENTATIONS = {PREFIX + kernel: kernel for kernel in KERNELS}
 # What models pass to their attention and no kernel here can do, and what to do instead.
 UNSUPPORTED = {
     "sliding_window": "windows over the keys; a state cannot forget keys",
@@ -51,9 +52,8 @@ UNSUPPORTED = {
 def register() -> tuple[str, ...]:
     """Make every kernel known to transformers and return the names, for `attn_implementation=`.
 
-    The names are `linattn_` and a kernel of `linattn.modules.KERNELS` that can be normalised: `linattn_softmax`,
-    `linattn_quadratic`, `linattn_taylor`, `linattn_elu+1`, ... Scores are scaled as the model asks (1/sqrt(D) in
-    Llama). Calling it again changes nothing.
+    The names are `linattn_` and a kernel: `linattn_softmax`, `linattn_quadratic`, `linattn_taylor`, `linattn_elu+1`
+    and so on. Scores are scaled as the model asks (1/sqrt(D) in Llama). Calling it again changes nothing.
 
     Raises (later, in the model's forward pass):
         ArgumentError: a mask or an option that the kernels cannot do.
