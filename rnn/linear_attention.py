@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from linattn.errors import ArgumentError, ShapeError, unknown_name
+from linattn.feature_maps import CATALOGUE
 from linattn.functional import linear_attention
-from linattn.kernels.feature_map.maps import MAPS, NON_NEGATIVE
 from linattn.rnn.checks import check_sequence, check_size
 from linattn.state import FeatureMapState
+
+# Maps without parameters, whose similarity may be divided by its sum.
+MAPS = {name: entry for name, entry in CATALOGUE.items() if entry.positive and entry.function is not None}
 
 
 class LinearAttentionLayer(nn.Module):
@@ -24,7 +27,7 @@ class LinearAttentionLayer(nn.Module):
         input_size: F, at least 1.
         hidden_size: H, a multiple of `heads`.
         heads: each with D = M = H / heads.
-        feature_map: phi, "elu+1", "relu", "relu2" or "exp".
+        feature_map: phi, a name of `linattn.feature_maps` without parameters and never negative ("elu+1", "dpfp").
         device, dtype: as for `torch.nn` modules.
 
     Parameters: `weight_x [3 H, F]`, for q, k and v, drawn as `torch.nn.Linear` draws its own.
@@ -33,7 +36,8 @@ class LinearAttentionLayer(nn.Module):
         x: `[B, T, F]`. initial, state: `linattn.FeatureMapState`, its tensors `[B, heads, ...]`; empty by default.
         Returns all_h `[B, T, H]`.
 
-    Cost: 6 B T F H + O(B T H D) flops; the state takes H (D + 1) numbers a sequence, whatever T.
+    Cost: 6 B T F H + O(B T H C) flops, with C features a head; the state takes heads C (D + 1) numbers a sequence,
+    whatever T.
 
     Raises: ArgumentError (sizes, feature map), ShapeError, DtypeError, DeviceError (x), StateError (initial).
 
@@ -64,8 +68,8 @@ class LinearAttentionLayer(nn.Module):
             raise ArgumentError(
                 f"hidden_size={hidden_size} and heads={heads} were given; accepted: a multiple of heads"
             )
-        if feature_map not in NON_NEGATIVE:
-            raise unknown_name("feature map", feature_map, NON_NEGATIVE)
+        if feature_map not in MAPS:
+            raise unknown_name("feature map", feature_map, MAPS)
         self.input_size, self.hidden_size, self.heads, self.feature_map = input_size, hidden_size, heads, feature_map
         self.weight_x = nn.Parameter(torch.empty(3 * hidden_size, input_size, device=device, dtype=dtype))
         nn.init.kaiming_uniform_(self.weight_x, a=5**0.5)
@@ -87,9 +91,10 @@ class LinearAttentionLayer(nn.Module):
             raise ShapeError(f"x must have shape [B, {self.input_size}], got {given}")
         q, k, v = (y[:, :, 0] for y in self._heads(check_sequence(x[:, None], self.input_size, self.weight_x)))
         D = self.hidden_size // self.heads
+        phi, C = MAPS[self.feature_map].function, MAPS[self.feature_map].size(D)
+        assert phi is not None
         if state is None:
-            state = FeatureMapState.empty(x.shape[0], self.heads, D, D, dtype=x.dtype, device=x.device)
-        phi, _ = MAPS[self.feature_map]
+            state = FeatureMapState.empty(x.shape[0], self.heads, C, D, dtype=x.dtype, device=x.device)
         f_sum = state.f_sum + phi(k)
         fv = state.fv + phi(k)[..., None] * v[..., None, :]
         total = (f_sum * phi(q)).sum(-1, keepdim=True)

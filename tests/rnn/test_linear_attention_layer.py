@@ -10,7 +10,7 @@ import linattn
 from linattn.errors import ArgumentError, DtypeError, ShapeError, StateError
 from linattn.rnn import LinearAttentionLayer, RecurrentRegressionModel
 
-MAPS = ["elu+1", "relu", "relu2", "exp"]
+MAPS = ["elu+1", "relu", "relu2", "exp", "dpfp", "quadratic-features"]
 
 
 def made(feature_map: str = "elu+1", dtype: torch.dtype = torch.float64) -> tuple[LinearAttentionLayer, Tensor]:
