@@ -8,9 +8,9 @@
 l: row sums `[B, H, T]`. state, initial_state: canonical tensors, n first (linattn/state.py), or []; dstate and
 dinitial_state: the same without n, or [] if there is none or it is not wanted. save: whether a backward pass will
 follow; saved: what the backend then keeps for it beyond out and l, of the shapes and dtypes that its module's function
-`saved_like` declares, if it has one (most keep nothing). wanted: which gradients are read, q, k, v, initial state; the others may hold
-anything. form: "direct", "chunked" or "recurrent". chunk_size: 0 lets the backend choose. TF32 and nondeterministic
-sums follow PyTorch's global switches, as its own matrix products do.
+`saved_like` declares, if it has one (most keep nothing). wanted: which gradients are read, q, k, v, initial state; the
+others may hold anything. form: "direct", "chunked" or "recurrent". chunk_size: 0 lets the backend choose. TF32 and
+nondeterministic sums follow PyTorch's global switches, as its own matrix products do.
 """
 
 from __future__ import annotations
