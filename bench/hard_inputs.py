@@ -70,6 +70,7 @@ class Case:
 
 
 CASES = (
+    *(Case("near -1", 512, D=16, spread=spread) for spread in (0.6, 0.4, 0.15, 0.03)),
     *(Case("normal", N) for N in (256, 1024, 4096)),
     *(Case("normal", N, D=16) for N in (16384, 65536)),
     Case("positive", 1024),
