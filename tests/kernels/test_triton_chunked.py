@@ -586,8 +586,8 @@ def test_every_row_of_the_table(architecture: str, dtype: torch.dtype, head_size
     options, plan = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton", 1)
     dout = torch.randn_like(v)
     with as_architecture(architecture):
-        out, sums, _, _ = forward(q, k, v, None, None, [], options, False, True, plan)
-        gradients = backward(dout, [], q, k, v, out, sums, [], None, None, [], options, [True] * 4, plan)[:3]
+        out, sums, _, saved = forward(q, k, v, None, None, [], options, False, True, plan)
+        gradients = backward(dout, [], q, k, v, out, sums, saved, None, None, [], options, [True] * 4, plan)[:3]
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     true = truth_quadratic(*leaves, is_causal=True)
     assert_close_to_truth(out, true.detach())
