@@ -3,9 +3,10 @@
     TRITON_INTERPRET=1 python bench/hard_inputs.py --out bench/results/interpreter/hard-inputs.json
 
 measures the Triton kernels without a GPU, with bf16 and fp16 rounded as a device rounds them, in the tiles of sm_90
-(three TF32 products of fp32 inputs are one exact product there); without the variable it measures those of the GPU. `--backend native` and `--backend reference` measure the other ones. Causal, one head. Beside
-each error stands the condition of the rows it was taken from: kappa, and how much smaller a row's sum is than the
-largest term of c0 n + c1 q.sum(k) + c2 q.(sum k k^T) q.
+(three TF32 products of fp32 inputs are one exact product there); without the variable it measures those of the GPU.
+`--backend native` and `--backend reference` measure the other ones. Causal, one head. Beside each error stands the
+condition of the rows it was taken from: kappa, and how many times larger than a row's sum the terms c0 n, c1 q.sum(k)
+and c2 q.(sum k k^T) q are together.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Case:
 
 
 CASES = (
+    *(Case("near -1", 512, D=16, spread=spread) for spread in (0.6, 0.4, 0.15, 0.03)),
     *(Case("normal", N) for N in (256, 1024, 4096)),
     *(Case("normal", N, D=16) for N in (16384, 65536)),
     Case("positive", 1024),
@@ -91,7 +93,8 @@ def measure(case: Case, dtype: str, backend: str, device: str) -> dict[str, Any]
         out = linattn.quadratic_attention(*leaves, **how, backend=backend)
     exact = [x.detach().cpu().double().requires_grad_(training) for x in low]
     true, kappa, cancellation = _truth(case, *exact, rows)
-    upstream = torch.randn(true.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(DTYPES[dtype])
+    generator = torch.Generator().manual_seed(2)
+    upstream = torch.randn(true.shape, generator=generator, dtype=torch.float64).to(DTYPES[dtype])
     found = {"case": case.kind, "N": case.N, "D": case.D, "spread": case.spread, "dtype": dtype, "rows": len(rows)}
     found |= {"kappa": kappa, "cancellation": cancellation}
     found |= {"error": _error(out[:, :, rows].detach(), true.detach()), "gradient_error": None}
@@ -110,11 +113,11 @@ def _truth(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[T
     seen = torch.arange(case.N) <= rows[:, None]
     s = (q @ k.mT).where(seen, 0.0)
     p = (c0 + c1 * s + c2 * s.square()).where(seen, 0.0)
-    l = p.sum(-1, keepdim=True)
+    total = p.sum(-1, keepdim=True)
     bound = (q.abs() @ k.abs().mT).where(seen, 0.0)
     largest = (c0 * seen + c1 * bound + c2 * bound.square()).sum(-1)
     terms = c0 * seen.sum(-1) + c1 * s.sum(-1).abs() + c2 * s.square().sum(-1)
-    return p @ v / l, (largest / l[..., 0]).median().item(), (terms / l[..., 0]).median().item()
+    return p @ v / total, (largest / total[..., 0]).median().item(), (terms / total[..., 0]).median().item()
 
 
 def _tiles() -> contextlib.AbstractContextManager[None]:

@@ -337,6 +337,23 @@ def test_the_first_token_gives_its_value() -> None:
     assert relative_error(out, v.double()) < 1e-6
 
 
+@pytest.mark.parametrize("op", ["quadratic", "softmax"])
+def test_a_step_on_a_cache_of_few_heads_fills_the_chip(op: str) -> None:
+    """B H = 8: the keys are split among programs, and a second kernel adds up what they found, in one order."""
+    from linattn.kernels.common.gpu import direct, similarity
+    from linattn.kernels.common.gpu.architecture import as_architecture
+    from linattn.kernels.common.gpu.launch import recording
+
+    q = torch.empty(1, 8, 1, 64, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, 8, 8192, 64, dtype=torch.bfloat16, device="meta")
+    kind = similarity.softmax(0.125) if op == "softmax" else similarity.quadratic(1.0, (1, 2, 1), True)
+    with as_architecture("sm_90"), recording() as launches:
+        direct.forward(direct.Problem(q, k, k, None, None, True, 8191, kind, True))
+    assert [x.kernel.__name__ for x in launches] == ["decode_kernel", "merge_kernel"]
+    assert launches[0].arguments["SIMILARITY"] == kind.kind
+    assert 132 <= launches[0].grid[0] <= 264
+
+
 # ---- numerics --------------------------------------------------------------------------------------------------------
 
 
@@ -351,10 +368,8 @@ def lost_rows(*arguments: Any, **options: Any) -> int:
     """How many rows of a call compute all of their scores, since the sums would lose their digits."""
     from linattn.kernels.quadratic.gpu import chunked as kernels
 
-    options = {"is_causal": True, "q_offset": 0, "scale": 1.0, "c0": 1.0, "c1": 2.0, "c2": 1.0, "normalize": True} | options
-    _, _, _, saved = kernels.forward(
-        *arguments, None, None, [], Options(**options), False, True, Plan("chunked", "triton")
-    )
+    how = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True)._replace(**options)
+    _, _, _, saved = kernels.forward(*arguments, None, None, [], how, False, True, Plan("chunked", "triton"))
     return int(saved[0].sum())
 
 
@@ -388,7 +403,7 @@ def test_some_rows_near_minus_one_among_packed_and_masked_ones(is_causal: bool) 
 
 
 def test_rows_orthogonal_to_all_keys() -> None:
-    """s^2 vanishes, in directions that no axis shows: no term of the row sum is large, only what each is summed from."""
+    """s^2 vanishes in directions that no axis shows: no term of the row sum is large, only what it is summed from."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 1, 70, 16, generator=generator, dtype=torch.float64) for _ in range(3))
     rotation = torch.linalg.qr(k[0, 0, :16])[0]
@@ -496,17 +511,31 @@ def test_groups_of_heads_of_packed_sequences(monkeypatch: pytest.MonkeyPatch) ->
 def test_sums_that_are_kept_change_no_bit(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And save their kernels in the backward pass."""
     x = [t.requires_grad_() for t in inputs(dtype=torch.bfloat16, heads=2, kv_heads=1, keys=70)]
-    runs, names = {}, {}
+    runs: list[tuple[Tensor, ...]] = []
+    names = {}
     for setting in ("always", "never"):
         monkeypatch.setenv("LINATTN_KEEP_SUMS", setting)
         out = chunked(is_causal=is_causal, enable_gqa=True)(*x)
         loss = out.float().square().sum()
-        names[setting] = launched(lambda loss=loss: runs.update({setting: torch.autograd.grad(loss, x)}), monkeypatch)
-    assert all(torch.equal(a, b) for a, b in zip(runs["always"], runs["never"], strict=True))
+        names[setting] = launched(lambda loss=loss: runs.append(torch.autograd.grad(loss, x)), monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     of_sums = ["pair_sums", "record_sums", "scan_sums"]
     after = [*of_sums, "pull_folded_keys", "pull_folded_keys", "pull_lost_rows"]
     assert names["always"] == ["share_rows", "pull_rows", *after]
     assert names["never"] == ["share_rows", *of_sums, "pull_rows", *after]
+
+
+def test_description_counts_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from linattn.kernels.common.gpu.architecture import as_architecture
+    from linattn.kernels.quadratic.gpu import describe
+
+    q = torch.empty(1, 8, 65536, 64, dtype=torch.bfloat16, device="meta")
+    with as_architecture("sm_90"):
+        assert "4 launches forward, 8 backward (sums kept)" in describe(q, q, q, True, "chunked")
+        monkeypatch.setenv("LINATTN_KEEP_SUMS", "never")
+        assert "4 launches forward, 11 backward (sums made again)" in describe(q, q, q, True, "chunked")
+        monkeypatch.setenv("LINATTN_WORKSPACE", "1")
+        assert "in 8 groups of heads" in describe(q, q, q, True, "chunked")
 
 
 def test_rule_for_keeping_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,13 +581,13 @@ def test_every_row_of_the_table(architecture: str, dtype: torch.dtype, head_size
     from linattn.kernels.quadratic.gpu import backward, config, forward
 
     row = config.row(architecture, dtype, head_size)
-    chunk = max(read.rows for read in (row.read, row.pull_rows, row.pull_keys, row.pull_values))
+    chunk = max(row.lost.BLOCK_T, *(x.rows for x in (row.read, row.pull_rows, row.pull_keys, row.pull_values)))
     q, k, v = inputs(dtype=dtype, keys=chunk + 20, head_size=head_size, value_size=16)
     options, plan = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton", 1)
     dout = torch.randn_like(v)
     with as_architecture(architecture):
-        out, sums, _, _ = forward(q, k, v, None, None, [], options, False, True, plan)
-        gradients = backward(dout, [], q, k, v, out, sums, [], None, None, [], options, [True] * 4, plan)[:3]
+        out, sums, _, saved = forward(q, k, v, None, None, [], options, False, True, plan)
+        gradients = backward(dout, [], q, k, v, out, sums, saved, None, None, [], options, [True] * 4, plan)[:3]
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     true = truth_quadratic(*leaves, is_causal=True)
     assert_close_to_truth(out, true.detach())

@@ -72,7 +72,7 @@ class Call:
         row = config.row(architecture(q.device), q.dtype, max(block(q.shape[3]), block(v.shape[3])))
         whole = plan.form == "direct"
         chunk = k.shape[2] if whole or not options.is_causal else plan.chunk_size or row.chunk
-        step = max(row.read.rows, row.pull_rows.rows, row.pull_keys.rows, row.pull_values.rows)
+        step = max(row.read.rows, row.pull_rows.rows, row.pull_keys.rows, row.pull_values.rows, row.lost.BLOCK_T)
         chunk = triton.cdiv(chunk, step) * step
         n_before = initial_state[0] if initial_state else None
         heads = k.shape[1] * (q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)

@@ -30,8 +30,6 @@ from .memory import Part, joined, keeps_sums, parts
 from .rows import pull_rows, read_rows, share_rows
 
 SHARE = config.Fold(32, 4, 2)
-LOST = config.Fold(64, 8, 2)
-"""Keys of a program that looks for lost rows; of these it takes as many as SHARE in one step."""
 
 
 def forward(
@@ -210,13 +208,15 @@ def _pull_keys(call: Call, of_rows: sums.Sums, rows: dict[str, Any], gradient: T
 
 
 def _pull_lost_rows(call: Call, rows: dict[str, Any], dk: Tensor, dv: Tensor, wanted: list[bool]) -> None:
-    tiles = triton.cdiv(call.k.shape[2], LOST.BLOCK_T)
+    """Rows in steps of a tile of `_share`, which says where some are."""
+    tile = call.row.lost
+    tiles = triton.cdiv(call.k.shape[2], tile.BLOCK_T)
     arguments = call.constants() | call.pairs() | rows | dict(
         H=call.Hkv, tiles=tiles, lost_tiles=triton.cdiv(call.q.shape[2], SHARE.BLOCK_T), BLOCK_Q=SHARE.BLOCK_T,
-        BLOCK_K=LOST.BLOCK_T, WANT_DK=wanted[1], WANT_DV=wanted[2], **strides("dk", dk), **strides("dv", dv),
+        BLOCK_K=tile.BLOCK_T, WANT_DK=wanted[1], WANT_DV=wanted[2], **strides("dk", dk), **strides("dv", dv),
         PRECISION=precision(call.q.dtype),
     )  # fmt: skip
-    run_kernel(pull_lost_rows, (call.pieces(tiles, LOST.BLOCK_T), call.Hkv), LOST, arguments)
+    run_kernel(pull_lost_rows, (call.pieces(tiles, tile.BLOCK_T), call.Hkv), tile, arguments)
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> str:

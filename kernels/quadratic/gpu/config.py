@@ -49,6 +49,8 @@ class Row:
     pull_keys: Read
     pull_values: Read
     step: Step = Step(4096, 4)
+    lost: Fold = Fold(64, 8, 2)
+    """Keys of a program that looks for lost rows."""
 
 
 STEP_TOKENS = 8
@@ -75,8 +77,9 @@ HEAD_SIZES = (32, 64, 128)
 
 _SMALL = Read(16, 16, 16, 4, 2)
 INTERPRETER = Row(
-    32, 8, Fold(16, 4, 2), Fold(16, 4, 2), _SMALL, _SMALL, Read(16, 32, 8, 4, 2), Read(32, 16, 16, 4, 2), Step(1024, 4)
-)
+    32, 8, Fold(16, 4, 2), Fold(16, 4, 2), _SMALL, _SMALL, Read(16, 32, 8, 4, 2), Read(32, 16, 16, 4, 2), Step(1024, 4),
+    Fold(32, 4, 2),
+)  # fmt: skip
 
 
 def _frugal(WIDTH: int, num_warps: int, rows: int = 64, step: int = 32) -> Row:

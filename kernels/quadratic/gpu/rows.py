@@ -65,9 +65,9 @@ def read_rows(
     if GUARD:
         lost = real & (made_of > limit * folded_l)
         tl.store(lost_ptr + row + offs_q, lost.to(tl.uint8), mask=real)
-        if_lost = tl.max(lost.to(tl.int32), 0)
-        boundary = tl.where(if_lost > 0, 0, boundary)
-        folded_l = tl.where(if_lost > 0, 0.0, folded_l)
+        any_lost = tl.max(lost.to(tl.int32), 0)
+        boundary = tl.where(any_lost > 0, 0, boundary)
+        folded_l = tl.where(any_lost > 0, 0.0, folded_l)
         pairs, record = place_of(slot + boundary, h // GROUP, H // GROUP, BLOCK_D, BLOCK_M, size)
     # The sums come first: after loops over pairs, Triton 3.6 has every product of this loop wait for the one before.
     folded = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
@@ -100,8 +100,8 @@ def read_rows(
 
 @triton.jit
 def share_rows(
-    out_ptr, dout_ptr, l_ptr, lost_ptr, shared_ptr, norm_ptr, delta_ptr, folded_delta_ptr, lost_norm_ptr,
-    lost_tiles_ptr,
+    out_ptr, dout_ptr, l_ptr, lost_ptr, shared_ptr, norm_ptr, delta_ptr, folded_delta_ptr,
+    lost_norm_ptr, lost_tiles_ptr,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt,
     T, H, M,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, NORMALIZE: tl.constexpr, GUARD: tl.constexpr, FOLD: tl.constexpr,
