@@ -78,8 +78,8 @@ class Budget:
 
 # 0.8 million parameters; minutes a run on two cores.
 SMALL = Budget(
-    ("softmax", "quadratic", "taylor", "elu+1", HYBRID), 4, 128, 2, 256, 2048, characters=2048, steps=1200, lr=4e-3,
-    validations=12,
+    ("softmax", "quadratic", "taylor", "elu+1", HYBRID), 4, 128, 2, 256, 2048, characters=2048, steps=800, lr=4e-3,
+    validations=8,
 )  # fmt: skip
 # 25 million parameters; for a GPU.
 FULL = Budget(

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linattn.decode import KeyCache
 from linattn.environment import describe, pick_device
 from linattn.examples.study import Claim, add_common_arguments, finish, new_figure, positive, require_matplotlib
 from linattn.examples.sweep import RESULTS_NAME, sweep
@@ -114,11 +115,12 @@ class RecallModel(nn.Module):
     def state_bytes(self, length: int) -> int:
         """What decoding has to keep after `length` tokens, all layers: keys and values for softmax, else the state."""
         cache = self.transformer.decode_cache()
-        for layer in cache:
-            layer.fold_at = 1  # the state is what is compared here, even where fewer keys would take less room
+        for layer in cache.layers:
+            if isinstance(layer, KeyCache):
+                layer.fold_at = 1  # the state is what is compared here, even where fewer keys would take less room
         x = torch.zeros(1, length, self.embedding.embedding_dim, device=self.embedding.weight.device)
         self.transformer(x, cache=cache)
-        return sum(x.nbytes for layer in cache for x in layer.state_dict().values() if torch.is_tensor(x))
+        return sum(x.nbytes for layer in cache.layers for x in layer.state_dict().values() if torch.is_tensor(x))
 
 
 def draw_sequences(cell: Cell, count: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,7 @@ def accuracy(model: RecallModel, cell: Cell, device: torch.device) -> float:
     tokens, answers = draw_sequences(cell, TEST_SEQUENCES, seed=TEST_SEED, step=CELLS.index(cell))
     guesses = model(tokens.to(device)).argmax(-1).cpu()
     asked = answers >= 0
-    return (guesses[asked] == answers[asked]).double().mean().item()
+    return float((guesses[asked] == answers[asked]).double().mean())
 
 
 def train(settings: Settings, folder: Path, device: torch.device) -> bool:

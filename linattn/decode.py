@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -223,14 +223,14 @@ class StateCache(DecodeCache):
                 setattr(self, name, x)
 
     def _first(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        out, state = self.attend(q, k, v, is_causal=True, key_mask=key_mask, return_state=True)
-        self.hold(state)
-        return out
+        return self._hold_and_give(self.attend(q, k, v, is_causal=True, key_mask=key_mask, return_state=True))
 
     def _next(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        out, state = self.attend(
-            q, k, v, is_causal=True, key_mask=key_mask, initial_state=self.state, return_state=True
-        )
+        before = {"initial_state": self.state, "return_state": True}
+        return self._hold_and_give(self.attend(q, k, v, is_causal=True, key_mask=key_mask, **before))
+
+    def _hold_and_give(self, found: tuple[Tensor, FeatureMapState | QuadraticState]) -> Tensor:
+        out, state = found
         self.hold(state)
         return out
 
@@ -270,21 +270,25 @@ class KeyCache(_Keys):
         self.length = 0
 
     def _first(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        out: Tensor
         if self.sums is not None and k.shape[2] >= self._folds_from(k, v):
-            return self.sums(q, k, v, key_mask=key_mask)
-        out: Tensor = self.attend(q, k, v, is_causal=True, key_mask=key_mask)
-        self._append(k, v, key_mask)
+            out = self.sums(q, k, v, key_mask=key_mask)
+        else:
+            out = self.attend(q, k, v, is_causal=True, key_mask=key_mask)
+            self._append(k, v, key_mask)
         return out
 
     def _next(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        out: Tensor
         if self.sums is not None and self.sums.seen is not None:
-            return self.sums(q, k, v, key_mask=key_mask)
+            out = self.sums(q, k, v, key_mask=key_mask)
+            return out
         past, T = self.length, k.shape[2]
         keys, values, mask = self._append(k, v, key_mask)
         # One query sees every key, which fast kernels need not be told; several see each other in order.
         order = {} if T == 1 else {"is_causal": True, "q_offset": past}
         if past + T < self._folds_from(k, v):
-            out: Tensor = self.attend(q, keys, values, key_mask=mask, **order)
+            out = self.attend(q, keys, values, key_mask=mask, **order)
             return out
         assert self.sums is not None
         out, state = self.attend(q, keys, values, key_mask=mask, return_state=True, **order)
@@ -359,7 +363,8 @@ class FixedKeyCache(_Keys):
         for t in range(T):
             real = None if key_mask is None else key_mask[:, t : t + 1]
             after = seen + (1 if real is None else real.sum(1))
-            outputs.append(self._one(*(x[:, :, t : t + 1] for x in (q, k, v)), real, seen, after))
+            q_t, k_t, v_t = (x[:, :, t : t + 1] for x in (q, k, v))
+            outputs.append(self._one(q_t, k_t, v_t, real, seen, after))
             seen = after
         return outputs[0] if T == 1 else torch.cat(outputs, dim=2)
 
@@ -384,12 +389,17 @@ class FixedKeyCache(_Keys):
 class ModelCache(nn.ModuleList):
     """The caches of all layers of a model, in order; `Transformer.decode_cache` and `CausalLM.decode_cache` make it."""
 
+    @property
+    def layers(self) -> list[DecodeCache]:
+        """In order."""
+        return cast(list[DecodeCache], list(self))
+
     def reorder(self, index: Tensor) -> None:
         """See `DecodeCache.reorder`."""
-        for layer in self:
+        for layer in self.layers:
             layer.reorder(index)
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(layer.nbytes for layer in self)
+        return sum(layer.nbytes for layer in self.layers)

@@ -202,7 +202,8 @@ class Favor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         small = x.to(torch.promote_types(x.dtype, torch.float32)) * x.shape[-1] ** -0.25
         exponents = small @ self.projection.to(small).mT - small.square().sum(-1, keepdim=True) / 2
-        return (exponents.exp() * self.size**-0.5).to(x.dtype)
+        features: Tensor = (exponents.exp() * self.size**-0.5).to(x.dtype)
+        return features
 
     def extra_repr(self) -> str:
         return f"size={self.size}, orthogonal={self.orthogonal}"
@@ -211,7 +212,8 @@ class Favor(nn.Module):
 def _random_rotation(D: int, generator: torch.Generator | None) -> Tensor:
     """A D x D orthogonal matrix, uniform: QR with the signs that make R's diagonal positive."""
     q, r = torch.linalg.qr(torch.randn(D, D, generator=generator))
-    return q * r.diagonal().sign()
+    rotation: Tensor = q * r.diagonal().sign()
+    return rotation
 
 
 class Hedgehog(nn.Module):

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -167,8 +167,8 @@ class Attention(nn.Module):
             options["form"] = form or ("direct" if kernel in POLYNOMIAL else "chunked")
 
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
-        named = feature_maps.CATALOGUE.get(kernel) if isinstance(kernel, str) else None
-        self.kernel = named.make(head_dim) if named is not None and named.function is None else kernel
+        entry = feature_maps.CATALOGUE.get(kernel) if isinstance(kernel, str) else None
+        self.kernel = entry.make(head_dim) if entry is not None and entry.function is None else kernel
         self.is_causal = is_causal
         self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
         self.rotary = rotary
@@ -373,12 +373,13 @@ class Transformer(nn.Module):
 
     def decode_cache(self, capacity: int | None = None) -> ModelCache:
         """Empty caches for all layers; see `linattn.decode`."""
-        return ModelCache(layer.attention.decode_cache(capacity) for layer in self.layers)
+        layers = cast(Iterable[CourseLayer | PreNormLayer], self.layers)
+        return ModelCache(layer.attention.decode_cache(capacity) for layer in layers)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: ModelCache | None = None) -> Tensor:
         """`key_mask` bool [B, T], True where a position is real and False where it is padding; `cache` stands in for
         the positions before these, which are added to it."""
-        caches = itertools.repeat(None) if cache is None else cache
+        caches = itertools.repeat(None) if cache is None else cache.layers
         for layer, held in zip(self.layers, caches, strict=False):
             x = layer(x, key_mask=key_mask, cache=held)
         out: Tensor = self.norm(x)
