@@ -44,6 +44,7 @@ COMMANDS = {
     "study lm": Command("linattn.examples.lm", "character language models with each kernel, on texts of yours"),
     "study karate": Command("linattn.examples.karate", "Zachary's karate club by graph convolution and by attention"),
     "study accumulation": Command("linattn.examples.accumulation", "micro-batches under BatchNorm and LayerNorm"),
+    "study conversion": Command("linattn.examples.conversion", "a trained softmax model becomes a linear one"),
     "study depth": Command("linattn.examples.depth", "plain and residual networks of 20 and 56 layers"),
 }
 
