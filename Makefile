@@ -5,7 +5,7 @@
 # make triton36 the kernels' gate and their tests in the interpreter, with Triton 3.6.0 instead of the one that is there
 # make transformers4  the Hugging Face integration with transformers 4.57 instead of the one that is there
 # make lint     ruff, formatting, import contract        make types    mypy
-# make docs     API pages into build/docs                make clean    remove builds and caches, not runs
+# make docs     the site into build/docs                 make clean    remove builds and caches, not runs
 #
 # PYTHON names the interpreter (python3), VENV the environment (.venv). NOVENV=1 installs nothing and runs PYTHON as it
 # is, for machines without a network that already have torch and pytest. ARGS goes to pytest, the crossover or
@@ -26,7 +26,6 @@ READY := $(abspath $(VENV))/.ready
 endif
 
 NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/*,kernels/$(depth).cpp kernels/$(depth).hpp))
-PUBLIC := $(patsubst linattn/%.py,linattn.%,$(filter-out linattn/_%,$(wildcard linattn/*.py))) $(addprefix linattn.,autoencoders rnn bench examples)
 ROOMS := kernels autoencoders rnn bench examples
 
 .PHONY: demo test bench gpu triton36 transformers4 lint contract types docs clean setup tree
@@ -79,9 +78,9 @@ contract: $(READY) tree
 types: $(READY) tree
 	cd .types && $(PY) -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache
 
-docs: $(READY)
-	$(PY) -c 'import pdoc' 2>/dev/null || $(PY) -m pip install 'pdoc>=15'
-	$(PY) -m pdoc --docformat google --math -o build/docs linattn $(PUBLIC)
+docs: $(READY) tree
+	$(PY) -c 'import mkdocs, mkdocstrings, latex2mathml, material' 2>/dev/null || $(PY) -m pip install 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1' 'latex2mathml>=3.78'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf build dist .triton36 .transformers4 .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks

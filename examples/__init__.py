@@ -12,6 +12,7 @@ Each prints a table and leaves `figure.png` and `result.json` (its claims, the m
     maps            how well feature maps stand in for softmax, by their number of features
     recall          looking things up in a context: accuracy against the size of the state
     lm              character language models with each kernel, on texts of the user's
+    conversion      a trained softmax model becomes a linear one, by distilling attention and fine-tuning
     karate          Zachary's karate club, by graph convolution and by graph attention
     accumulation    micro-batches under BatchNorm and LayerNorm; the loop that forgets zero_grad()
     depth           plain and residual networks of 20 and 56 layers
@@ -20,5 +21,6 @@ Each prints a table and leaves `figure.png` and `result.json` (its claims, the m
     sweep.py        studies made of many training runs
     karate_club.py  the 78 friendships and both clubs
     digits.py       scikit-learn's handwritten digits as tensors
+    train_parallel.py, sequence_parallel.py    scripts for torchrun: docs/distributed.md
     convnets.py     the convolutional networks of `accumulation` and `depth`
 """

@@ -1,6 +1,6 @@
 """A trained softmax model becomes a linear one: swap the kernel, distil attention, fine-tune.
 
-    python examples/conversion.py --text book.txt        without --text it learns this library's own source
+    linattn study conversion --text book.txt        without --text it learns this library's own source
 
 A small character model is trained with softmax attention. Then its layers get feature maps instead, and what is lost
 is measured at each step of the way back:
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -209,6 +209,7 @@ def own_source() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     add_common_arguments(parser, "conversion")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to learn (default: this library's source)"
@@ -219,6 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Convert, print, draw; 0 when every claim holds."""
     require_matplotlib()
     text = Characters.from_file(args.text) if args.text else Characters.from_text(own_source())
     config = CausalLMConfig(len(text.alphabet), context=args.context, layers=2, dim=args.dim, heads=2)
@@ -228,11 +230,7 @@ def run(args: argparse.Namespace) -> int:
     return finish("conversion", f"{table}\n", claims(losses), draw(losses), args)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from linattn.cli import main
+
+    sys.exit(main(["study", "conversion", *sys.argv[1:]]))

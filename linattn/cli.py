@@ -61,6 +61,7 @@ COMMANDS = {
     "study beam": Command("linattn.examples.beam", "beam search: a worked example, what it misses, what it costs"),
     "study pca": Command("linattn.examples.pca", "what a linear autoencoder learns, beside PCA"),
     "study decay": Command("linattn.examples.decay", "weight decay makes a linear autoencoder orthonormal"),
+    "study conversion": Command("linattn.examples.conversion", "a trained softmax model becomes a linear one"),
     "study depth": Command("linattn.examples.depth", "plain and residual networks of 20 and 56 layers"),
 }
 

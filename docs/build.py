@@ -1,0 +1,61 @@
+"""What the site adds to the pages in this folder: derivations, the API, the changelog, and formulas as MathML.
+
+Formulas are written as GitHub shows them, $`...`$ and blocks ```math. Browsers draw MathML themselves, so pages need no
+script and fetch nothing. Links to what is not on the site become paths in the repository.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from posixpath import normpath, relpath
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+FORMULA = re.compile(r"^```math\n(?P<block>.+?)^```|\$`(?P<inline>.+?)`\$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>(?!https?:|#)[^)\s]+)\)")
+
+# Markdown must not touch MathML: it gets a name until the page is HTML.
+_formulas: dict[str, str] = {}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are kept elsewhere, and one for each module that the navigation lists as api/NAME.md."""
+    for source in sorted((ROOT / "kernels").glob("*/README.md")):
+        page = f"derivations/{source.parent.name}.md"
+        files.append(File.generated(config, page, content=source.read_text(encoding="utf-8")))
+    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
+    for name in re.findall(r"'api/([\w.]+)\.md'", repr(config["nav"])):
+        files.append(File.generated(config, f"api/{name}.md", content=f"# linattn.{name}\n\n::: linattn.{name}\n"))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    here = PurePosixPath(page.file.src_uri)
+    markdown = FORMULA.sub(_named_formula, markdown)
+    return LINK.sub(lambda link: _link(link["text"], link["target"], here, files), markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    return re.sub(r"FORMULA\d+END", lambda name: _formulas[name[0]], html)
+
+
+def _named_formula(found: re.Match[str]) -> str:
+    name = f"FORMULA{len(_formulas)}END"
+    display = "inline" if found["block"] is None else "block"
+    _formulas[name] = convert(" ".join((found["block"] or found["inline"]).split()), display=display)
+    return name
+
+
+def _link(text: str, target: str, here: PurePosixPath, files: Files) -> str:
+    """A link to a page of the site, or the path of what is only in the repository."""
+    in_repository = f"kernels/{here.stem}" if here.parts[0] == "derivations" else f"docs/{here.parent}"
+    path = normpath(f"{in_repository}/{target.partition('#')[0]}")
+    derivation = re.fullmatch(r"kernels/(\w+)/README\.md", path)
+    page = f"derivations/{derivation[1]}.md" if derivation else path.removeprefix("docs/")
+    if files.get_file_from_path(page):
+        return f"[{text}]({relpath(page, str(here.parent))})"
+    return text if text.strip("`") == path else f"{text} (`{path}`)"
