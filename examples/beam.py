@@ -190,7 +190,13 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
         if len(text) < STEPS or text == best or is_kept:
             name = WORDS[text[-1]] if len(text) < STEPS else " ".join(WORDS[word] for word in text)
             axes.annotate(
-                f"{name} {value:.2f}", (len(text), value), (6, 0), textcoords="offset points", va="center", fontsize=8
+                f"{name} {value:.2f}",
+                (len(text), value),
+                (8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )
     axes.plot([], [], color=BLUE, linewidth=2, label="kept by two beams")
     axes.plot([], [], color=ORANGE, linewidth=2, label="the optimum, dropped at step 2")
