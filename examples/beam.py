@@ -168,7 +168,7 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
     """Every text of the example at its log p: what two beams keep, what they drop, and the optimum."""
     kept: set[tuple[int, ...]] = {()}
     alive: list[tuple[int, ...]] = [()]
-    score = {(): 0.0}
+    score: dict[tuple[int, ...], float] = {(): 0.0}
     for _ in range(STEPS):
         extended = [(*text, word) for text in alive for word in range(len(WORDS))]
         for text in [(*text, word) for text in score for word in range(len(WORDS)) if (*text, word) not in score]:

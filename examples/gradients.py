@@ -102,7 +102,7 @@ def rotation_model(rho: float, hidden: int, nonlinearity: str = "identity") -> R
 
 def largest_eigenvalue(weight: Tensor) -> float:
     """Of the recurrence, by magnitude."""
-    return torch.linalg.eigvals(weight.detach()).abs().max().item()
+    return float(torch.linalg.eigvals(weight.detach()).abs().max())
 
 
 def slope(path: Trace) -> float:
@@ -228,7 +228,7 @@ def _shown(values: Sequence[float]) -> list[float]:
 
 def _finish_axes(axes: Axes) -> None:
     axes.grid(alpha=0.3)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False)
 

@@ -148,10 +148,11 @@ def batches_by_length(lengths: Tensor, size: int, generator: torch.Generator) ->
     [[5, 4], [3], [9, 8]]
     """
     order = torch.randperm(len(lengths), generator=generator)
-    pools = order.split(POOL * size)
-    batches = [
-        batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True, descending=True)].split(size)
-    ]
+    batches: list[Tensor] = []
+    for start in range(0, len(order), POOL * size):
+        pool = order[start : start + POOL * size]
+        pool = pool[lengths[pool].argsort(stable=True, descending=True)]
+        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
@@ -299,7 +300,7 @@ def draw_confusion(languages: tuple[str, ...], scores: list[Score]) -> Figure:
             if percent:
                 dark = shares[row, column] > 0.5
                 axes.text(
-                    column, row, percent, ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                    column, row, str(percent), ha="center", va="center", fontsize=8, color="white" if dark else "black"
                 )
     figure.colorbar(image, ax=axes, label="share of the true language's names", shrink=0.8)
     many = f", {len(scores)} seeds together" if len(scores) > 1 else ""
@@ -315,7 +316,7 @@ def draw_curves(scores: list[Score]) -> Figure:
     axes = figure.subplots()
     for index, score in enumerate(scores):
         epochs = range(len(score.history))
-        trained = [record.train_loss for record in score.history[1:]]
+        trained = [record.train_loss for record in score.history[1:] if record.train_loss is not None]
         first = index == 0
         axes.plot(
             epochs[1:], trained, color="#0072B2", alpha=0.7, label="training, mean of the epoch" if first else None
