@@ -132,9 +132,7 @@ def far_paths(hidden: int) -> dict[str, Trace]:
     x, y = running_average_batch(FAR, 1, dtype=FLOAT)
 
     def lstm(forget_bias: float) -> Trace:
-        net = LSTMLayer(1, hidden, dtype=FLOAT)
-        with torch.no_grad():
-            net.bias[hidden : 2 * hidden] += forget_bias
+        net = LSTMLayer(1, hidden, forget_bias=forget_bias, dtype=FLOAT)
         return trace(RecurrentRegressionModel(net), x, y, last_only=True, part=1)
 
     def plain(nonlinearity: str) -> Trace:
