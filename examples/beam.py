@@ -142,7 +142,11 @@ def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs
 
 
 def draw(costs: Sequence[Cost]) -> Figure:
-    """The tree of the example, and time over the bound along each axis."""
+    """The tree of the example, and time over the bound along each axis if it was measured."""
+    if not costs:
+        figure = new_figure(8, 6)
+        _draw_tree(figure.subplots())
+        return figure
     figure = new_figure(13, 6)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _draw_tree(left)
@@ -150,11 +154,10 @@ def draw(costs: Sequence[Cost]) -> Figure:
         along = [cost for cost in costs if cost.axis == axis]
         label = f"{axis} = {values[0]} to {values[-1]}"
         right.plot([c.bound for c in along], [c.ms for c in along], marker + "-", color=color, label=label)
-    if costs:
-        last = max(costs, key=lambda cost: cost.bound)
-        line = [min(cost.bound for cost in costs), last.bound]
-        right.plot(line, [last.ms * x / last.bound for x in line], ":", color=GREY, label="proportional")
-        right.legend(frameon=False)
+    last = max(costs, key=lambda cost: cost.bound)
+    line = [min(cost.bound for cost in costs), last.bound]
+    right.plot(line, [last.ms * x / last.bound for x in line], ":", color=GREY, label="proportional")
+    right.legend(frameon=False)
     right.set(xscale="log", yscale="log", xlabel="T K M log M", ylabel="time of a search (ms)")
     right.set_title(f"Cost; what is not varied is T = {MIDDLE['T']}, K = {MIDDLE['K']}, M = {MIDDLE['M']}")
     right.grid(alpha=0.3)
@@ -165,7 +168,7 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
     """Every text of the example at its log p: what two beams keep, what they drop, and the optimum."""
     kept: set[tuple[int, ...]] = {()}
     alive: list[tuple[int, ...]] = [()]
-    score = {(): 0.0}
+    score: dict[tuple[int, ...], float] = {(): 0.0}
     for _ in range(STEPS):
         extended = [(*text, word) for text in alive for word in range(len(WORDS))]
         for text in [(*text, word) for text in score for word in range(len(WORDS)) if (*text, word) not in score]:
@@ -187,7 +190,13 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
         if len(text) < STEPS or text == best or is_kept:
             name = WORDS[text[-1]] if len(text) < STEPS else " ".join(WORDS[word] for word in text)
             axes.annotate(
-                f"{name} {value:.2f}", (len(text), value), (6, 0), textcoords="offset points", va="center", fontsize=8
+                f"{name} {value:.2f}",
+                (len(text), value),
+                (8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )
     axes.plot([], [], color=BLUE, linewidth=2, label="kept by two beams")
     axes.plot([], [], color=ORANGE, linewidth=2, label="the optimum, dropped at step 2")

@@ -102,7 +102,7 @@ def rotation_model(rho: float, hidden: int, nonlinearity: str = "identity") -> R
 
 def largest_eigenvalue(weight: Tensor) -> float:
     """Of the recurrence, by magnitude."""
-    return torch.linalg.eigvals(weight.detach()).abs().max().item()
+    return float(torch.linalg.eigvals(weight.detach()).abs().max())
 
 
 def slope(path: Trace) -> float:
@@ -132,9 +132,7 @@ def far_paths(hidden: int) -> dict[str, Trace]:
     x, y = running_average_batch(FAR, 1, dtype=FLOAT)
 
     def lstm(forget_bias: float) -> Trace:
-        net = LSTMLayer(1, hidden, dtype=FLOAT)
-        with torch.no_grad():
-            net.bias[hidden : 2 * hidden] += forget_bias
+        net = LSTMLayer(1, hidden, forget_bias=forget_bias, dtype=FLOAT)
         return trace(RecurrentRegressionModel(net), x, y, last_only=True, part=1)
 
     def plain(nonlinearity: str) -> Trace:
@@ -228,7 +226,7 @@ def _shown(values: Sequence[float]) -> list[float]:
 
 def _finish_axes(axes: Axes) -> None:
     axes.grid(alpha=0.3)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False)
 

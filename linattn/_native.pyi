@@ -74,20 +74,20 @@ feature_map_backward: _Backward[FeatureMapOptions]
 
 def recurrent_forward(
     cell: int,
-    sizes: tuple[int, int, int],
-    shared: tuple[int, int, int, int, int, int, int],
+    sizes: tuple[int, ...],
+    shared: _Addresses,
     threads: int,
     projected: tuple[int, int, int],
-    last: tuple[int, int],
+    last: _Addresses,
     /,
 ) -> None: ...
 def recurrent_backward(
     cell: int,
-    sizes: tuple[int, int, int],
-    shared: tuple[int, int, int, int, int, int, int],
+    sizes: tuple[int, ...],
+    shared: _Addresses,
     threads: int,
-    arriving: tuple[int, int, int],
-    wanted: tuple[int, int, int],
+    arriving: _Addresses,
+    wanted: _Addresses,
     /,
 ) -> None: ...
 def capability() -> str: ...

@@ -155,6 +155,7 @@ class LSTMLayer(RecurrentLayer):
     Args:
         input_size: F, at least 1.
         hidden_size: H, at least 1.
+        forget_bias: added to the bias of f as it is drawn; f starts near sigmoid(forget_bias).
         device, dtype: as for `torch.nn` modules.
 
     Parameters: `weight_x [4H, F]`, `weight_h [4H, H]`, `bias [4H]`, stacked in the order i, f, g, o (that of
@@ -178,15 +179,28 @@ class LSTMLayer(RecurrentLayer):
     (torch.Size([4, 5, 3]), torch.Size([4, 3]), torch.Size([4, 3]))
     """
 
+    forget_bias = 0.0
+
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         *,
+        forget_bias: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, 4, device=device, dtype=dtype)
+        self.forget_bias = forget_bias
+        self._open_gate()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._open_gate()
+
+    def _open_gate(self) -> None:
+        with torch.no_grad():
+            self.bias[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
 
     def forward(
         self,

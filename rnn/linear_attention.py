@@ -103,7 +103,7 @@ class LinearAttentionLayer(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v `[B, heads, T, D]` of `[B, T, F]`."""
-        wide = nn.functional.linear(x, self.weight_x).unflatten(-1, (3, self.heads, -1))
+        wide = nn.functional.linear(x, self.weight_x).view(*x.shape[:2], 3, self.heads, -1)
         q, k, v = wide.permute(2, 0, 3, 1, 4)
         return q, k, v
 

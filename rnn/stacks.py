@@ -131,6 +131,7 @@ class LSTM(_Stack):
         hidden_size: H of every layer, at least 1.
         num_layers: L, at least 1.
         bidirectional: as for `RNN`.
+        forget_bias: as for `LSTMLayer`.
         device, dtype: as for `torch.nn` modules.
 
     Call: `net(x, initial=None, kept_states=None, *, lengths=None) -> (all_h, LSTMState(h, c))`
@@ -152,11 +153,12 @@ class LSTM(_Stack):
         num_layers: int = 1,
         *,
         bidirectional: bool = False,
+        forget_bias: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         def make(inputs: int) -> LSTMLayer:
-            return LSTMLayer(inputs, hidden_size, device=device, dtype=dtype)
+            return LSTMLayer(inputs, hidden_size, forget_bias=forget_bias, device=device, dtype=dtype)
 
         super().__init__(make, input_size, hidden_size, num_layers, bidirectional)
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ from linattn.training import Record, Trainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+POOL = 20
+"""Batches that are drawn at random together before they are sorted by length."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("epochs", 20, "passes over the training names"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
-    parser.add_argument("--dropout", type=float, default=0.2, help="of the last state (%(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.4, help="of the last state (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (%(default)s)")
+    parser.add_argument(
+        "--final-lr", type=float, default=0.02, help="share of it that is left at the end of a cosine (%(default)s)"
+    )
     add_run_arguments(parser, "names")
 
 
@@ -99,12 +107,16 @@ def train_one(names: Names, seed: int, args: argparse.Namespace) -> Score | None
     torch.manual_seed(seed)
     shape = {name: getattr(args, name) for name in ("cell", "hidden", "layers", "dropout")}
     model = NameClassifier(len(names.languages), **shape)
+    rates = {name: getattr(args, name) for name in ("batch", "lr", "final_lr")}
     steps_per_epoch = -(-len(labels) // args.batch)
+
+    @lru_cache(maxsize=1)
+    def batches(epoch: int) -> list[Tensor]:
+        return batches_by_length(lengths, args.batch, torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
     def loss(step: int) -> Tensor:
         epoch, batch = divmod(step, steps_per_epoch)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        chosen = order[batch * args.batch : (batch + 1) * args.batch]
+        chosen = batches(epoch)[batch]
         longest = int(lengths[chosen].max())
         return F.cross_entropy(model(tokens[chosen, :longest], lengths[chosen]), labels[chosen])
 
@@ -116,9 +128,9 @@ def train_one(names: Names, seed: int, args: argparse.Namespace) -> Score | None
         model,
         loss,
         lambda: F.cross_entropy(test_logits(), test_labels).item(),
-        adam(args.epochs * steps_per_epoch, args.lr, steps_per_epoch),
+        adam(args.epochs * steps_per_epoch, args.lr, steps_per_epoch, final_learning_rate=args.final_lr),
         folder=args.out / f"seed-{seed}",
-        settings={**shape, "seed": seed, "batch": args.batch, "lr": args.lr, "languages": list(names.languages)},
+        settings={**shape, "seed": seed, **rates, "languages": list(names.languages)},
     )
     if not train(trainer, args):
         return None
@@ -126,6 +138,22 @@ def train_one(names: Names, seed: int, args: argparse.Namespace) -> Score | None
     with torch.no_grad():
         answers = test_logits().argmax(-1).tolist()
     return score_of(seed, training, test, answers, trainer.history)
+
+
+def batches_by_length(lengths: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Indices of all names in random batches of names of about one length, so that little is computed for padding.
+
+    >>> lengths = torch.tensor([3, 9, 4, 8, 5])
+    >>> [lengths[b].tolist() for b in batches_by_length(lengths, 2, torch.Generator().manual_seed(0))]
+    [[5, 4], [3], [9, 8]]
+    """
+    order = torch.randperm(len(lengths), generator=generator)
+    batches: list[Tensor] = []
+    for start in range(0, len(order), POOL * size):
+        pool = order[start : start + POOL * size]
+        pool = pool[lengths[pool].argsort(stable=True, descending=True)]
+        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def score_of(seed: int, training: Names, test: Names, answers: list[int], history: list[Record]) -> Score:
@@ -163,7 +191,10 @@ def write_results(names: Names, scores: list[Score], args: argparse.Namespace) -
     }
     results: dict[str, Any] = {
         "settings": {
-            **{name: getattr(args, name) for name in ("cell", "hidden", "layers", "dropout", "batch", "lr", "epochs")},
+            **{
+                name: getattr(args, name)
+                for name in ("cell", "hidden", "layers", "dropout", "batch", "lr", "final_lr", "epochs")
+            },
             "data": "embedded" if args.data is None else args.data.name,
             "seeds": args.seeds,
         },
@@ -269,7 +300,7 @@ def draw_confusion(languages: tuple[str, ...], scores: list[Score]) -> Figure:
             if percent:
                 dark = shares[row, column] > 0.5
                 axes.text(
-                    column, row, percent, ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                    column, row, str(percent), ha="center", va="center", fontsize=8, color="white" if dark else "black"
                 )
     figure.colorbar(image, ax=axes, label="share of the true language's names", shrink=0.8)
     many = f", {len(scores)} seeds together" if len(scores) > 1 else ""
@@ -285,7 +316,7 @@ def draw_curves(scores: list[Score]) -> Figure:
     axes = figure.subplots()
     for index, score in enumerate(scores):
         epochs = range(len(score.history))
-        trained = [record.train_loss for record in score.history[1:]]
+        trained = [record.train_loss for record in score.history[1:] if record.train_loss is not None]
         first = index == 0
         axes.plot(
             epochs[1:], trained, color="#0072B2", alpha=0.7, label="training, mean of the epoch" if first else None

@@ -30,8 +30,10 @@ from linattn.training import Record, Trainer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CELLS = {"rnn": RNN, "lstm": LSTM}
+CELLS = ("lstm", "rnn")
 TARGETS = ("all", "last")
+NOTED = ("hidden", "batches", "batch", "steps", "lr", "forget_bias", "seeds")
+"""Options that the result file names."""
 LAST_BATCHES = 10
 VALIDATION_SEED, VALIDATION_BATCH = 2**40, 4096
 SHOWN = 3
@@ -68,7 +70,7 @@ def name_of(cell: str, layers: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--cells", nargs="+", choices=sorted(CELLS), default=["rnn", "lstm"], help="(rnn lstm)")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["rnn", "lstm"], help="(rnn lstm)")
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 2], help="numbers of layers (1 2)")
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="steps in the loss (all last)"
@@ -81,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam (%(default)s)")
+    parser.add_argument("--forget-bias", type=float, default=0.0, help="of an LSTM as it is drawn (%(default)s)")
     add_run_arguments(parser, "running-average")
 
 
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         models.setdefault((one.name, targets), model)
     rows = summary(runs)
     results = {
-        "settings": {name: getattr(args, name) for name in ("hidden", "batches", "batch", "steps", "lr", "seeds")},
+        "settings": {name: getattr(args, name) for name in NOTED},
         "unit": "mean squared error; predicting 0 costs (1 + 1/2 + ... + 1/T) / T on all targets, 1/T on the last",
         "summary": rows,
         "runs": [asdict(one) for one in runs],
@@ -120,7 +123,8 @@ def train_one(
 ) -> tuple[Run, RecurrentRegressionModel] | None:
     """Train one network; None when interrupted."""
     torch.manual_seed(seed)
-    model = RecurrentRegressionModel(CELLS[cell](1, args.hidden, layers))
+    net = LSTM(1, args.hidden, layers, forget_bias=args.forget_bias) if cell == "lstm" else RNN(1, args.hidden, layers)
+    model = RecurrentRegressionModel(net)
     generator = torch.Generator()
     last: deque[float] = deque(maxlen=LAST_BATCHES)
 
@@ -134,7 +138,7 @@ def train_one(
         return value
 
     settings = {"cell": cell, "layers": layers, "targets": targets, "seed": seed}
-    settings |= {name: getattr(args, name) for name in ("hidden", "batch", "steps", "lr")}
+    settings |= {name: getattr(args, name) for name in ("hidden", "batch", "steps", "lr", "forget_bias")}
     trainer = Trainer(
         model,
         loss,

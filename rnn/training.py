@@ -1,4 +1,4 @@
-"""What the training commands of this room share: a constant rate, and runs that can be resumed."""
+"""What the training commands of this room share: plain Adam, and runs that can be resumed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from linattn.errors import CheckpointError, MissingExtraError
 from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
 
-def adam(steps: int, learning_rate: float, validate_every: int) -> TrainingConfig:
-    """Adam as it was first published: a constant rate, nothing decayed, nothing clipped."""
+def adam(steps: int, learning_rate: float, validate_every: int, *, final_learning_rate: float = 1.0) -> TrainingConfig:
+    """Adam as it was first published: nothing decayed, nothing clipped; the rate constant unless told otherwise."""
     return TrainingConfig(
         steps=steps,
         learning_rate=learning_rate,
         warmup=0.0,
-        final_learning_rate=1.0,
+        final_learning_rate=final_learning_rate,
         weight_decay=0.0,
         betas=(0.9, 0.999),
         clip=float("inf"),

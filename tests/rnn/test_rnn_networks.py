@@ -338,3 +338,19 @@ def test_bad_states(net: nn.Module, initial: object, error: type[Exception], mes
 def test_bad_arguments(build: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("kind", [LSTMLayer, LSTM])
+def test_forget_bias_opens_the_forget_gates_and_nothing_else(kind: type) -> None:
+    torch.manual_seed(1)
+    plain = kind(2, 3).state_dict()
+    torch.manual_seed(1)
+    net = kind(2, 3, forget_bias=2.0)
+    for drawn_again in (False, True):
+        for name, tensor in net.state_dict().items():
+            expected = plain[name].clone()
+            if name.endswith("bias"):
+                expected[3:6] += 2
+            assert torch.equal(tensor, expected), (name, drawn_again)
+        torch.manual_seed(1)
+        next(m for m in net.modules() if isinstance(m, LSTMLayer)).reset_parameters()
