@@ -44,10 +44,12 @@ def log_scale(axes: Axes) -> None:
 
 def shared_legend(figure: Figure, columns: int) -> None:
     """One legend below all panels, with everything that any of them shows."""
-    found = {}
+    found: dict[Any, Any] = {}
     for axes in figure.axes:
         found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(
+        handles=list(found.values()), labels=list(found), loc="outside lower center", ncols=columns, frameon=False
+    )
 
 
 def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:

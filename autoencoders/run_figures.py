@@ -112,7 +112,8 @@ def draw_latent(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -
     k = codes.shape[1]
     found = principal_components(codes, min(k, DIRECTIONS))
     figure = new_figure(11 if with_images else 5.8, 4.8)
-    parts: list[Any] = list(figure.subfigures(1, 2, width_ratios=(1, 1.05))) if with_images else [figure]
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.05)) if with_images else [figure]
+    parts = list(halves)
     axes = parts[0].subplots()
     plane = (codes.double() - found.mean) @ found.directions[:, :2]
     if k == 1:
@@ -153,7 +154,7 @@ def draw_filters(experiment: Experiment, model: Autoencoder) -> Figure:
         "decoder: out of each unit of the last": _weights(model)[-1].T,
     }
     figure = new_figure(10.5, 3.3)
-    parts: list[Any] = list(figure.subfigures(1, 2))
+    parts: Any = figure.subfigures(1, 2)
     for part, (name, filters) in zip(parts, halves.items(), strict=True):
         strongest = filters[filters.norm(dim=1).argsort(descending=True)[:FILTERS]]
         grid = part.subplots(4, FILTERS // 4)

@@ -190,8 +190,8 @@ def draw(found: dict[str, Found]) -> Figure:
         "weight_decay = 2λ/m": (found[f"lambda = {SHOWN:g}"].singular_values[1], BLUE),
         "weight_decay = 2λ": (found[f"lambda = {SHOWN:g}, MSELoss with decay 2 lambda"].singular_values[1], RED),
     }
-    for shift, (name, (values, colour)) in zip((-0.27, 0, 0.27), bars.items(), strict=True):
-        right.bar([place + shift for place in places], values.tolist(), 0.25, color=colour, label=name)
+    for shift, (name, (heights, colour)) in zip((-0.27, 0, 0.27), bars.items(), strict=True):
+        right.bar([place + shift for place in places], heights.tolist(), 0.25, color=colour, label=name)
     right.set(
         xlabel="number",
         ylabel="singular value of W2",
