@@ -50,11 +50,11 @@ def build(settings: Settings, data: SampleSet, seed: int) -> Autoencoder | Patch
             kernel=settings.kernel,
             probability=settings.mask if settings.objective == "masked" else 0.0,
         )
-    corruption = {
-        "vanilla": lambda: None,
-        "denoising": lambda: AdditiveNoise(settings.noise),
-        "masked": lambda: Masking(settings.mask),
-    }[settings.objective]()
+    corruption: nn.Module | None = None
+    if settings.objective == "denoising":
+        corruption = AdditiveNoise(settings.noise)
+    elif settings.objective == "masked":
+        corruption = Masking(settings.mask)
     return Autoencoder(data.input_size, settings.hidden, settings.activation, corruption=corruption)
 
 
@@ -182,7 +182,7 @@ class Experiment:
         return [value / len(x) for value in total.tolist()]
 
     def _chunks(self, x: Tensor) -> Iterator[Tensor]:
-        for part in x.split(CHUNK):
+        for part in x.split(CHUNK):  # type: ignore[no-untyped-call]
             yield part.expand(len(self.seeds), *part.shape)
 
     def _batch(self, step: int) -> Tensor:

@@ -33,6 +33,25 @@ def size_colours(sizes: Sequence[int]) -> dict[int, tuple[float, ...]]:
     return {k: colormaps["viridis"](0.85 * i / max(1, len(ordered) - 1)) for i, k in enumerate(ordered)}
 
 
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis whose ticks read 20, 60, 100 rather than powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
+def shared_legend(figure: Figure, columns: int) -> None:
+    """One legend below all panels, with everything that any of them shows."""
+    found: dict[Any, Any] = {}
+    for axes in figure.axes:
+        found |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles=list(found.values()), labels=list(found), loc="outside lower center", ncols=columns, frameon=False
+    )
+
+
 def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:
     """Mean line with dots of several curves, and the range from the smallest to the largest."""
     columns = list(zip(*curves, strict=True))

@@ -57,7 +57,7 @@ def fingerprint(data: SampleSet) -> str:
     digest = hashlib.sha256()
     for split in data[1:4]:
         for tensor in split:
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

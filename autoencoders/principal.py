@@ -15,6 +15,7 @@ of regularized linear autoencoders".
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -116,4 +117,4 @@ def orthonormality_defect(columns: Tensor) -> float:
     """|W^T W - I| / sqrt(k) for W `[F, k]`: 0 for orthonormal columns."""
     k = columns.shape[1]
     gram = columns.double().mT @ columns.double()
-    return ((gram - torch.eye(k, dtype=gram.dtype)).norm() / k**0.5).item()
+    return float((gram - torch.eye(k, dtype=gram.dtype)).norm()) / math.sqrt(k)

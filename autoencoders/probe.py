@@ -87,7 +87,8 @@ def probe_accuracy(
 
     def start(*shape: int) -> Tensor:
         values = (2 * torch.rand(shape, generator=generator) - 1) * bound
-        return values.to(codes.device, codes.dtype).repeat(R, 1, 1).requires_grad_()
+        parameter: Tensor = values.to(codes.device, codes.dtype).repeat(R, 1, 1).requires_grad_()
+        return parameter
 
     # All begin alike: what differs in the end is due to the codes.
     weight, bias = start(k, classes), start(1, classes)
@@ -97,7 +98,7 @@ def probe_accuracy(
         for _ in range(config.epochs):
             # With a single batch its order does not matter, and gathering it would cost more than the step.
             order = torch.arange(n) if whole else torch.randperm(n, generator=generator)
-            for index in order.to(codes.device).split(config.batch):
+            for index in order.to(codes.device).split(config.batch):  # type: ignore[no-untyped-call]
                 x, target = (codes, y) if whole else (codes[:, index], y[index])
                 logits = torch.baddbmm(bias, x, weight)
                 # Summed over the probes, so that each gets the gradient of its own mean.

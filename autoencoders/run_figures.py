@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linattn.autoencoders.autoencoder import Autoencoder
 from linattn.autoencoders.experiment import Experiment
-from linattn.autoencoders.figures import GREY, OBJECTIVE_COLOURS, band, new_figure, save
+from linattn.autoencoders.figures import GREY, OBJECTIVE_COLOURS, band, log_scale, new_figure, save
 from linattn.autoencoders.patches import PatchAutoencoder
 from linattn.autoencoders.principal import principal_components
 from linattn.training import Record
@@ -69,7 +69,8 @@ def draw_curve(experiment: Experiment, history: Sequence[Record]) -> Figure:
     if settings.objective != "vanilla":
         band(panels[0], epochs, curves("reconstruction", history), color=GREY, label="validation, clean input")
     what = "squared error of a sample" if settings.loss == "sum" else "squared error of an entry"
-    panels[0].set(title="Loss", ylabel=what, yscale="log")
+    panels[0].set(title="Loss", ylabel=what)
+    log_scale(panels[0])
     panels[0].legend()
     if with_probe:
         band(panels[1], epochs, curves("accuracy", history), color=colour)
@@ -107,17 +108,20 @@ def draw_latent(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -
     """Codes of the test split on their two widest principal directions; images along the widest ones."""
     data = experiment.data
     with_images = isinstance(model, Autoencoder) and data.image_shape is not None
-    codes = torch.cat([model.encode(part) for part in data.test.x[:POINTS].split(500)]).cpu()
+    codes = _codes(model, data.test.x[:POINTS])
     k = codes.shape[1]
     found = principal_components(codes, min(k, DIRECTIONS))
     figure = new_figure(11 if with_images else 5.8, 4.8)
-    left, *right = figure.subfigures(1, 2, width_ratios=(1, 1.05)) if with_images else [figure]
-    axes = left.subplots()
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.05)) if with_images else [figure]
+    parts = list(halves)
+    axes = parts[0].subplots()
     plane = (codes.double() - found.mean) @ found.directions[:, :2]
     if k == 1:
         plane = torch.cat([plane, torch.zeros_like(plane)], 1)
     y = data.test.y[:POINTS].cpu() if data.has_labels else torch.zeros(len(plane))
-    points = axes.scatter(*plane.T.tolist(), c=y.tolist(), s=5, cmap="tab10" if data.classes > 2 else "coolwarm")
+    points = axes.scatter(
+        plane[:, 0].tolist(), plane[:, 1].tolist(), c=y.tolist(), s=5, cmap="tab10" if data.classes > 2 else "coolwarm"
+    )
     if data.has_labels:
         axes.legend(*points.legend_elements(num=None), title="class", fontsize=8, loc="upper right")
     share = found.variances / found.variances.sum()
@@ -127,7 +131,7 @@ def draw_latent(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -
     )
     if k > 1:
         axes.set_ylabel(f"second ({100 * share[1]:.0f} %)")
-    for part in right:
+    for part in parts[1:]:
         assert isinstance(model, Autoencoder)
         grid = part.subplots(found.directions.shape[1], len(STEPS), squeeze=False)
         for direction, variance, panels in zip(found.directions.T, found.variances, grid, strict=False):
@@ -150,7 +154,8 @@ def draw_filters(experiment: Experiment, model: Autoencoder) -> Figure:
         "decoder: out of each unit of the last": _weights(model)[-1].T,
     }
     figure = new_figure(10.5, 3.3)
-    for part, (name, filters) in zip(figure.subfigures(1, 2), halves.items(), strict=True):
+    parts: Any = figure.subfigures(1, 2)
+    for part, (name, filters) in zip(parts, halves.items(), strict=True):
         strongest = filters[filters.norm(dim=1).argsort(descending=True)[:FILTERS]]
         grid = part.subplots(4, FILTERS // 4)
         for axes in grid.flat:
@@ -178,7 +183,7 @@ def draw_spectrum(experiment: Experiment, model: Autoencoder) -> Figure:
         title="Singular values of the weights", ylabel="singular value", xlabel="number", xscale="log", ylim=(0, None)
     )
     left.legend(fontsize=8)
-    codes = torch.cat([model.encode(part) for part in experiment.data.test.x.split(500)]).cpu()
+    codes = _codes(model, experiment.data.test.x)
     values = principal_components(codes, 1).variances.sqrt()
     right.plot(range(1, len(values) + 1), values.clamp_min(1e-6 * float(values[0])).tolist(), color="black", marker=".")
     right.set(
@@ -192,6 +197,11 @@ def draw_spectrum(experiment: Experiment, model: Autoencoder) -> Figure:
         axes.grid(alpha=0.3)
     figure.suptitle(_title(experiment))
     return figure
+
+
+def _codes(model: Autoencoder | PatchAutoencoder, x: Tensor) -> Tensor:
+    parts: tuple[Tensor, ...] = x.split(500)  # type: ignore[no-untyped-call]
+    return torch.cat([model.encode(part) for part in parts]).cpu()
 
 
 def _weights(model: Autoencoder) -> list[Tensor]:

@@ -146,7 +146,8 @@ def _three_way(
         raise DataError(f"the set {name!r} has {len(x)} samples; accepted: at least 5, so that no split is empty")
     cuts = [round(0.6 * len(x)), round(0.8 * len(x))]
     parts = torch.randperm(len(x), generator=generator).tensor_split(cuts)
-    return SampleSet(name, *_pick(x, y, parts), image_shape)
+    train, valid, test = _pick(x, y, parts)
+    return SampleSet(name, train, valid, test, image_shape)
 
 
 def _pick(x: Tensor, y: Tensor, parts: tuple[Tensor, ...]) -> list[Split]:

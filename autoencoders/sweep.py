@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,11 @@ def run(args: argparse.Namespace) -> int:
     done = _finished(out, jobs)
     left = [job for job in jobs if job.name not in done]
     print(f"{len(jobs)} jobs, {len(done)} of them done before; {args.workers} processes", flush=True)
-    for job, found in _finish(left, data, args.workers, out):
-        if found is not None:
-            done[job.name] = found
+    # Ctrl-C gives up the jobs under way; the others are told all the same.
+    with suppress(KeyboardInterrupt):
+        for job, found in _finish(left, data, args.workers, out):
+            if found is not None:
+                done[job.name] = found
     if done:
         results = assemble(args, data, jobs, done, _sessions(out))
         write(results, out)
@@ -219,7 +221,8 @@ def _side_by_side(jobs: Sequence[Job], data: SampleSet, workers: int) -> Iterato
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (data, threads)) as pool:
         # No job waits in the pool: it would still be done after Ctrl-C.
-        waiting, running = list(reversed(jobs)), {}
+        waiting = list(reversed(jobs))
+        running: dict[Future[dict[str, Any] | None], Job] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
@@ -230,10 +233,9 @@ def _side_by_side(jobs: Sequence[Job], data: SampleSet, workers: int) -> Iterato
                     yield running.pop(future), future.result()
         except KeyboardInterrupt:
             # Processes got the same Ctrl-C and stop at their next step.
-            futures: list[Future[dict[str, Any] | None]] = list(running)
             pool.shutdown(wait=True, cancel_futures=True)
-            for future in futures:
-                yield running[future], None if future.cancelled() else future.result()
+            for future, job in running.items():
+                yield job, None if future.cancelled() else future.result()
 
 
 _data: SampleSet
@@ -303,7 +305,7 @@ def assemble(
 
 def rows(results: dict[str, Any]) -> list[tuple[object, ...]]:
     """The table: means over the repeats at the end of training."""
-    found = []
+    found: list[tuple[object, ...]] = []
     for cell in results["cells"]:
         last = {name: [curve[-1] for curve in curves] for name, curves in cell["curves"].items()}
         mean = {name: sum(values) / len(values) for name, values in last.items()}

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linattn.autoencoders.figures import GREY, OBJECTIVE_COLOURS, band, new_figure, save, size_colours
+from linattn.autoencoders.figures import (
+    GREY,
+    OBJECTIVE_COLOURS,
+    band,
+    log_scale,
+    new_figure,
+    save,
+    shared_legend,
+    size_colours,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +55,8 @@ def draw_epochs(results: dict[str, Any], objective: str) -> Figure:
             band(right, cell["epochs"], cell["curves"]["accuracy"], **style)
             if model == "linear" and cell["pca"] > 0:
                 left.axhline(cell["pca"], color=colours[cell["k"]], linestyle=":", linewidth=1.2)
-        left.set(title=f"{MODEL_NAMES[model]}: reconstruction", ylabel=f"{LOSS}, validation", yscale="log")
-        _floor(
+        left.set(title=f"{MODEL_NAMES[model]}: reconstruction", ylabel=f"{LOSS}, validation")
+        _losses(
             left,
             [c for cell in _cells(results, model=model, objective=objective) for c in cell["curves"]["reconstruction"]],
         )
@@ -56,8 +65,7 @@ def draw_epochs(results: dict[str, Any], objective: str) -> Figure:
         axes.grid(alpha=0.3)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    shared_legend(figure, columns=len(colours))
     dotted = "; dotted: PCA" if "linear" in models else ""
     figure.suptitle(f"{results['set']}, {objective}: mean and range of the repeats, before training at 0{dotted}")
     return figure
@@ -84,21 +92,22 @@ def draw_objectives(results: dict[str, Any]) -> Figure:
                     linestyle="--",
                     label=f"{cell['objective']}, validation",
                 )
-            axes.set(title=f"{model}, k = {k}", yscale="log")
-            _floor(axes, [curve for cell in cells for curve in cell["curves"]["validation"]])
+            axes.set(title=f"{model}, k = {k}")
+            _losses(axes, [curve for cell in cells for curve in cell["curves"]["validation"]])
             axes.grid(alpha=0.3)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
     for axes in grid[:, 0]:
         axes.set_ylabel(LOSS)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    shared_legend(figure, columns=3)
     figure.suptitle(f"{results['set']}: each objective's own loss, mean and range of the repeats")
     return figure
 
 
 def draw_sizes(results: dict[str, Any]) -> Figure:
     """Reconstruction and probe at the end of training against k."""
+    from matplotlib.ticker import NullLocator
+
     figure = new_figure(10.5, 4.4)
     left, right = figure.subplots(1, 2)
     for model in _names(results, "model"):
@@ -124,16 +133,15 @@ def draw_sizes(results: dict[str, Any]) -> Figure:
     bounds = sorted({(cell["k"], cell["pca"]) for cell in results["cells"] if cell["pca"] > 0})
     if bounds:
         left.plot(*zip(*bounds, strict=True), color=GREY, linestyle=":", marker="x", label="PCA")
-    left.set(ylabel=f"{LOSS}, validation", yscale="log", title="Clean reconstruction")
-    _floor(left, [[cell["curves"]["reconstruction"][0][-1]] for cell in results["cells"]])
+    left.set(ylabel=f"{LOSS}, validation", title="Clean reconstruction")
+    _losses(left, [[cell["curves"]["reconstruction"][0][-1]] for cell in results["cells"]])
     right.set(ylabel="accuracy on test split (%)", title="Linear probe on the codes")
     for axes in (left, right):
         axes.set(xscale="log", xlabel="size of the code, k")
         axes.set_xticks(sizes := _names(results, "k"), [str(k) for k in sizes])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    shared_legend(figure, columns=4)
     figure.suptitle(f"{results['set']}: after training, mean and range of the repeats")
     return figure
 
@@ -146,10 +154,12 @@ def _names(results: dict[str, Any], column: str) -> list[Any]:
     return list(dict.fromkeys(cell[column] for cell in results["cells"]))
 
 
-def _floor(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
-    """Losses that vanish (1e-11) would take nearly all of a logarithmic axis: cut it at 1e-4 of the largest."""
+def _losses(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
+    """A logarithmic axis, cut at 1e-4 of the largest loss: those that vanish (1e-11) would take nearly all of it."""
     if not curves:  # of a sweep that was stopped
+        axes.set_axis_off()
         return
+    log_scale(axes)
     largest = max(max(curve) for curve in curves)
     if min(min(curve) for curve in curves) < 1e-4 * largest:
         axes.set_ylim(bottom=1e-4 * largest)

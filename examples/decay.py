@@ -79,11 +79,12 @@ class Found(NamedTuple):
 def samples(seed: int) -> Tensor:
     """`[200, 8]`, float64: mean 0 and exactly the variances above, along random directions."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(SAMPLES, len(VARIANCES), generator=generator, dtype=torch.float64)
-    u = torch.linalg.qr(x - x.mean(0))[0]
+    noise = torch.randn(SAMPLES, len(VARIANCES), generator=generator, dtype=torch.float64)
+    u = torch.linalg.qr(noise - noise.mean(0))[0]
     rotation = torch.linalg.qr(torch.randn(len(VARIANCES), len(VARIANCES), generator=generator, dtype=torch.float64))[0]
     scales = torch.tensor(VARIANCES, dtype=torch.float64).sqrt() * SAMPLES**0.5
-    return (u * scales) @ rotation
+    x: Tensor = (u * scales) @ rotation
+    return x
 
 
 def train(x: Tensor, recipes: Sequence[Recipe], epochs: int, seed: int) -> list[Found]:
@@ -183,21 +184,21 @@ def draw(found: dict[str, Found]) -> Figure:
         xscale="log", yscale="log", xlabel="λ", ylabel="|W2ᵀW2 - I| / √k", title="How far W2 is from orthonormal"
     )
     middle.legend()
-    places = torch.arange(1, K + 1)
+    places = list(range(1, K + 1))
     bars = {
         "theory": (shrunk_singular_values(variances, SHOWN), GREY),
         "weight_decay = 2λ/m": (found[f"lambda = {SHOWN:g}"].singular_values[1], BLUE),
         "weight_decay = 2λ": (found[f"lambda = {SHOWN:g}, MSELoss with decay 2 lambda"].singular_values[1], RED),
     }
-    for shift, (name, (values, colour)) in zip((-0.27, 0, 0.27), bars.items(), strict=True):
-        right.bar(places + shift, values, 0.25, color=colour, label=name)
+    for shift, (name, (heights, colour)) in zip((-0.27, 0, 0.27), bars.items(), strict=True):
+        right.bar([place + shift for place in places], heights.tolist(), 0.25, color=colour, label=name)
     right.set(
         xlabel="number",
         ylabel="singular value of W2",
         ylim=(0, 1.35),
         title=f"nn.MSELoss, λ = {SHOWN:g}, m = {len(VARIANCES)}",
     )
-    right.set_xticks(places.tolist())
+    right.set_xticks(places)
     right.legend(loc="upper right")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
