@@ -92,7 +92,8 @@ def measure(case: Case, dtype: str, backend: str, device: str) -> dict[str, Any]
     with _tiles():
         out = linattn.quadratic_attention(*leaves, **how, backend=backend)
     exact = [x.detach().cpu().double().requires_grad_(training) for x in low]
-    true, kappa, cancellation = _truth(case, *exact, rows)
+    q, k, v = exact
+    true, kappa, cancellation = _truth(case, q, k, v, rows)
     generator = torch.Generator().manual_seed(2)
     upstream = torch.randn(true.shape, generator=generator, dtype=torch.float64).to(DTYPES[dtype])
     found = {"case": case.kind, "N": case.N, "D": case.D, "spread": case.spread, "dtype": dtype, "rows": len(rows)}
@@ -130,7 +131,7 @@ def _tiles() -> contextlib.AbstractContextManager[None]:
 
 
 def _error(actual: Tensor, true: Tensor) -> float:
-    return ((actual.cpu().double() - true).norm() / true.norm()).item()
+    return float((actual.cpu().double() - true).norm() / true.norm())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

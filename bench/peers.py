@@ -154,7 +154,7 @@ def _load_batched_cumsum(features: Callable[[Tensor], Tensor], chunk: int = 64) 
 
     def in_chunks(x: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % chunk))
-        return padded.unflatten(2, (-1, chunk))
+        return padded.reshape(*x.shape[:2], -1, chunk, x.shape[3])
 
     def batched_cumsum(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         if not is_causal:

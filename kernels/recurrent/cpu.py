@@ -58,5 +58,5 @@ def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(map(address, tensors))
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return list(map(address, tensors))

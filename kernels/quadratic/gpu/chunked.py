@@ -106,7 +106,9 @@ def backward(
 
     def pull_queries(part: Part) -> None:
         some = part.its_call()
-        of_keys = sums.Sums(*kept, None) if kept else sums.of_keys(some, part.of_all(initial_state), keep=False)
+        of_keys = (
+            sums.Sums(kept[0], kept[1], None) if kept else sums.of_keys(some, part.of_all(initial_state), keep=False)
+        )
         mine = rows.of(part) | strides("dout", part.of(dout), "g") | strides("dq", part.of(dq))
         _over_rows(pull_rows, some, call.row.pull_rows, of_keys, mine)
 
@@ -184,9 +186,11 @@ class Shared(NamedTuple):
 def _share(call: Call, dout: Tensor, out: Tensor, l: Tensor, lost: Tensor | None) -> Shared:
     B, H, T, M = out.shape
     normalize, tiles = call.options.normalize, triton.cdiv(T, SHARE.BLOCK_T)
-    row_terms = [torch.empty_like(l) if normalize else l.new_empty(0) for _ in range(3)]
-    guard = (None, None) if lost is None else (torch.empty_like(l), lost.new_empty(B, H, tiles))
-    shared = Shared(out.new_empty(out.shape, dtype=FOLD[out.dtype]), *row_terms, lost, *guard)
+    norm, delta, folded_delta = (torch.empty_like(l) if normalize else l.new_empty(0) for _ in range(3))
+    shared = Shared(
+        out.new_empty(out.shape, dtype=FOLD[out.dtype]), norm, delta, folded_delta, lost,
+        None if lost is None else torch.empty_like(l), None if lost is None else lost.new_empty(B, H, tiles),
+    )  # fmt: skip
     arguments = dict(
         **strides("out", out, "o"), **strides("dout", dout, "g"), **shared._asdict(), l_ptr=l, T=T, H=H, M=M,
         BLOCK_Q=SHARE.BLOCK_T, BLOCK_M=call.BLOCK_M, NORMALIZE=normalize, GUARD=call.guarded,
