@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
 from linattn.bench.environment import Environment
@@ -110,7 +110,7 @@ def _curve(
     axes.plot(range(len(heads)), lines, color=color, linestyle=style, linewidth=1.5)
 
 
-def _legend() -> list[object]:
+def _legend() -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
