@@ -95,11 +95,11 @@ def _panel(
     axes.set_xticks(range(len(heads)), [str(D) for D in heads])
     axes.set_yticks(range(len(sizes)), [f"{N // 1024}k" if N >= 1024 else str(N) for N in sizes], fontsize=8)
     axes.tick_params(length=0)
-    group = next(iter(groups), None)
-    if group is not None:
-        what = "forward and backward" if group.direction == "training" else "forward"
+    if groups:
+        shown = next(iter(groups))
+        what = "forward and backward" if shown.direction == "training" else "forward"
         mask = "causal" if is_causal else "non-causal"
-        axes.set_title(f"{mask}, {group.dtype}, {what}, B = {group.B}, H = {group.H}", fontsize=9)
+        axes.set_title(f"{mask}, {shown.dtype}, {what}, B = {shown.B}, H = {shown.H}", fontsize=9)
 
 
 def _curve(
