@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
 from linattn.bench.environment import Environment
@@ -95,10 +95,11 @@ def _panel(
     axes.set_xticks(range(len(heads)), [str(D) for D in heads])
     axes.set_yticks(range(len(sizes)), [f"{N // 1024}k" if N >= 1024 else str(N) for N in sizes], fontsize=8)
     axes.tick_params(length=0)
-    for first in list(groups)[:1]:
-        what = "forward and backward" if first.direction == "training" else "forward"
+    if groups:
+        shown = next(iter(groups))
+        what = "forward and backward" if shown.direction == "training" else "forward"
         mask = "causal" if is_causal else "non-causal"
-        axes.set_title(f"{mask}, {first.dtype}, {what}, B = {first.B}, H = {first.H}", fontsize=9)
+        axes.set_title(f"{mask}, {shown.dtype}, {what}, B = {shown.B}, H = {shown.H}", fontsize=9)
 
 
 def _curve(
@@ -109,7 +110,7 @@ def _curve(
     axes.plot(range(len(heads)), lines, color=color, linestyle=style, linewidth=1.5)
 
 
-def _legend() -> list[object]:
+def _legend() -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

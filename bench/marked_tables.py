@@ -28,7 +28,8 @@ def updated(page: str, folder: Path) -> str:
         DataError: a table has no end, or its file cannot be read.
         ArgumentError: a section of that name does not exist.
     """
-    pieces, at = [], 0
+    pieces: list[str] = []
+    at = 0
     for mark in MARK.finditer(page):
         end = page.find(END, mark.end())
         following = MARK.search(page, mark.end())

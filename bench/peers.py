@@ -153,8 +153,9 @@ def _load_batched_cumsum(features: Callable[[Tensor], Tensor], chunk: int = 64) 
         return (f_q @ (f_k.mT @ v)) / (f_q @ f_k.sum(dim=-2)[..., None])
 
     def in_chunks(x: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % chunk))
-        return padded.reshape(*x.shape[:2], -1, chunk, x.shape[3])
+        B, H, N, size = x.shape
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -N % chunk))
+        return padded.reshape(B, H, -1, chunk, size)
 
     def batched_cumsum(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         if not is_causal:

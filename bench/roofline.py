@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -221,7 +221,7 @@ def _panel(axes: Axes, found: Sequence[Place], ceilings: Ceilings, dtype: str) -
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
 
 
-def _legend() -> list[object]:
+def _legend() -> list[Any]:
     from matplotlib.lines import Line2D
 
     kernels = [Line2D([], [], color=s.color, marker=s.marker, linestyle="", label=s.label) for s in LOOKS.values()]

@@ -18,6 +18,7 @@ from linattn.bench.cases import (
     QUADRATIC_CHUNKED,
     QUADRATIC_DIRECT,
     SDPA,
+    Direction,
     Method,
     Problem,
 )
@@ -46,7 +47,7 @@ METHODS = (
 )
 QUICK = Plan("quick", 256, 4096, budget_s=0.3, limit_s=1.0, settled_s=1.0, refine=False)
 DEFAULT = Plan("default", 256, 32768, budget_s=2.0, limit_s=5.0, settled_s=5.0, refine=False)
-SERIES = ((False, "forward"), (True, "forward"), (True, "training"))
+SERIES: tuple[tuple[bool, Direction], ...] = ((False, "forward"), (True, "forward"), (True, "training"))
 """Masks and directions: the recurrent form is causal only, looking up the best key is neither causal nor trained."""
 
 # Okabe and Ito's colours, told apart with any colour vision.
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     plan, D = QUICK if args.quick else DEFAULT, args.head_size
     groups = [
-        [Problem(N, D, D, H=args.heads, dtype=args.dtype, is_causal=causal, direction=direction) for N in plan.sizes()]  # type: ignore[arg-type]
+        [Problem(N, D, D, H=args.heads, dtype=args.dtype, is_causal=causal, direction=direction) for N in plan.sizes()]
         for causal, direction in SERIES
     ]
     results = run_sweep("scaling", groups, METHODS, plan, device=device, folder=args.out, fresh=args.fresh)
