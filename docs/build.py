@@ -63,10 +63,15 @@ def _link(text: str, target: str, here: PurePosixPath, files: Files) -> str:
 
 
 class Examples(griffe.Extension):
-    """Examples as code: griffe knows the section by its plural only, and not those that stand without a heading."""
+    """Examples as code: griffe knows the section by its plural only, and not those that stand without a heading.
+
+    "Complexity: ..." with a second, indented line is a paragraph here and not a box, for which griffe takes it.
+    """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
             text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
             text = re.sub(r"^>>> .+?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", text, flags=re.MULTILINE | re.DOTALL)
+            while (joined := re.sub(r"^([A-Z][\w ]*: .+)\n {4}(?=\S)", r"\1 ", text, flags=re.MULTILINE)) != text:
+                text = joined
             obj.docstring.value = text
