@@ -118,7 +118,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             label = f"{tokens // 10**6}M tokens"
             axes.plot([r.gpus for r in mine], [r.efficiency for r in mine], color=color, marker=marker, label=label)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(GPUS, [f"{gpus:,}" for gpus in GPUS])
+        axes.set_xticks(GPUS, [f"{gpus:,}" if gpus != 512 else "" for gpus in GPUS])  # 1,024 stands beside it
         axes.set_ylim(0, 1.05)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("GPUs")

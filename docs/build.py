@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
@@ -59,3 +60,18 @@ def _link(text: str, target: str, here: PurePosixPath, files: Files) -> str:
     if files.get_file_from_path(page):
         return f"[{text}]({relpath(page, str(here.parent))})"
     return text if text.strip("`") == path else f"{text} (`{path}`)"
+
+
+class Examples(griffe.Extension):
+    """Examples as code: griffe knows the section by its plural only, and not those that stand without a heading.
+
+    "Complexity: ..." with a second, indented line is a paragraph here and not a box, for which griffe takes it.
+    """
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            text = re.sub(r"^>>> .+?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", text, flags=re.MULTILINE | re.DOTALL)
+            while (joined := re.sub(r"^([A-Z][\w ]*: .+)\n {4}(?=\S)", r"\1 ", text, flags=re.MULTILINE)) != text:
+                text = joined
+            obj.docstring.value = text
