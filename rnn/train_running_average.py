@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -34,7 +34,7 @@ CELLS = ("lstm", "rnn")
 TARGETS = ("all", "last")
 NOTED = ("hidden", "batches", "batch", "steps", "lr", "forget_bias", "seeds")
 """Options that the result file names."""
-LAST_BATCHES = 10
+LAST_BATCHES = 100
 VALIDATION_SEED, VALIDATION_BATCH = 2**40, 4096
 SHOWN = 3
 """Sequences in the figure of predictions."""
@@ -46,7 +46,7 @@ class Run:
 
     Attributes:
         targets: "all" steps count in the loss, or the "last" alone.
-        last_batches: mean loss of the last ten training batches, None where a resumed run had none left to train.
+        training: mean loss of the last 100 batches.
         validation: loss on 4,096 sequences never trained on, at the end.
     """
 
@@ -54,7 +54,7 @@ class Run:
     layers: int
     targets: str
     seed: int
-    last_batches: float | None
+    training: float
     validation: float
     seconds: float
     history: list[Record]
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         file.write(json.dumps(results, indent=1).encode() + b"\n")
     with atomic_file(args.out / "figure.png") as file:
         draw(runs, models, args.steps).savefig(file, format="png", dpi=120)
-    header = ("network", "targets", "last 10 batches", "sd", "4096 fresh sequences", "sd", "worst seed")
+    header = ("network", "targets", "last 100 batches", "sd", "4096 fresh sequences", "sd", "worst seed")
     print(text_table(header, [tuple(row.values()) for row in rows]))
     print(f"\nmean squared errors, seeds {args.seeds}; results and figure in {args.out}")
     return 0
@@ -126,16 +126,13 @@ def train_one(
     net = LSTM(1, args.hidden, layers, forget_bias=args.forget_bias) if cell == "lstm" else RNN(1, args.hidden, layers)
     model = RecurrentRegressionModel(net)
     generator = torch.Generator()
-    last: deque[float] = deque(maxlen=LAST_BATCHES)
 
     def loss_on(batch: int, data_seed: int) -> Tensor:
         x, y = running_average_batch(args.steps, batch, generator=generator.manual_seed(data_seed))
         return running_average_loss(model(x)[0], y, last_timestep_only=targets == "last")
 
     def loss(step: int) -> Tensor:
-        value = loss_on(args.batch, seed * 2**20 + step)
-        last.append(value.item())
-        return value
+        return loss_on(args.batch, seed * 2**20 + step)
 
     settings = {"cell": cell, "layers": layers, "targets": targets, "seed": seed}
     settings |= {name: getattr(args, name) for name in ("hidden", "batch", "steps", "lr", "forget_bias")}
@@ -143,15 +140,15 @@ def train_one(
         model,
         loss,
         lambda: loss_on(VALIDATION_BATCH, VALIDATION_SEED).item(),
-        adam(args.batches, args.lr, validate_every=100),
+        adam(args.batches, args.lr, validate_every=LAST_BATCHES),
         folder=args.out / f"{cell}{layers}-{targets}-{seed}",
         settings=settings,
     )
     if not train(trainer, args):
         return None
-    last_batches = statistics.mean(last) if last else None
-    validation = trainer.history[-1].validation_loss
-    return Run(cell, layers, targets, seed, last_batches, validation, trainer.seconds, trainer.history), model
+    end = trainer.history[-1]
+    training = math.nan if end.train_loss is None else end.train_loss
+    return Run(cell, layers, targets, seed, training, end.validation_loss, end.seconds, trainer.history), model
 
 
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -159,14 +156,14 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for name, targets in dict.fromkeys((one.name, one.targets) for one in runs):
         of = [one for one in runs if (one.name, one.targets) == (name, targets)]
-        last = [one.last_batches for one in of if one.last_batches is not None]
+        trained = [one.training for one in of]
         fresh = [one.validation for one in of]
         rows.append(
             {
                 "network": name,
                 "targets": targets,
-                "last_batches": statistics.mean(last) if last else float("nan"),
-                "last_batches_sd": statistics.stdev(last) if len(last) > 1 else 0.0,
+                "training": statistics.mean(trained),
+                "training_sd": statistics.stdev(trained) if len(trained) > 1 else 0.0,
                 "validation": statistics.mean(fresh),
                 "validation_sd": statistics.stdev(fresh) if len(fresh) > 1 else 0.0,
                 "validation_worst": max(fresh),

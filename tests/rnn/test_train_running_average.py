@@ -25,7 +25,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for one in results["runs"]:
         # Predicting 0 costs 0.29 on all targets and 0.1 on the last.
         assert one["validation"] < (0.15 if one["targets"] == "all" else 0.07)
-        assert one["last_batches"] < (0.15 if one["targets"] == "all" else 0.07)
+        assert one["training"] < (0.15 if one["targets"] == "all" else 0.07)
     assert "4096 fresh sequences" in capsys.readouterr().out
 
 
