@@ -77,7 +77,7 @@ def probe_accuracy(
     Example:
         >>> y = torch.arange(60) % 3
         >>> codes = torch.randn(2, 60, 4) + 5 * torch.eye(3, 4)[y]
-        >>> probe_accuracy(codes, y, codes, y, ProbeConfig(epochs=300), classes=3).min().item() > 0.9
+        >>> probe_accuracy(codes, y, codes, y, ProbeConfig(epochs=100, learning_rate=0.1), classes=3).min().item() > 0.9
         True
     """
     _check(codes, y, test_codes, test_y, classes)

@@ -123,7 +123,9 @@ def draw_latent(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -
         plane[:, 0].tolist(), plane[:, 1].tolist(), c=y.tolist(), s=5, cmap="tab10" if data.classes > 2 else "coolwarm"
     )
     if data.has_labels:
-        axes.legend(*points.legend_elements(num=None), title="class", fontsize=8, loc="upper right")
+        axes.legend(
+            *points.legend_elements(num=None), title="class", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
     share = found.variances / found.variances.sum()
     axes.set(
         xlabel=f"first principal direction of the codes ({100 * share[0]:.0f} % of variance)",

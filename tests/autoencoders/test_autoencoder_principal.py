@@ -140,7 +140,7 @@ def optimum(x: Tensor, k: int, decay: float) -> tuple[Tensor, Tensor]:
     return W1.detach(), W2.detach()
 
 
-@pytest.mark.parametrize("decay", [0.1, 0.3, 3.0])
+@pytest.mark.parametrize("decay", [0.3, 1.0, 3.0])
 def test_singular_values_at_the_optimum_are_those_of_theory(decay: float) -> None:
     x = draw(100, 7)
     W1, W2 = optimum(x, 3, decay)
@@ -166,7 +166,7 @@ def test_pinned_singular_values_and_what_the_wrong_decay_leaves() -> None:
     S = x.mT @ x / len(x)
     torch.testing.assert_close(torch.linalg.eigvalsh(S).flip(0), torch.tensor(decay_study.VARIANCES, dtype=S.dtype))
     recipes = [Recipe("right", "mean", 0.6 / 8), Recipe("summed", "sum", 0.6), Recipe("wrong", "mean", 0.6)]
-    right, summed, wrong = decay_study.train(x, recipes, epochs=60, seed=0)
+    right, summed, wrong = decay_study.train(x, recipes, epochs=40, seed=0)
     expected = torch.tensor([0.983, 0.963, 0.933], dtype=torch.float64)
     for values in right.singular_values:
         torch.testing.assert_close(values, expected, atol=0.01, rtol=0)
