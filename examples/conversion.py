@@ -71,7 +71,7 @@ class Conversion:
         windows = consecutive_windows(self.text.validation, self.config.context)[:200]
         model.eval()
         with torch.no_grad():
-            return sum(model.loss(part).item() * len(part) for part in windows.split(25)) / len(windows)
+            return sum(float(model.loss(part)) * len(part) for part in torch.split(windows, 25)) / len(windows)
 
     def windows(self, step: int) -> Tensor:
         return random_windows(self.text.train, BATCH, self.config.context + 1, seed=self.seed, step=step)
@@ -104,6 +104,10 @@ def swapped(teacher: CausalLM, kernel: str) -> CausalLM:
     return student
 
 
+def attentions(model: CausalLM) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
 def distilling_loss(teacher: CausalLM, student: CausalLM, tokens: Tensor) -> Tensor:
     """Cross entropy of the student's attention rows against the teacher's, mean over layers, heads and positions.
 
@@ -112,7 +116,7 @@ def distilling_loss(teacher: CausalLM, student: CausalLM, tokens: Tensor) -> Ten
     Both from the teacher's queries and keys, so the layers learn independently. O(T^2) memory: windows are short.
     """
     inputs: list[Tensor] = []
-    layers = [layer.attention for layer in teacher.transformer.layers]
+    layers = attentions(teacher)
     hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for layer in layers]
     with torch.no_grad():
         teacher(tokens)
@@ -121,8 +125,9 @@ def distilling_loss(teacher: CausalLM, student: CausalLM, tokens: Tensor) -> Ten
         hook.remove()
     hidden = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
     total = torch.zeros(())
-    for (q, k), layer in zip(queries_and_keys, student.transformer.layers, strict=True):
-        phi = layer.attention.kernel
+    for (q, k), layer in zip(queries_and_keys, attentions(student), strict=True):
+        phi = layer.kernel
+        assert callable(phi)
         target = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1)
         weights = (phi(q) @ phi(k).mT).masked_fill(hidden, 0)
         logarithms = (weights / weights.sum(-1, keepdim=True)).clamp(min=1e-9).log()

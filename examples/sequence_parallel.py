@@ -27,6 +27,9 @@ from linattn.examples.train_parallel import join_processes
 from linattn.text_table import text_table
 
 
+KERNELS: tuple[cost.Kernel, ...] = ("quadratic", "feature_map")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if slices and whole agree to 1e-4 in every kernel, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = join_processes()
     try:
-        errors = {kernel: compare(kernel, args, device) for kernel in ("quadratic", "feature_map")}
+        errors = {kernel: compare(kernel, args, device) for kernel in KERNELS}
         if dist.get_rank() == 0:
             print(report(errors, args))
     finally:
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(max(found) < 1e-4 for found in errors.values()) else 1
 
 
-def compare(kernel: str, args: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+def compare(kernel: cost.Kernel, args: argparse.Namespace, device: torch.device) -> tuple[float, float]:
     """Largest relative error of any rank's output and gradients against the whole sequence on one process."""
     generator = torch.Generator().manual_seed(0)  # every rank draws the whole, and keeps its slice
     shape = (1, args.heads, args.length, args.head_size)
@@ -69,10 +72,10 @@ def compare(kernel: str, args: argparse.Namespace, device: torch.device) -> tupl
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
+    return float((actual - expected).norm() / expected.norm())
 
 
-def report(errors: dict[str, tuple[float, float]], args: argparse.Namespace) -> str:
+def report(errors: dict[cost.Kernel, tuple[float, float]], args: argparse.Namespace) -> str:
     """The errors, and what a rank sends in a forward pass."""
     ranks, D = dist.get_world_size(), args.head_size
     rows = []

@@ -164,7 +164,7 @@ def _packed(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def _unpacked(row: Tensor, like: tuple[Tensor, ...]) -> list[Tensor]:
-    parts = row.split([x.numel() for x in like])
+    parts = torch.split(row, [x.numel() for x in like])
     return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
 
 
