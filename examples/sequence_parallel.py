@@ -26,7 +26,6 @@ from linattn import cost, distributed
 from linattn.examples.train_parallel import join_processes
 from linattn.text_table import text_table
 
-
 KERNELS: tuple[cost.Kernel, ...] = ("quadratic", "feature_map")
 
 
