@@ -25,8 +25,10 @@ OPERATIONS = ("softmax", "quadratic", "feature_map", "recurrent")
 EXTRAS = {
     "bench": ("pytest", "matplotlib", "tqdm"),
     "train": ("tqdm", "matplotlib"),
+    "studies": ("matplotlib", "sklearn"),
     "tracking": ("tensorboard", "wandb", "matplotlib"),
     "triton": ("triton",),
+    "hf": ("transformers",),
 }
 
 Report = dict[str, Any]
