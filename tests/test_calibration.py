@@ -25,7 +25,7 @@ def test_the_shipped_table_is_readable_and_plausible() -> None:
 
 def test_a_measured_length_is_returned_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"native/avx2/fp32": {"causal": {64: 3000.0, 32: 1000.0}}}
-    monkeypatch.setattr(calibration, "FACTORS", calibration.factors(table))
+    monkeypatch.setattr(calibration, "MEASURED", calibration.factors(table))
     length = calibration.chunked_from("native/avx2/fp32", 32, 32, is_causal=True)
     assert length == pytest.approx(1000.0)
     between = calibration.chunked_from("native/avx2/fp32", 48, 48, is_causal=True)
@@ -38,7 +38,7 @@ def test_an_unmeasured_dtype_takes_the_machines_fp32_and_an_unmeasured_machine_c
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     table = {"native/avx2/fp32": {"causal": {64: 3000.0}}}
-    monkeypatch.setattr(calibration, "FACTORS", calibration.factors(table))
+    monkeypatch.setattr(calibration, "MEASURED", calibration.factors(table))
     assert calibration.chunked_from("native/avx2/fp16", 64, 64, is_causal=True) == pytest.approx(3000.0)
     assert "avx2" in calibration.source("native/avx2/fp16")
     for key, mask in (("native/sve/fp32", True), ("native/avx2/fp32", False)):
@@ -50,11 +50,11 @@ def test_predicted_lengths_are_used_where_nothing_was_measured_and_said_to_be_pr
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     key = "triton/sm_90/bf16"
-    predicted = calibration.PREDICTIONS[key]["causal"]
-    monkeypatch.setattr(calibration, "TABLE", {})
+    predicted = calibration.load(calibration.PREDICTED)[key]["causal"]
+    monkeypatch.setattr(calibration, "MEASURED", {})
     assert calibration.chunked_from(key, 64, 64, is_causal=True) == pytest.approx(predicted[64])
     assert calibration.source(key) == "predicted for sm_90 from flops, not measured"
-    monkeypatch.setattr(calibration, "TABLE", {key: {"causal": {64: 3000.0}}})
+    monkeypatch.setattr(calibration, "MEASURED", calibration.factors({key: {"causal": {64: 3000.0}}}))
     assert calibration.chunked_from(key, 64, 64, is_causal=True) == pytest.approx(3000.0)
     assert calibration.source(key) == "as measured on sm_90"
 

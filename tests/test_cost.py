@@ -232,7 +232,7 @@ def test_flops_that_torch_counts_grow_as_the_model_says(
     predicted = {N: flops("quadratic", form, B=1, H=1, N=N, **sizes) for N in counted}
     assert exponent(predicted) == pytest.approx(2.0 if form == "direct" else 1.0, abs=1e-9)
     # Whole tiles on the diagonal, and a first chunk that has no state to read, shift it by a little.
-    assert exponent(counted) == pytest.approx(exponent(predicted), abs=0.03)
+    assert exponent(counted) == pytest.approx(exponent(predicted), abs=0.05)
 
 
 @pytest.mark.parametrize(

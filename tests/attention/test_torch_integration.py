@@ -100,10 +100,11 @@ def _registered() -> list[str]:
 OPS = ("feature_map_bwd", "feature_map_fwd", "quadratic_bwd", "quadratic_fwd", "softmax_bwd", "softmax_fwd")
 
 
-def test_every_registered_op_is_checked_here() -> None:
+def test_every_registered_op_of_attention_is_checked_here() -> None:
     for call in CALLS.values():
         call(*make_inputs(keys=12))
-    assert tuple(_registered()) == OPS
+    # Those of recurrent layers are checked beside their kernels.
+    assert tuple(name for name in _registered() if not name.startswith("recurrent_")) == OPS
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "fused", "strided"])

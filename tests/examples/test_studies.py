@@ -65,7 +65,7 @@ def test_a_broken_claim_is_told_by_status_table_and_file(tmp_path: Path, capsys:
 
 def test_every_study_is_a_command_and_a_script() -> None:
     commands = {name.removeprefix("study ") for name in cli.COMMANDS if name.startswith("study ")}
-    assert commands == {*SMALL, "depth", "recall", "lm"}
+    assert commands == {*SMALL, "depth", "recall", "lm", "conversion"}
     assert all((ROOT / "examples" / f"{name}.py").is_file() for name in commands)
 
 
