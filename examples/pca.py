@@ -109,12 +109,12 @@ def train(x: Tensor, k: int, steps: int, seed: int) -> Autoencoder:
 def study(name: str, k: int, steps: int, seed: int) -> Outcome:
     """Train, and hold what was found against scikit-learn's principal components."""
     try:
-        from sklearn.decomposition import PCA
+        from sklearn import decomposition
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "studies", "comparing with its PCA") from error
     x = centred(name, seed)
     found = principal_components(x, k)
-    peer = torch.from_numpy(PCA(k, svd_solver="full").fit(x.numpy()).components_)
+    peer = torch.from_numpy(decomposition.PCA(k, svd_solver="full").fit(x.numpy()).components_)
     with torch.enable_grad():
         model = train(x, k, steps, seed)
     encoder, decoder = model.encoder[0].weight, model.decoder[0].weight
