@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from torch.nn.functional import normalize
 import linattn
 from linattn.bench.cases import DTYPES
 from linattn.bench.environment import describe
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.kernels.common.backend import INTERPRETED
 from linattn.text_table import text_table
 
@@ -155,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(path: Path, content: dict[str, Any], device: str) -> None:
     content |= {"environment": asdict(describe(torch.device(device)))}
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    write_json(path, content)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -28,12 +28,14 @@ from linattn.bench.cases import (
 )
 from linattn.bench.environment import describe
 from linattn.bench.measure import least_bytes, measure
-from linattn.bench.plots import STYLES, Style, machine_of, new_figure, require_matplotlib, save, title
+from linattn.bench.plots import STYLES, Style, machine_of, new_figure, require_matplotlib, title
 from linattn.bench.results import Results, Row
-from linattn.bench.sweep import add_run_arguments, progress, set_threads
+from linattn.bench.sweep import add_run_arguments, set_threads
 from linattn.bench.timing import side_by_side, summarise
+from linattn.drawing import save
 from linattn.environment import pick_device
 from linattn.errors import DataError
+from linattn.progress import progress
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -159,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         Problem(args.length, args.head_size, args.head_size, H=args.heads, dtype=dtype, is_causal=True, direction=way)
         for dtype, way in product(dtypes, DIRECTIONS)
     ]
-    with progress(len(problems)) as bar:
+    with progress(len(problems), "problem") as bar:
         for problem in problems:
             bar.set_postfix_str(str(problem))
             rows += measure(problem, METHODS, device=device, budget_s=args.budget)

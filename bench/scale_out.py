@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linattn import cost
+from linattn import cost, drawing
 from linattn.bench.kernel_page import with_table
 from linattn.bench.plots import DPI, require_matplotlib
-from linattn.files import atomic_file
+from linattn.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -137,14 +137,9 @@ def main() -> int:
     writer = csv.DictWriter(text, fieldnames=list(asdict(rows[0])), lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    with atomic_file(RESULTS) as file:
-        file.write(text.getvalue().encode())
-    figure = draw(rows)
-    with atomic_file(FIGURE) as file:
-        figure.savefig(file, format="png")
-    page = with_table(PAGE.read_text(encoding="utf-8"), table(rows), BEGIN, END)
-    with atomic_file(PAGE) as file:
-        file.write(page.encode())
+    write_text(RESULTS, text.getvalue())
+    drawing.save(draw(rows), FIGURE)
+    write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8"), table(rows), BEGIN, END))
     return 0
 
 

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from linattn.examples import study
 from linattn.examples.convnets import ConvNet, Norm
 from linattn.examples.digits import Digits, load_digits
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "accumulation")
-    parser.add_argument("--steps", type=study.positive, default=200, help="of both training loops (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=200, help="of both training loops (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

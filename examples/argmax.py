@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from linattn import argmax_attention, softmax_attention
 from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def draw(example: Example, soft: Lookup, hard: Lookup) -> Figure:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "argmax")
-    parser.add_argument("--steps", type=study.positive, default=300, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=300, help="of training (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ from linattn.characters import Characters, consecutive_windows, random_windows
 from linattn.examples import study
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.modules import Attention, rotate
+from linattn.options import whole
 from linattn.text_table import text_table
 from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
@@ -208,13 +209,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to learn (default: this library's source)"
     )
-    parser.add_argument(
-        "--steps", type=study.positive, default=1500, help="of the teacher; later stages take a fifth (1500)"
-    )
-    parser.add_argument("--dim", type=study.positive, default=64, help="width of the model (default %(default)s)")
-    parser.add_argument(
-        "--context", type=study.positive, default=128, help="characters in a window (default %(default)s)"
-    )
+    parser.add_argument("--steps", type=whole, default=1500, help="of the teacher; later stages take a fifth (1500)")
+    parser.add_argument("--dim", type=whole, default=64, help="width of the model (default %(default)s)")
+    parser.add_argument("--context", type=whole, default=128, help="characters in a window (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from linattn.autoencoders import orthonormality_defect, principal_angles, shrunk_singular_values
 from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def draw(found: dict[str, Found]) -> Figure:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "decay")
-    parser.add_argument("--epochs", type=study.positive, default=200, help=f"of {SAMPLES} samples each (%(default)s)")
+    parser.add_argument("--epochs", type=whole, default=200, help=f"of {SAMPLES} samples each (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

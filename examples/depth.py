@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from linattn.examples import study
 from linattn.examples.convnets import ConvNet
 from linattn.examples.digits import Digits, load_digits
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "depth")
-    parser.add_argument("--epochs", type=study.positive, default=15, help="of 15 batches each (%(default)s)")
+    parser.add_argument("--epochs", type=whole, default=15, help="of 15 batches each (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from linattn.examples import study
+from linattn.options import whole
 from linattn.rnn import LSTMLayer, LSTMState, RecurrentRegressionModel, RNNLayer, running_average_batch
 from linattn.rnn import running_average_loss as loss_of
 from linattn.text_table import text_table
@@ -228,8 +229,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="factor on its weights (%(default)s)")
     parser.add_argument("--bias-scale", type=float, default=1.0, help="factor on its biases (%(default)s)")
-    parser.add_argument("--hidden", type=study.positive, default=16, help="units (%(default)s)")
-    parser.add_argument("--steps", type=study.positive, default=20, help="length of its sequence (%(default)s)")
+    parser.add_argument("--hidden", type=whole, default=16, help="units (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=20, help="length of its sequence (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

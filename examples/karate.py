@@ -45,6 +45,7 @@ from linattn.examples.karate_club import (
     clubs,
     edges,
 )
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -343,7 +344,7 @@ def _point(point: Tensor) -> tuple[float, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "karate")
-    parser.add_argument("--epochs", type=study.positive, default=5_000, help="of gradient descent (%(default)s)")
+    parser.add_argument("--epochs", type=whole, default=5_000, help="of gradient descent (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

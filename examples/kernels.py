@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from linattn import kernel_attention, linear_attention, quadratic_attention
 from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def _pretty(name: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "kernels")
-    parser.add_argument("--rows", type=study.positive, default=100_000, help="of random keys (%(default)s)")
+    parser.add_argument("--rows", type=whole, default=100_000, help="of random keys (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from linattn import language
 from linattn.errors import DataError
 from linattn.examples import study
 from linattn.examples.sweep import sweep
+from linattn.options import whole
 from linattn.runs import Run, find
 from linattn.text_table import text_table
 from linattn.training import CHECKPOINT_NAME
@@ -249,7 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--full", action="store_true", help="every kernel, a larger model, longer contexts: for a GPU")
     extent.add_argument("--quick", action="store_true", help="tiny models for a few seconds, to see that all works")
-    parser.add_argument("--seeds", type=study.positive, default=3, help="of the main group (%(default)s)")
+    parser.add_argument("--seeds", type=whole, default=3, help="of the main group (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from linattn.examples import study
 from linattn.feature_maps import Favor, Hedgehog, make
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -257,8 +258,8 @@ def _plain_ticks(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "maps")
-    parser.add_argument("--draws", type=study.positive, default=10, help="of random features (%(default)s)")
-    parser.add_argument("--steps", type=study.positive, default=300, help="of learning a map (%(default)s)")
+    parser.add_argument("--draws", type=whole, default=10, help="of random features (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=300, help="of learning a map (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

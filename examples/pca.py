@@ -39,6 +39,7 @@ from linattn.autoencoders import (
 )
 from linattn.errors import MissingExtraError
 from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 from linattn.training import Trainer, TrainingConfig
 
@@ -172,7 +173,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "pca")
-    parser.add_argument("--steps", type=study.positive, default=3000, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=3000, help="of training (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,6 @@ Source: Arora et al. 2023, "Zoology: Measuring and improving recall in efficient
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,8 +36,9 @@ from linattn.decode import KeyCache
 from linattn.environment import describe, pick_device
 from linattn.examples import study
 from linattn.examples.sweep import RESULTS_NAME, sweep
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.modules import Transformer
+from linattn.options import whole
 from linattn.text_table import text_table
 from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
@@ -178,8 +178,7 @@ def train(settings: Settings, folder: Path, device: torch.device) -> bool:
         "seconds": round(trainer.seconds, 1),
         "environment": asdict(describe(device)),
     }
-    with atomic_file(folder / RESULTS_NAME) as file:
-        file.write(json.dumps(results, indent=2).encode() + b"\n")
+    write_json(folder / RESULTS_NAME, results, indent=2)
     return True
 
 
@@ -266,14 +265,14 @@ def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Se
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "recall")
-    parser.add_argument("--seeds", type=study.positive, default=2, help="runs with seeds from --seed on (%(default)s)")
-    parser.add_argument("--steps", type=study.positive, default=600, help="of training for each run (%(default)s)")
+    parser.add_argument("--seeds", type=whole, default=2, help="runs with seeds from --seed on (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=600, help="of training for each run (%(default)s)")
     parser.add_argument(
         "--kernels", type=lambda text: text.split(), default=list(KERNELS), help="separated by spaces (all)"
     )
     parser.add_argument(
         "--sizes",
-        type=lambda text: [study.positive(word) for word in text.split(",")],
+        type=lambda text: [whole(word) for word in text.split(",")],
         default=[8, 16, 32, 64],
         help="head sizes D, separated by commas (8,16,32,64)",
     )

@@ -27,6 +27,7 @@ import torch
 
 from linattn import softmax_attention
 from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -169,8 +170,8 @@ def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequenc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "scaling")
-    parser.add_argument("--samples", type=study.positive, default=20_000, help="of q.k for each moment (%(default)s)")
-    parser.add_argument("--queries", type=study.positive, default=256, help="for each gradient (%(default)s)")
+    parser.add_argument("--samples", type=whole, default=20_000, help="of q.k for each moment (%(default)s)")
+    parser.add_argument("--queries", type=whole, default=256, help="for each gradient (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

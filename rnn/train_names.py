@@ -7,7 +7,6 @@ folder with `checkpoint.pt` and `history.jsonl`.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -18,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linattn import drawing
 from linattn.environment import describe
 from linattn.errors import ArgumentError
-from linattn.files import atomic_file
+from linattn.files import write_json, write_text
 from linattn.rnn.name_model import CELLS, NameClassifier
 from linattn.rnn.names import Duplicates, Names, duplicates, embedded_names, encode, load_names
 from linattn.rnn.training import adam, add_run_arguments, require_matplotlib, train
@@ -208,13 +208,10 @@ def write_results(names: Names, scores: list[Score], args: argparse.Namespace) -
         "environment": asdict(describe(torch.device("cpu"))),
     }
     card = model_card(results, scores)
-    with atomic_file(args.out / "results.json") as file:
-        file.write(json.dumps(results, indent=1).encode() + b"\n")
-    with atomic_file(args.out / "model-card.md") as file:
-        file.write(card.encode())
+    write_json(args.out / "results.json", results)
+    write_text(args.out / "model-card.md", card)
     for name, figure in (("confusion", draw_confusion(names.languages, scores)), ("curve", draw_curves(scores))):
-        with atomic_file(args.out / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=120)
+        drawing.save(figure, args.out / f"{name}.png", dpi=120)
     print(_recall_table(results))
     print(f"\n{_accuracy_lines(results)}\nresults, figures and model card in {args.out}")
 

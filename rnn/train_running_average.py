@@ -7,7 +7,6 @@ What it leaves in its folder: `results.json`, `figure.png`, and for each run a f
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from linattn import drawing
 from linattn.environment import describe
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.rnn.heads import RecurrentRegressionModel
 from linattn.rnn.running_average import running_average_batch, running_average_loss
 from linattn.rnn.stacks import LSTM, RNN
@@ -108,10 +108,8 @@ def run(args: argparse.Namespace) -> int:
         "runs": [asdict(one) for one in runs],
         "environment": asdict(describe(torch.device("cpu"))),
     }
-    with atomic_file(args.out / "results.json") as file:
-        file.write(json.dumps(results, indent=1).encode() + b"\n")
-    with atomic_file(args.out / "figure.png") as file:
-        draw(runs, models, args.steps).savefig(file, format="png", dpi=120)
+    write_json(args.out / "results.json", results)
+    drawing.save(draw(runs, models, args.steps), args.out / "figure.png", dpi=120)
     header = ("network", "targets", "last 100 batches", "sd", "4096 fresh sequences", "sd", "worst seed")
     print(text_table(header, [tuple(row.values()) for row in rows]))
     print(f"\nmean squared errors, seeds {args.seeds}; results and figure in {args.out}")

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from linattn import tracking
-from linattn.errors import CheckpointError, MissingExtraError
+from linattn import drawing, tracking
+from linattn.errors import CheckpointError
 from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
 
@@ -65,7 +65,4 @@ def train(trainer: Trainer, args: argparse.Namespace) -> bool:
 
 def require_matplotlib() -> None:
     """Raise MissingExtraError now rather than after training."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "train", "drawing the figure of a run") from error
+    drawing.require_matplotlib("train", "drawing the figure of a run")
