@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
@@ -94,10 +95,8 @@ def largest_eigenvalue(weight: Tensor) -> float:
 
 def slope(path: Trace) -> float:
     """The change of log |dL/dh_t| in a step back, by least squares."""
-    back = torch.arange(len(path.gradient), dtype=FLOAT).flip(0)
-    logs = torch.tensor(path.gradient, dtype=FLOAT).log()
-    back, logs = back - back.mean(), logs - logs.mean()
-    return ((back * logs).sum() / back.square().sum()).item()
+    back = range(len(path.gradient), 0, -1)
+    return linear_regression(back, [math.log(norm) for norm in path.gradient]).slope
 
 
 def residual_path(hidden: int, residual: bool) -> Trace:

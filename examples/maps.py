@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
@@ -71,10 +72,7 @@ class Estimates:
     @property
     def slope(self) -> float:
         """Of log(measured) over log(m), by least squares."""
-        x = torch.tensor(self.counts, dtype=torch.float64).log()
-        y = torch.tensor(self.measured, dtype=torch.float64).log()
-        x = x - x.mean()
-        return float((x * (y - y.mean())).sum() / x.square().sum())
+        return linear_regression(*([math.log(x) for x in along] for along in (self.counts, self.measured))).slope
 
 
 def draw_queries_and_keys(spread: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
