@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -23,7 +22,7 @@ from linattn.files import write_json
 from linattn.rnn.heads import RecurrentRegressionModel
 from linattn.rnn.running_average import running_average_batch, running_average_loss
 from linattn.rnn.stacks import LSTM, RNN
-from linattn.rnn.training import adam, add_run_arguments, require_matplotlib, train
+from linattn.rnn.training import adam, add_counts, add_run_arguments, mean_and_sd, require_matplotlib, train
 from linattn.text_table import text_table
 from linattn.training import Record, Trainer
 
@@ -75,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="steps in the loss (all last)"
     )
-    for name, default, text in (
+    counts = (
         ("hidden", 32, "width of every layer"),
         ("batches", 5000, "optimiser steps"),
         ("batch", 32, "sequences in a batch"),
         ("steps", 10, "length of a sequence, T"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
+    )
+    add_counts(parser, counts)
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam (%(default)s)")
     parser.add_argument("--forget-bias", type=float, default=0.0, help="of an LSTM as it is drawn (%(default)s)")
     add_run_arguments(parser, "running-average")
@@ -154,16 +153,17 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for name, targets in dict.fromkeys((one.name, one.targets) for one in runs):
         of = [one for one in runs if (one.name, one.targets) == (name, targets)]
-        trained = [one.training for one in of]
         fresh = [one.validation for one in of]
+        training, training_sd = mean_and_sd([one.training for one in of])
+        validation, validation_sd = mean_and_sd(fresh)
         rows.append(
             {
                 "network": name,
                 "targets": targets,
-                "training": statistics.mean(trained),
-                "training_sd": statistics.stdev(trained) if len(trained) > 1 else 0.0,
-                "validation": statistics.mean(fresh),
-                "validation_sd": statistics.stdev(fresh) if len(fresh) > 1 else 0.0,
+                "training": training,
+                "training_sd": training_sd,
+                "validation": validation,
+                "validation_sd": validation_sd,
                 "validation_worst": max(fresh),
             }
         )
