@@ -59,6 +59,12 @@ class RecurrentLayer(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -within, within)
 
+    @torch.no_grad()
+    def draw_orthogonal(self) -> None:
+        """Draw the recurrent matrix of each gate anew, orthogonal: it keeps a state's length (Saxe et al. 2013)."""
+        for gate in self.weight_h.split(self.hidden_size):
+            nn.init.orthogonal_(gate)
+
     def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
         """All h `[B, T, H]`, 0 behind a sequence's end, and the last state of these checked inputs."""
         raise NotImplementedError
