@@ -139,7 +139,7 @@ def convert(conversion: Conversion, steps: int) -> dict[str, float]:
     torch.manual_seed(conversion.seed)
     teacher = conversion.trained("teacher", CausalLM(conversion.config), steps, 4e-3)
     losses = {"softmax, the teacher": conversion.validation_loss(teacher)}
-    short = max(1, steps // 5)
+    short = max(1, steps // 3)
 
     def fine_tuned(stage: str, model: CausalLM) -> float:
         model.requires_grad_(True)
@@ -182,16 +182,18 @@ def claims(losses: dict[str, float]) -> list[study.Claim]:
 
 
 def draw(losses: dict[str, float]) -> Figure:
-    """Held-out losses as bars, the teacher's as a line."""
+    """Held-out losses as points, the teacher's as a line."""
     figure = study.new_figure(9, 4.5)
     axes = figure.subplots()
     colors = {"softmax": study.GREY, "hedgehog": study.BLUE, "elu+1": study.ORANGE, "taylor": study.GREEN}
     names = list(losses)[::-1]
-    bars = axes.barh(names, list(losses.values())[::-1], color=[colors[name.split(",")[0]] for name in names])
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    teacher = losses["softmax, the teacher"]
-    axes.axvline(teacher, color="black", linestyle="--", linewidth=1)
-    axes.set_xlim(0.9 * min(losses.values()), 1.05 * max(losses.values()))
+    for row, name in enumerate(names):
+        axes.plot(losses[name], row, "o", color=colors[name.split(",")[0]], markersize=9)
+        axes.annotate(f"{losses[name]:.3f}", (losses[name], row), (9, -4), textcoords="offset points")
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(losses["softmax, the teacher"], color="black", linestyle="--", linewidth=1)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("held-out loss (nats per character); dashed: the teacher")
     axes.set_title("From softmax to linear attention")
     return figure
@@ -209,7 +211,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to learn (default: this library's source)"
     )
-    parser.add_argument("--steps", type=whole, default=1500, help="of the teacher; later stages take a fifth (1500)")
+    parser.add_argument("--steps", type=whole, default=1500, help="of the teacher; later stages take a third (1500)")
     parser.add_argument("--dim", type=whole, default=64, help="width of the model (default %(default)s)")
     parser.add_argument("--context", type=whole, default=128, help="characters in a window (default %(default)s)")
 

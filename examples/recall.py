@@ -45,9 +45,9 @@ from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_chec
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SYMBOLS = 128  # different keys, and as many values
+SYMBOLS = 64  # different keys, and as many values
 NOTHING = 2 * SYMBOLS
-TOKENS_A_STEP = 4096
+TOKENS_A_STEP = 2048
 TEST_SEQUENCES = 128
 TEST_SEED = 10_000  # far from the seeds to train with
 KERNELS = (
@@ -89,7 +89,7 @@ class Settings:
     steps: int
     dim: int = 64
     layers: int = 2
-    lr: float = 3e-3
+    lr: float = 1e-2
 
 
 class RecallModel(nn.Module):
@@ -266,7 +266,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     study.add_common_arguments(parser, "recall")
     parser.add_argument("--seeds", type=whole, default=2, help="runs with seeds from --seed on (%(default)s)")
-    parser.add_argument("--steps", type=whole, default=600, help="of training for each run (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=1000, help="of training for each run (%(default)s)")
     parser.add_argument(
         "--kernels", type=lambda text: text.split(), default=list(KERNELS), help="separated by spaces (all)"
     )

@@ -124,6 +124,12 @@ class RecurrentLayer(Reader):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -within, within)
 
+    @torch.no_grad()
+    def draw_orthogonal(self) -> None:
+        """Draw the recurrent matrix of each gate anew, orthogonal: it keeps a state's length (Saxe et al. 2013)."""
+        for gate in self.weight_h.split(self.hidden_size):
+            nn.init.orthogonal_(gate)
+
     @property
     @abstractmethod
     def cell(self) -> str | Activation:

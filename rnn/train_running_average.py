@@ -20,6 +20,7 @@ from linattn import drawing
 from linattn.environment import describe
 from linattn.files import write_json
 from linattn.rnn.heads import RecurrentRegressionModel
+from linattn.rnn.layers import RecurrentLayer
 from linattn.rnn.running_average import running_average_batch, running_average_loss
 from linattn.rnn.stacks import LSTM, RNN
 from linattn.rnn.training import adam, add_counts, add_run_arguments, mean_and_sd, require_matplotlib, train
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 CELLS = ("lstm", "rnn")
 TARGETS = ("all", "last")
-NOTED = ("hidden", "batches", "batch", "steps", "lr", "forget_bias", "seeds")
+NOTED = ("hidden", "batches", "batch", "steps", "lr", "recurrent_weights", "seeds")
 """Options that the result file names."""
 LAST_BATCHES = 100
 VALIDATION_SEED, VALIDATION_BATCH = 2**40, 4096
@@ -82,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_counts(parser, counts)
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam (%(default)s)")
-    parser.add_argument("--forget-bias", type=float, default=0.0, help="of an LSTM as it is drawn (%(default)s)")
+    parser.add_argument(
+        "--recurrent-weights", choices=("orthogonal", "uniform"), default="orthogonal", help="as drawn (%(default)s)"
+    )
     add_run_arguments(parser, "running-average")
 
 
@@ -120,7 +123,11 @@ def train_one(
 ) -> tuple[Run, RecurrentRegressionModel] | None:
     """Train one network; None when interrupted."""
     torch.manual_seed(seed)
-    net = LSTM(1, args.hidden, layers, forget_bias=args.forget_bias) if cell == "lstm" else RNN(1, args.hidden, layers)
+    net = LSTM(1, args.hidden, layers) if cell == "lstm" else RNN(1, args.hidden, layers)
+    if args.recurrent_weights == "orthogonal":
+        for layer in net.modules():
+            if isinstance(layer, RecurrentLayer):
+                layer.draw_orthogonal()
     model = RecurrentRegressionModel(net)
     generator = torch.Generator()
 
@@ -132,7 +139,7 @@ def train_one(
         return loss_on(args.batch, seed * 2**20 + step)
 
     settings = {"cell": cell, "layers": layers, "targets": targets, "seed": seed}
-    settings |= {name: getattr(args, name) for name in ("hidden", "batch", "steps", "lr", "forget_bias")}
+    settings |= {name: getattr(args, name) for name in ("hidden", "batch", "steps", "lr", "recurrent_weights")}
     trainer = Trainer(
         model,
         loss,
