@@ -189,7 +189,9 @@ def draw(losses: dict[str, float]) -> Figure:
     names = list(losses)[::-1]
     for row, name in enumerate(names):
         axes.plot(losses[name], row, "o", color=colors[name.split(",")[0]], markersize=9)
-        axes.annotate(f"{losses[name]:.3f}", (losses[name], row), (9, -4), textcoords="offset points")
+        below = losses[name] < losses["softmax, the teacher"]
+        offset, side = (-9, "right") if below else (9, "left")
+        axes.annotate(f"{losses[name]:.3f}", (losses[name], row), (offset, -4), textcoords="offset points", ha=side)
     axes.set_yticks(range(len(names)), names)
     axes.axvline(losses["softmax, the teacher"], color="black", linestyle="--", linewidth=1)
     axes.margins(x=0.12)
