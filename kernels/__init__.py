@@ -6,7 +6,7 @@ if __name__ != "linattn.kernels":
     # With the repository on sys.path, as in an editable install, this folder answers to the name of another package.
     # Those who look for that one (transformers does) are told of a version too old for anything, and nothing is inside.
     __version__ = "0"
-    __path__: list[str] = []
+    __path__ = []
 
     def __getattr__(name: str) -> object:
         raise ImportError(

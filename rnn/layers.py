@@ -127,7 +127,7 @@ class RecurrentLayer(Reader):
     @torch.no_grad()
     def draw_orthogonal(self) -> None:
         """Draw the recurrent matrix of each gate anew, orthogonal: it keeps a state's length (Saxe et al. 2013)."""
-        for gate in self.weight_h.split(self.hidden_size):
+        for gate in torch.split(self.weight_h, self.hidden_size):
             nn.init.orthogonal_(gate)
 
     @property
