@@ -41,7 +41,7 @@ class MemoryProbe:
         if self._device.type == "cuda":
             return "torch.cuda.max_memory_allocated beyond the inputs"
         if _can_measure_cpu():
-            return "growth of the peak resident set of a separate process beyond the inputs"
+            return "growth of the peak resident set of a process of its own beyond the inputs"
         return "not measured: this system cannot reset the peak resident set"
 
     def __enter__(self) -> MemoryProbe:

@@ -56,12 +56,14 @@ def compare(now: Results, before: Results | None) -> list[Flag]:
         return flags
     earlier = {(row.method, row.problem): row for row in before.rows}
     reference, earlier_reference = _references(now.rows), _references(before.rows)
+    same_memory = now.settings.get("peak_memory") == before.settings.get("peak_memory")  # measured in the same way
     for row in now.rows:
         was = earlier.get((row.method, row.problem))
         if was is None:
             continue
         flags += _slower(row, was, reference.get(row.problem), earlier_reference.get(row.problem))
-        flags += _larger(row, was)
+        if same_memory:
+            flags += _larger(row, was)
     return flags
 
 
@@ -141,6 +143,8 @@ def _references(rows: Iterable[Row]) -> Mapping[Problem, Row]:
 
 def _rounds(row: Row, reference: Row | None) -> list[tuple[float, float]]:
     """(time, SDPA's time in the same round) of every round; 1 for SDPA without a reference."""
+    if not row.samples_ms:  # skipped
+        return []
     theirs: Sequence[float] = [1.0] * len(row.samples_ms) if reference is None else reference.samples_ms
     # Rows of one problem are measured together, in as many rounds.
     return list(zip(row.samples_ms, theirs, strict=True))

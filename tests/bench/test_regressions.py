@@ -78,8 +78,15 @@ def test_a_larger_peak_is_flagged() -> None:
     assert compare(results(seed=1, peak_mib=9.9), results(seed=2)) == []
 
 
+def test_peaks_measured_in_different_ways_are_not_compared() -> None:
+    now = results(seed=1, peak_mib=12.0)
+    now.settings["peak_memory"] = "another way"
+    assert compare(now, results(seed=2)) == []
+
+
 def test_what_is_no_longer_measured_is_flagged() -> None:
     gone = {"median_ms": None, "samples_ms": [], "skipped": "about 9 s a call"}
+    assert compare(results(seed=1, **gone), results(seed=2, **gone)) == []
     flags = compare(results(seed=1, **gone), results(seed=2))
     assert {flag.kind for flag in flags} == {"not measured"} and "now: about 9 s a call" in str(flags[0])
 
