@@ -16,7 +16,7 @@ The files, from the model to the commands:
     options.py         what the commands share
     train_command.py   `linattn train ae`, and run_figures.py its figures
     probe_command.py   `linattn probe`
-    sweep.py           `linattn sweep ae`, and sweep_figures.py its figures
+    sweep.py           `linattn sweep ae`, and sweep_figures.py its figures; side_by_side.py works in processes
 """
 
 from __future__ import annotations

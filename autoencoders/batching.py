@@ -7,7 +7,6 @@ sweep ae` uses them: it runs as many processes as there are cores. `repeats.BATC
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +16,10 @@ from pathlib import Path
 import torch
 
 from linattn.autoencoders.autoencoder import DenoisingAutoencoder
-from linattn.autoencoders.options import whole
 from linattn.autoencoders.repeats import BATCHED_PAYS_BELOW, Batched, Repeats, Separate
 from linattn.environment import describe
-from linattn.errors import DataError
-from linattn.files import atomic_file
+from linattn.files import write_json
+from linattn.options import whole
 from linattn.text_table import text_table
 
 # Input size and batch of digits, synthetic and MNIST; sizes of the sweep's encoders.
@@ -55,11 +53,7 @@ def run(args: argparse.Namespace) -> int:
     print(text_table(header, rows))
     print(f"ratio above 1: batching pays; the sweep batches below {BATCHED_PAYS_BELOW} parameters")
     result = {"repeats": args.repeats, "columns": header, "rows": rows, "environment": environment}
-    try:
-        with atomic_file(args.out / RESULT_NAME) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
-    except OSError as error:
-        raise DataError(f"{args.out / RESULT_NAME} cannot be written: {error}; accepted: a folder to write") from error
+    write_json(args.out / RESULT_NAME, result)
     return 0
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from linattn.errors import DataError
-from linattn.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,16 +54,3 @@ def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], **st
     axes.plot(x, [sum(column) / len(column) for column in columns], marker="o", markersize=3, linewidth=1.4, **style)
     lowest, highest = [min(column) for column in columns], [max(column) for column in columns]
     axes.fill_between(x, lowest, highest, color=style["color"], alpha=0.2, linewidth=0)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    try:
-        with atomic_file(path) as file:
-            figure.savefig(file, format="png")
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error}; accepted: a folder to write") from error

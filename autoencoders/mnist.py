@@ -10,14 +10,12 @@ import gzip
 import hashlib
 import math
 import os
-import sys
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from linattn.errors import DataError
 from linattn.files import atomic_file
+from linattn.progress import progress
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -176,33 +175,14 @@ def _download(path: Path, part: Part, mirrors: Sequence[str]) -> None:
 
 
 def _copy(url: str, file: IO[bytes]) -> None:
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, _bar(url, response) as bar:
-        for chunk in _chunks(response):
-            file.write(chunk)
-            bar.update(len(chunk))
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        size = int(response.headers.get("Content-Length") or 0) or None
+        with progress(size, "B", desc=url.rsplit("/", 1)[-1], unit_scale=True, leave=False) as bar:
+            for chunk in _chunks(response):
+                file.write(chunk)
+                bar.update(len(chunk))
 
 
 def _chunks(response: IO[bytes]) -> Iterator[bytes]:
     while chunk := response.read(CHUNK):
         yield chunk
-
-
-class _NoBar:
-    """Stands in for tqdm where there is no terminal or no tqdm."""
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def update(self, _count: int) -> None: ...
-
-
-def _bar(url: str, response: Any) -> Any:
-    if sys.stderr.isatty():
-        with suppress(ImportError):
-            from tqdm import tqdm
-
-            size = int(response.headers.get("Content-Length") or 0) or None
-            return tqdm(desc=url.rsplit("/", 1)[-1], total=size, unit="B", unit_scale=True, leave=False)
-    return _NoBar()

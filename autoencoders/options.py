@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from linattn import drawing
 from linattn.autoencoders.probe import ProbeConfig
 from linattn.autoencoders.sets import NAMES, SampleSet, load_set
 from linattn.autoencoders.settings import Settings
-from linattn.errors import MissingExtraError
 
 _FEW_LABELS = ProbeConfig(labels=200, epochs=1000)
 PRESETS = {
@@ -61,17 +61,6 @@ def fingerprint(data: SampleSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def whole(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        # Of all errors argparse shows the words of this one only.
-        raise argparse.ArgumentTypeError(f"{text!r} was given; accepted: a whole number from 1 on")
-    return int(text)
-
-
 def require_matplotlib() -> None:
     """Raise MissingExtraError now rather than after the computation."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "train", "drawing figures (leave it out with --no-figure)") from error
+    drawing.require_matplotlib("train", "drawing figures (leave it out with --no-figure)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 
 from linattn.autoencoders.experiment import Experiment
-from linattn.autoencoders.options import whole
 from linattn.autoencoders.probe import ProbeConfig, choose_labelled, probe_accuracy
 from linattn.autoencoders.sets import check_labels
 from linattn.autoencoders.train_command import load_run
-from linattn.errors import DataError
-from linattn.files import atomic_file
+from linattn.files import write_json
+from linattn.options import whole
 from linattn.text_table import text_table
 
 RESULT_NAME = "probe.json"
@@ -47,11 +45,7 @@ def run(args: argparse.Namespace) -> int:
     labels = result["labelled samples"]
     print(f"accuracy on {len(experiment.data.test.y)} test samples, {labels} labels, {args.draws} draws of them (%)")
     print(text_table(("probe on", "mean", "lowest", "highest"), rows))
-    try:
-        with atomic_file(args.run / RESULT_NAME) as file:
-            file.write(json.dumps(result, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise DataError(f"{args.run / RESULT_NAME} cannot be written: {error}; accepted: a folder to write") from error
+    write_json(args.run / RESULT_NAME, result, indent=2)
     return 0
 
 

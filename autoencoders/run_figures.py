@@ -11,9 +11,10 @@ from torch import Tensor
 
 from linattn.autoencoders.autoencoder import Autoencoder
 from linattn.autoencoders.experiment import Experiment
-from linattn.autoencoders.figures import GREY, OBJECTIVE_COLOURS, band, log_scale, new_figure, save
+from linattn.autoencoders.figures import GREY, OBJECTIVE_COLOURS, band, log_scale, new_figure
 from linattn.autoencoders.patches import PatchAutoencoder
 from linattn.autoencoders.principal import principal_components
+from linattn.drawing import save
 from linattn.training import Record
 
 if TYPE_CHECKING:

@@ -10,20 +10,18 @@ import argparse
 import csv
 import io
 import json
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from linattn import sweeps
 from linattn.autoencoders.experiment import Experiment, build
 from linattn.autoencoders.options import (
     PRESETS,
@@ -32,21 +30,24 @@ from linattn.autoencoders.options import (
     open_set,
     require_matplotlib,
     set_options,
-    whole,
 )
 from linattn.autoencoders.principal import principal_components
 from linattn.autoencoders.repeats import batching_pays
 from linattn.autoencoders.sets import SampleSet, check_labels
 from linattn.autoencoders.settings import OBJECTIVES, Settings
+from linattn.autoencoders.side_by_side import side_by_side
 from linattn.environment import describe
-from linattn.errors import ArgumentError, DataError
-from linattn.files import atomic_file
+from linattn.errors import ArgumentError
+from linattn.files import write_json, write_text
+from linattn.options import whole
+from linattn.progress import progress
 from linattn.text_table import text_table
 
 MODELS = ("linear", "relu")
 SIZES = (5, 10, 100, 1000)
 # Width of the layer before the bottleneck of the nonlinear models.
 WIDTH = 256
+ELSEWHERE = "--overwrite to begin anew, or another --out"
 COLUMNS = (
     "model",
     "objective",
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         for path in (out / "jobs").glob("*.json"):
             path.unlink()
     _claim(out, fingerprint(data))
-    done = _finished(out, jobs)
+    done = sweeps.finished({job.name: sweeps.Job(_path(out, job), asdict(job.settings)) for job in jobs}, ELSEWHERE)
     left = [job for job in jobs if job.name not in done]
     print(f"{len(jobs)} jobs, {len(done)} of them done before; {args.workers} processes", flush=True)
     # Ctrl-C gives up the jobs under way; the others are told all the same.
@@ -195,62 +196,16 @@ def _finish(
     """Do the jobs side by side and write each result as it comes; on Ctrl-C what runs is given up."""
     started = time.monotonic()
     try:
-        with _progress(len(jobs)) as advance:
-            for job, found in _side_by_side(jobs, data, workers):
+        with progress(len(jobs), "job", smoothing=0.1) as bar:
+            for job, found in side_by_side(jobs, work, data, workers):
                 if found is not None:
-                    _write_json(out / "jobs" / f"{job.name}.json", found)
-                    advance()
+                    write_json(_path(out, job), found)
+                    bar.update()
                 yield job, found
     finally:
         if jobs:
-            _write_json(
-                out / "jobs" / "sessions.json",
-                [*_sessions(out), {"workers": workers, "seconds": time.monotonic() - started}],
-            )
-
-
-def _side_by_side(jobs: Sequence[Job], data: SampleSet, workers: int) -> Iterator[tuple[Job, dict[str, Any] | None]]:
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            found = work(job, data)
-            yield job, found
-            if found is None:
-                return
-        return
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (data, threads)) as pool:
-        # No job waits in the pool: it would still be done after Ctrl-C.
-        waiting = list(reversed(jobs))
-        running: dict[Future[dict[str, Any] | None], Job] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    job = waiting.pop()
-                    running[pool.submit(_work, job)] = job
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield running.pop(future), future.result()
-        except KeyboardInterrupt:
-            # Processes got the same Ctrl-C and stop at their next step.
-            pool.shutdown(wait=True, cancel_futures=True)
-            for future, job in running.items():
-                yield job, None if future.cancelled() else future.result()
-
-
-_data: SampleSet
-
-
-def _start(data: SampleSet, threads: int) -> None:
-    """In a new process: keep the data, and leave Ctrl-C to the trainer, which finishes its step."""
-    global _data
-    _data = data
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _work(job: Job) -> dict[str, Any] | None:
-    return work(job, _data)
+            session = {"workers": workers, "seconds": time.monotonic() - started}
+            write_json(_sessions_path(out), [*_sessions(out), session])
 
 
 def assemble(
@@ -326,12 +281,12 @@ def write(results: dict[str, Any], out: Path) -> None:
     Raises:
         DataError: the folder cannot be written.
     """
-    _write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         [COLUMNS, *([f"{c:.5g}" if isinstance(c, float) else c for c in row] for row in rows(results))]
     )
-    _write(out / "table.csv", text.getvalue())
+    write_text(out / "table.csv", text.getvalue())
 
 
 def _bound(data: SampleSet, k: int) -> float:
@@ -347,62 +302,22 @@ def _claim(out: Path, samples: str) -> None:
     """Keep results on different samples apart."""
     path = out / "jobs" / "set.json"
     if not path.is_file():
-        _write_json(path, {"samples": samples})
+        write_json(path, {"samples": samples})
     elif json.loads(path.read_text())["samples"] != samples:
         raise ArgumentError(
-            f"the jobs in {out} were done on other samples; accepted: the same set and seed, --overwrite to begin "
-            "anew, or another --out"
+            f"the jobs in {out} were done on other samples; accepted: the same set and seed, or {ELSEWHERE}"
         )
 
 
-def _finished(out: Path, jobs: Sequence[Job]) -> dict[str, Any]:
-    found = {}
-    for job in jobs:
-        path = out / "jobs" / f"{job.name}.json"
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text())
-            same = content["settings"] == json.loads(json.dumps(asdict(job.settings)))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}; accepted: results of a job, or --overwrite") from error
-        if not same:
-            raise ArgumentError(
-                f"{path} was made with other settings; accepted: the same options, --overwrite to begin anew, or "
-                "another --out"
-            )
-        found[job.name] = content
-    return found
+def _path(out: Path, job: Job) -> Path:
+    return out / "jobs" / f"{job.name}.json"
+
+
+def _sessions_path(out: Path) -> Path:
+    return out / "jobs" / "sessions.json"
 
 
 def _sessions(out: Path) -> list[dict[str, Any]]:
-    path = out / "jobs" / "sessions.json"
+    path = _sessions_path(out)
     sessions: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
     return sessions
-
-
-def _write_json(path: Path, content: object) -> None:
-    _write(path, json.dumps(content, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with atomic_file(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error}; accepted: a folder to write") from error
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar over the jobs on stderr; nothing without a terminal or without tqdm."""
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            with tqdm(total=total, unit="job", smoothing=0.1) as bar:
-                yield bar.update
-            return
-    yield lambda: None

@@ -12,10 +12,10 @@ from linattn.autoencoders.figures import (
     band,
     log_scale,
     new_figure,
-    save,
     shared_legend,
     size_colours,
 )
+from linattn.drawing import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from linattn import tracking
+from linattn import sessions
 from linattn.autoencoders.experiment import Experiment, parameter_count
 from linattn.autoencoders.options import (
     PRESETS,
@@ -23,12 +22,12 @@ from linattn.autoencoders.options import (
     open_set,
     require_matplotlib,
     set_options,
-    whole,
 )
 from linattn.autoencoders.settings import OBJECTIVES, Settings
 from linattn.environment import describe, pick_device
-from linattn.errors import ArgumentError, CheckpointError
+from linattn.errors import CheckpointError
 from linattn.files import atomic_file
+from linattn.options import whole
 from linattn.training import CHECKPOINT_NAME, Record, Trainer, read_checkpoint
 
 # What may differ between the sessions of one run: when it stops and where its data lie, not what is trained.
@@ -62,11 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("labels", whole, "labelled samples for the probe at each validation (images 200, else all)")
     add("device", str, "auto, cpu, cuda, ... (auto)")
     parser.add_argument("--out", type=Path, help="folder of the run (runs/ae-SET-OBJECTIVE)")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder")
-    start.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
-    parser.add_argument("--no-figure", action="store_true", help="do not draw, which needs matplotlib")
-    tracking.add_arguments(parser)
+    sessions.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,15 +72,10 @@ def run(args: argparse.Namespace) -> int:
     chosen = set_options(args)
     out: Path = args.out or Path("runs") / f"ae-{chosen['set']}-{given.get('objective', 'vanilla')}"
     path = out / CHECKPOINT_NAME
-    checkpoint = None
-    if args.resume:
-        checkpoint = read_checkpoint(path)
+    checkpoint = sessions.checkpoint_to_go_on_with(path, args)
+    if checkpoint is not None:
         settings, chosen = _resumed(checkpoint, given, args, path)
     else:
-        if path.exists() and not args.overwrite:
-            raise ArgumentError(
-                f"{path} exists; accepted: --resume to go on with it, --overwrite to begin anew, or another --out"
-            )
         if chosen["set"] not in PRESETS:
             open_set(chosen, 0)  # which says what is accepted
         settings = replace(PRESETS[chosen["set"]], **given)
@@ -102,16 +92,12 @@ def run(args: argparse.Namespace) -> int:
     experiment = Experiment(settings, data.to(device))
     kept = {**chosen, "data": None, "download": False, "samples": samples, "environment": asdict(describe(device))}
     trainer = experiment.trainer(out, kept=kept, on_record=lambda record: _print_record(record, experiment))
-    if checkpoint is not None:
-        trainer.restore(checkpoint, path)
-    trainer.tracker = tracking.open_tracker(args, out, resumed_at=trainer.step if args.resume else None)
+    sessions.begin(trainer, checkpoint, path, args)
     _print_heading(experiment)
-    if not trainer.run():
-        if trainer.tracker is not None:
-            trainer.tracker.close()
-        print(f"stopped at step {trainer.step}; go on with: linattn train ae --out {out} --resume", file=sys.stderr)
+    command = f"linattn train ae --out {out}"
+    if not sessions.train(trainer, command):
         return 130
-    _finish(experiment, trainer, out, figures=not args.no_figure)
+    _finish(experiment, trainer, out, command, figures=not args.no_figure)
     return 0
 
 
@@ -160,16 +146,11 @@ def _resumed(
     labels = {"labels": args.labels} if hasattr(args, "labels") else {}
     asked = {**given, **labels, **{name: getattr(args, name) for name in SET_DEFAULTS if hasattr(args, name)}}
     had = {**asdict(settings), **kept, "hidden": settings.hidden, "labels": settings.probe.labels}
-    wrong = [name for name, value in asked.items() if name not in CHANGEABLE and value != had[name]]
-    if wrong:
-        clashes = ", ".join(f"{name}={asked[name]!r} (the checkpoint has {had[name]!r})" for name in wrong)
-        raise CheckpointError(
-            f"the run in {path} cannot go on with {clashes}; accepted: other {', '.join(sorted(CHANGEABLE))} only"
-        )
+    sessions.check_unchanged(path, asked, had, CHANGEABLE)
     return replace(settings, **given), set_options(args, kept)
 
 
-def _finish(experiment: Experiment, trainer: Trainer, out: Path, *, figures: bool) -> None:
+def _finish(experiment: Experiment, trainer: Trainer, out: Path, command: str, *, figures: bool) -> None:
     settings, last = experiment.settings, trainer.history[-1]
     results = {
         "settings": trainer.settings,
@@ -180,14 +161,8 @@ def _finish(experiment: Experiment, trainer: Trainer, out: Path, *, figures: boo
         "validation_loss": last.validation_loss,
         "measures": last.measures,
     }
-    try:
-        with atomic_file(out / "results.json") as file:
-            file.write(json.dumps(results, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"the results in {out} cannot be written: {error}; the checkpoint is complete, "
-            f"write them again with: linattn train ae --out {out} --resume"
-        ) from error
+    with sessions.writing_results(out, command), atomic_file(out / "results.json") as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
     drawings = {}
     if figures:
         from linattn.autoencoders import run_figures

@@ -6,6 +6,7 @@ timing         side-by-side timing in one process
 accuracy       the error of the very outputs that were timed
 memory         peak memory of one call
 measure        one problem, all methods: rows
+ceilings       the most that the machine can do
 results        rows on disk
 crossing       N*, the length from which one method beats another, with its uncertainty
 power_law      an exponent with its uncertainty

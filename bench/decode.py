@@ -26,12 +26,13 @@ if __name__ == "__main__":
 
 import torch
 
+from linattn import drawing
 from linattn.bench.environment import describe
 from linattn.bench.plots import DPI, require_matplotlib
 from linattn.bench.timing import summarise
 from linattn.environment import pick_device
 from linattn.errors import ArgumentError
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.text_table import text_table
 
@@ -95,10 +96,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{kernel} ...", file=sys.stderr, flush=True)
             stretches = decode(kernel, settings, device)
             found["kernels"][kernel] = [asdict(stretch) for stretch in stretches]
-            with atomic_file(path) as file:
-                file.write(json.dumps(found, indent=1).encode() + b"\n")
-    with atomic_file(path.with_suffix(".png")) as file:
-        draw(found).savefig(file, format="png", dpi=DPI)
+            write_json(path, found)
+    drawing.save(draw(found), path.with_suffix(".png"), dpi=DPI)
     print(table(found))
     print(f"\nwritten: {path}, {path.with_suffix('.png')}")
     return 0

@@ -12,8 +12,9 @@ from torch import Tensor
 import linattn
 from linattn.bench.accuracy import truth_of
 from linattn.bench.cases import DTYPES, Method, Problem, prepare
+from linattn.bench.ceilings import Extent, calls_to_time, reached
 from linattn.bench.gpu_cases import OURS, Comparison, Goal, value_of
-from linattn.bench.measure import useful_gflops
+from linattn.bench.measure import least_bytes, useful_gflops
 from linattn.bench.timing import in_rounds, summarise
 from linattn.cost import flops
 from linattn.errors import BackendError
@@ -36,14 +37,10 @@ class Limits:
 
 def measure_limits(device: torch.device, rehearse: bool) -> Limits:
     """The rate of a large device-to-device copy, bytes read and written, and of a bf16 matrix product."""
-    size, side = (2**20, 256) if rehearse else (2**32, 8192)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    calls: dict[str, Callable[[], Tensor]] = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
-    samples, _ = in_rounds(calls, device=device, rep_ms=100)
-    ms = {name: summarise(sample).median for name, sample in samples.items()}
-    return Limits(2 * size / ms["copy"] / 1e6, 2 * side**3 / ms["matmul"] / 1e9)
+    extent = Extent(2**20, 256) if rehearse else Extent(2**32, 8192)
+    samples, _ = in_rounds(calls_to_time(extent, ("bf16",), device), device=device, rep_ms=100)
+    found = reached(extent, samples)
+    return Limits(found.copy_gb_s, found.matmul_gflops["bf16"] / 1e3)
 
 
 def draw(problem: Problem, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
@@ -101,10 +98,7 @@ def compare(comparison: Comparison, device: torch.device, limits: Limits, *, rep
 
 def rates(method: Method, problem: Problem, ms: float, limits: Limits) -> Row:
     """Useful work and necessary traffic in a second, and the share of the time that the machine's limits allow."""
-    itemsize = DTYPES[problem.dtype].itemsize
-    q, v = (problem.B * problem.H * problem.N * size * itemsize for size in (problem.D, problem.M))
-    # Read q, k, v and write out; backward: read q, k, v, out and dout again, write dq, dk, dv.
-    moved = 2 * q + 2 * v + (4 * q + 4 * v if problem.direction == "training" else 0)
+    moved = least_bytes(problem)
     bandwidth_ms = moved / limits.copy_gb_s / 1e6
     matmul_ms = _limiting_gflops(method, problem) / limits.matmul_tflops
     gflops = useful_gflops(method, problem)

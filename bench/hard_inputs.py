@@ -4,16 +4,16 @@
 
 measures the Triton kernels without a GPU, with bf16 and fp16 rounded as a device rounds them, in the tiles of sm_90
 (three TF32 products of fp32 inputs are one exact product there); without the variable it measures those of the GPU.
-`--backend native` and `--backend reference` measure the other ones. Causal, one head. Beside each error stands the
-condition of the rows it was taken from: kappa, and how many times larger than a row's sum the terms c0 n, c1 q.sum(k)
-and c2 q.(sum k k^T) q are together.
+`--no-rescue` leaves rows whose sums cancel as the sums give them. `--backend native` and `--backend reference` measure
+the other ones. Causal, one head. Beside each error stands the condition of the rows it was taken from: kappa, and how
+many times larger than a row's sum the terms c0 n, c1 q.sum(k) and c2 q.(sum k k^T) q are together.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,13 +27,15 @@ from torch.nn.functional import normalize
 import linattn
 from linattn.bench.cases import DTYPES
 from linattn.bench.environment import describe
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.kernels.common.backend import INTERPRETED
+from linattn.kernels.quadratic.gpu import config
 from linattn.text_table import text_table
 
 JUDGED = 64
 """Rows of long sequences, the last of them; gradients are judged where all rows are."""
 ALL_ROWS_UP_TO = 1024
+CANCELLING = ("near -1", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -139,15 +141,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="triton", help="triton, native or reference (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--longest", type=int, default=65536, metavar="N", help="leave out longer cases (%(default)s)")
+    parser.add_argument(
+        "--no-rescue", action="store_true", help="only the cases whose sums cancel, not computed from scores"
+    )
     parser.add_argument("--out", type=Path, help="write a JSON file")
     args = parser.parse_args(argv)
+    cases = [case for case in CASES if args.longest >= case.N]
+    if args.no_rescue:
+        config.CANCELLATION = dict.fromkeys(config.CANCELLATION, math.inf)
+        cases = [case for case in cases if case.kind in CANCELLING]
     found = []
-    for case in (case for case in CASES if args.longest >= case.N):
+    for case in cases:
         for dtype in ("fp32", "bf16", "fp16"):
             found.append(measure(case, dtype, args.backend, args.device))
             print({name: found[-1][name] for name in ("case", "N", "dtype", "error")}, file=sys.stderr, flush=True)
         if args.out:
-            _write(args.out, {"backend": args.backend, "interpreted": INTERPRETED, "rows": found}, args.device)
+            _write(
+                args.out,
+                {"backend": args.backend, "interpreted": INTERPRETED, "rescue": not args.no_rescue, "rows": found},
+                args.device,
+            )
     header = ("case", "spread", "N", "D", "dtype", "kappa", "cancellation", "error", "gradient error")
     print(text_table(header, [_cells(row) for row in found]))
     return 0
@@ -155,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(path: Path, content: dict[str, Any], device: str) -> None:
     content |= {"environment": asdict(describe(torch.device(device)))}
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    write_json(path, content)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
 from linattn.bench.environment import Environment
-from linattn.bench.plots import STYLES, machine_of, new_figure, parts_of, save, title
+from linattn.bench.plots import STYLES, machine_of, new_figure, parts_of, title
 from linattn.bench.results import Results, Row
 from linattn.bench.tables import Group
+from linattn.drawing import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

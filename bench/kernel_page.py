@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linattn import kernel_report
+from linattn import drawing, kernel_report
+from linattn.bench.marked_tables import replaced
 from linattn.bench.plots import DPI, require_matplotlib
-from linattn.errors import DataError
-from linattn.files import atomic_file
+from linattn.files import write_text
 from linattn.kernel_report import ARCHITECTURES, OPERATIONS, Row
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "static" / "kernels.json"
 FIGURE = ROOT / "docs" / "figures" / "gpu-kernels.png"
 PAGE = ROOT / "docs" / "gpu-kernels.md"
-BEGIN, END = "<!-- table: python bench/kernel_page.py -->", "<!-- end of table -->"
+BEGIN = "<!-- table: python bench/kernel_page.py -->"
 
 # Okabe and Ito's colours, told apart with any colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -51,12 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_matplotlib()
     if not args.draw:
         report = kernel_report.collect(args.arch.split(","), OPERATIONS, jobs=args.jobs, required_only=args.required)
-        _write(RESULTS, _one_row_a_line(report).encode())
+        write_text(RESULTS, _one_row_a_line(report))
     report = json.loads(RESULTS.read_text())
-    figure = draw(report)
-    with atomic_file(FIGURE) as file:
-        figure.savefig(file, format="png")
-    _write(PAGE, with_table(PAGE.read_text(), table(report["rows"])).encode())
+    drawing.save(draw(report), FIGURE)
+    write_text(PAGE, replaced(PAGE.read_text(), BEGIN, table(report["rows"])))
     failed = kernel_report.broken(report)
     print(f"{len(report['rows'])} rows; {len(failed)} of the required ones break the gate")
     return 1 if failed else 0
@@ -136,24 +134,10 @@ def _line(row: Row) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def with_table(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """The page with another table between its marks."""
-    before, begun, rest = page.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not (begun and ended):
-        raise DataError(f"the page has lost the marks around its table: {begin} and {end}")
-    return f"{before}{begin}\n{text}\n{end}{after}"
-
-
 def _one_row_a_line(report: dict[str, Any]) -> str:
     rows = ",\n".join(json.dumps(row) for row in report["rows"])
     head = json.dumps({**report, "rows": []}, indent=1)
     return head.replace('"rows": []', f'"rows": [\n{rows}\n]') + "\n"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(content)
 
 
 if __name__ == "__main__":

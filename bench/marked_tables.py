@@ -39,3 +39,16 @@ def updated(page: str, folder: Path) -> str:
         pieces += [page[at : mark.end()], text, "\n"]
         at = end
     return "".join(pieces) + page[at:]
+
+
+def replaced(page: str, begin: str, table: str) -> str:
+    """A page with another table after the mark `begin`, up to the next `END`.
+
+    Raises:
+        DataError: a mark is missing.
+    """
+    before, begun, rest = page.partition(begin)
+    _, ended, after = rest.partition(END)
+    if not (begun and ended):
+        raise DataError(f"the page has lost the marks around its table: {begin} and {END}")
+    return f"{before}{begin}\n{table}\n{END}{after}"

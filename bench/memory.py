@@ -7,7 +7,6 @@ blur it and memory taken outside torch's allocator counts too. That needs Linux;
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -16,7 +15,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -145,18 +144,26 @@ def _status_kib(field: str) -> int:
 
 
 def _serve(threads: int) -> None:
-    """Answer one peak a line until stdin closes."""
-    torch.set_num_threads(threads)
+    """Answer one peak a line until stdin closes, each in a fork: kernels keep scratch memory, which a second call would
+    find resident, and a call that the system kills for its memory takes only its fork along."""
     for line in sys.stdin:
-        question = json.loads(line)
-        method, problem = Method(**question["method"]), Problem(**question["problem"])
-        peak: float | None = None
-        # Where the call does not fit into memory the answer is null.
-        with contextlib.suppress(MemoryError, RuntimeError):
-            # A tiny call of the same kind first: thread pools and code that is loaded once are not the call's memory.
-            _peak_on_cpu(method, replace(problem, N=32))
-            peak = max(0.0, _peak_on_cpu(method, problem))
-        print(json.dumps(peak), flush=True)
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(threads)
+            print(json.dumps(_peak_of(json.loads(line))), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] != 0:
+            print("null", flush=True)
+
+
+def _peak_of(question: dict[str, dict[str, Any]]) -> float | None:
+    method, problem = Method(**question["method"]), Problem(**question["problem"])
+    try:
+        # A tiny call of the same kind first: thread pools and code that is loaded once are not the call's memory.
+        _peak_on_cpu(method, replace(problem, N=32))
+        return max(0.0, _peak_on_cpu(method, problem))
+    except (MemoryError, RuntimeError):  # does not fit into memory
+        return None
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from linattn import drawing
 from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
 from linattn.bench.crossing import Crossing
 from linattn.bench.environment import Environment
 from linattn.bench.results import Results, Row
 from linattn.bench.tables import Group, crossing_of, grouped
-from linattn.errors import DataError, MissingExtraError
-from linattn.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +60,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
             if stem == "memory" and all(row.peak_mib is None for rows in groups.values() for row in rows):
                 continue
             path = folder / (f"{stem}.png" if len(parts) == 1 else f"{stem}-{part}.png")
-            save(draw(groups, results.environment), path)
+            drawing.save(draw(groups, results.environment), path)
             written.append(path)
     return written
 
@@ -76,10 +75,7 @@ def parts_of(rows: Iterable[Row]) -> dict[str, dict[Group, list[Row]]]:
 
 def require_matplotlib() -> None:
     """Raise MissingExtraError now rather than after the measurement."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as problem:
-        raise MissingExtraError("matplotlib", "bench", "drawing figures") from problem
+    drawing.require_matplotlib("bench", "drawing figures")
 
 
 def draw_time(groups: Mapping[Group, Sequence[Row]], environment: Environment) -> Figure:
@@ -318,11 +314,3 @@ def machine_of(environment: Environment) -> str:
     if environment.slug.startswith("cpu"):
         machine += f", {environment.threads} thread{'s'[: environment.threads != 1]}, {environment.instruction_set}"
     return f"torch {environment.torch}, {machine}"
-
-
-def save(figure: Figure, path: Path) -> None:
-    try:
-        with atomic_file(path) as file:
-            figure.savefig(file, format="png")
-    except OSError as problem:
-        raise DataError(f"cannot write {path}: {problem}") from problem

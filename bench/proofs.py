@@ -26,10 +26,11 @@ from linattn.bench.measure import measure
 from linattn.bench.memory import MemoryProbe
 from linattn.bench.peers import PEERS
 from linattn.bench.results import Results, Row
-from linattn.bench.sweep import add_run_arguments, progress, set_threads
+from linattn.bench.sweep import add_run_arguments, set_threads
 from linattn.cost import Form
 from linattn.environment import pick_device
 from linattn.errors import MissingExtraError
+from linattn.progress import progress
 from linattn.text_table import text_table
 
 State = Literal["proved", "differs", "missing", "cannot run here"]
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     # Fused softmax kernels on GPUs take no fp32.
     dtype = "bf16" if device.type == "cuda" else "fp32"
     proofs = []
-    with progress(len(PEERS)) as bar:
+    with progress(len(PEERS), "problem") as bar:
         for peer in PEERS:
             bar.set_postfix_str(peer)
             proofs.append(prove(peer, device, dtype))

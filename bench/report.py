@@ -22,7 +22,7 @@ from linattn.bench.regressions import Flag, committed_before, compare
 from linattn.bench.results import Results
 from linattn.bench.summaries import section
 from linattn.errors import DataError
-from linattn.files import atomic_file
+from linattn.files import write_text
 
 TITLES = {
     "crossover": "Crossover",
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the page, or update others, and say what is worse."""
     if args.update:
         for path in args.update:
-            _write(path, marked_tables.updated(_read(path), path.parent))
+            write_text(path, marked_tables.updated(_read(path), path.parent))
             print(f"written: {path}")
         return 0
     if not args.no_figures:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     records = [path for path in files if path.name == RECORD]
     if not files:
         raise DataError(f"no result files in {', '.join(map(str, args.paths))}; `linattn crossover` writes some")
-    _write(args.out, as_page(findings, records, figures=not args.no_figures))
+    write_text(args.out, as_page(findings, records, figures=not args.no_figures))
     for finding in findings:
         print(f"{finding.path}: {finding.verdict}" + (f", compared with {finding.source}" if finding.source else ""))
         for flag in finding.flags:
@@ -193,11 +193,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as problem:
         raise DataError(f"cannot read {path}: {problem}") from problem
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with atomic_file(path) as file:
-            file.write(text.encode())
-    except OSError as problem:
-        raise DataError(f"cannot write {path}: {problem}") from problem

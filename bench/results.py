@@ -17,7 +17,7 @@ from pathlib import Path
 from linattn.bench.cases import Method, Problem
 from linattn.bench.environment import Environment
 from linattn.errors import DataError
-from linattn.files import atomic_file
+from linattn.files import write_json, write_text
 
 SCHEMA = 1
 
@@ -80,8 +80,8 @@ class Results:
             "settings": self.settings,
             "rows": [asdict(row) for row in self.rows],
         }
-        _replace(path, json.dumps(data, indent=1) + "\n")
-        _replace(path.with_suffix(".csv"), _as_csv(self.rows))
+        write_json(path, data)
+        write_text(path.with_suffix(".csv"), _as_csv(self.rows))
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -170,11 +170,3 @@ def _as_csv(rows: Iterable[Row]) -> str:
 
 def _rounded(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
-
-
-def _replace(path: Path, text: str) -> None:
-    try:
-        with atomic_file(path) as file:
-            file.write(text.encode())
-    except OSError as problem:
-        raise DataError(f"cannot write {path}: {problem}") from problem

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from linattn.bench.environment import Environment
 from linattn.bench.timing import side_by_side, summarise
 from linattn.dispatch import use_backend
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.rnn import LSTM, RNN, to_torch_state_dict
 from linattn.testing import relative_error
 
@@ -128,5 +127,4 @@ def save(path: Path, results: list[Result], environment: Environment) -> None:
         }
         for one in results
     ]
-    with atomic_file(path) as file:
-        file.write(json.dumps({"environment": asdict(environment), "rows": rows}, indent=1).encode() + b"\n")
+    write_json(path, {"environment": asdict(environment), "rows": rows})

@@ -9,31 +9,32 @@ GPU.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from linattn.bench.cases import (
     DIRECTIONS,
-    DTYPES,
     ELU_CHUNKED,
     QUADRATIC_CHUNKED,
     QUADRATIC_DIRECT,
     SDPA,
     Problem,
 )
+from linattn.bench.ceilings import Ceilings, Extent, calls_to_time, reached
 from linattn.bench.environment import describe
 from linattn.bench.measure import least_bytes, measure
-from linattn.bench.plots import STYLES, Style, machine_of, new_figure, require_matplotlib, save, title
+from linattn.bench.plots import STYLES, Style, machine_of, new_figure, require_matplotlib, title
 from linattn.bench.results import Results, Row
-from linattn.bench.sweep import add_run_arguments, progress, set_threads
-from linattn.bench.timing import side_by_side, summarise
+from linattn.bench.sweep import add_run_arguments, set_threads
+from linattn.bench.timing import side_by_side
+from linattn.drawing import save
 from linattn.environment import pick_device
 from linattn.errors import DataError
+from linattn.progress import progress
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -42,24 +43,11 @@ if TYPE_CHECKING:
 
 METHODS = (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)
 LOOKS = {**STYLES, ELU_CHUNKED: Style("elu+1, chunked form", "#009E73", "-", "^")}
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
-SIDE = {"cpu": 2048, "cuda": 8192}
+EXTENTS = {"cpu": Extent(2**28, 2048), "cuda": Extent(2**31, 8192)}
 CEILINGS_S = 1.5
 HEADINGS = (
     "dtype", "method", "pass", "N", "flop/byte", "GFLOP/s", "ceiling", "share", "bound by",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine reached: GB/s of a copy, bytes read and written both counted, and GFLOP/s of products."""
-
-    copy_gb_s: float
-    matmul_gflops: dict[str, float]
-
-    def at(self, intensity: float, dtype: str) -> float:
-        """GFLOP/s that nothing of this intensity in flop/byte exceeds."""
-        return min(self.matmul_gflops[dtype], self.copy_gb_s * intensity)
 
 
 @dataclass(frozen=True)
@@ -75,17 +63,9 @@ class Place:
 
 def measure_ceilings(device: torch.device, dtypes: Sequence[str], budget_s: float = CEILINGS_S) -> Ceilings:
     """Copy and products side by side, medians."""
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target, side = torch.zeros_like(source), SIDE[device.type]
-    generator = torch.Generator().manual_seed(0)
-    calls: dict[str, Callable[[], Tensor]] = {"copy": lambda: target.copy_(source)}
-    for dtype in dtypes:
-        a, b = (torch.randn(side, side, generator=generator).to(device, DTYPES[dtype]) for _ in range(2))
-        calls[dtype] = lambda a=a, b=b: a @ b  # type: ignore[misc]
-    samples, _ = side_by_side(calls, device=device, budget_s=budget_s)
-    ms = {name: summarise(sample).median for name, sample in samples.items()}
-    rates = {dtype: 2 * side**3 / ms[dtype] / 1e6 for dtype in dtypes}
-    return Ceilings(2 * source.numel() / ms["copy"] / 1e6, rates)
+    extent = EXTENTS[device.type]
+    samples, _ = side_by_side(calls_to_time(extent, dtypes, device), device=device, budget_s=budget_s)
+    return reached(extent, samples)
 
 
 def higher(a: Ceilings, b: Ceilings) -> Ceilings:
@@ -159,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         Problem(args.length, args.head_size, args.head_size, H=args.heads, dtype=dtype, is_causal=True, direction=way)
         for dtype, way in product(dtypes, DIRECTIONS)
     ]
-    with progress(len(problems)) as bar:
+    with progress(len(problems), "problem") as bar:
         for problem in problems:
             bar.set_postfix_str(str(problem))
             rows += measure(problem, METHODS, device=device, budget_s=args.budget)

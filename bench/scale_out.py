@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linattn import cost
-from linattn.bench.kernel_page import with_table
+from linattn import cost, drawing
+from linattn.bench.marked_tables import replaced
 from linattn.bench.plots import DPI, require_matplotlib
-from linattn.files import atomic_file
+from linattn.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "predicted" / "scale-out.csv"
 FIGURE = ROOT / "docs" / "figures" / "scale-out.png"
 PAGE = ROOT / "docs" / "distributed.md"
-BEGIN, END = "<!-- table: python bench/scale_out.py -->", "<!-- end of table -->"
+BEGIN = "<!-- table: python bench/scale_out.py -->"
 
 # What is assumed of a GPU and of the network between nodes: half of an H200's measured rate of bf16 products (790
 # TFLOP/s), 400 Gbit/s a GPU.
@@ -137,14 +137,9 @@ def main() -> int:
     writer = csv.DictWriter(text, fieldnames=list(asdict(rows[0])), lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    with atomic_file(RESULTS) as file:
-        file.write(text.getvalue().encode())
-    figure = draw(rows)
-    with atomic_file(FIGURE) as file:
-        figure.savefig(file, format="png")
-    page = with_table(PAGE.read_text(encoding="utf-8"), table(rows), BEGIN, END)
-    with atomic_file(PAGE) as file:
-        file.write(page.encode())
+    write_text(RESULTS, text.getvalue())
+    drawing.save(draw(rows), FIGURE)
+    write_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), BEGIN, table(rows)))
     return 0
 
 

@@ -23,10 +23,11 @@ from linattn.bench.cases import (
     Problem,
 )
 from linattn.bench.growth import MethodGrowth, growth_of_methods
-from linattn.bench.plots import LEAST_MIB, log_axes, machine_of, new_figure, require_matplotlib, save, title
+from linattn.bench.plots import LEAST_MIB, log_axes, machine_of, new_figure, require_matplotlib, title
 from linattn.bench.results import Results, Row
 from linattn.bench.sweep import Plan, add_run_arguments, run_sweep, set_threads
 from linattn.bench.tables import grouped
+from linattn.drawing import save
 from linattn.environment import pick_device
 from linattn.text_table import text_table
 

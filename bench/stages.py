@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from linattn.errors import DataError
-from linattn.files import atomic_file
+from linattn.files import write_json
 
 DONE = "done"
 SHORTEST_S = 5.0
@@ -59,11 +59,7 @@ class Record:
         with self._writing:
             found = self.load()
             found.setdefault(section, {})[key] = value
-            try:
-                with atomic_file(self.path) as file:
-                    file.write((json.dumps(found, indent=1) + "\n").encode())
-            except OSError as problem:
-                raise DataError(f"cannot write {self.path}: {problem}") from problem
+            write_json(self.path, found)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -21,6 +19,7 @@ from linattn.bench.memory import MemoryProbe
 from linattn.bench.results import Results, Row, resume
 from linattn.bench.timing import MIN_ROUNDS, side_by_side
 from linattn.errors import ArgumentError
+from linattn.progress import Bar, progress
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,6 @@ class Plan:
     def settings(self) -> dict[str, object]:
         """What a result file says of the plan."""
         return {"plan": self.name, "budget_s": self.budget_s, "limit_s": self.limit_s, "settled_s": self.settled_s}
-
-
-class Bar(Protocol):
-    """What is used of a progress bar."""
-
-    def update(self, n: int = 1) -> object: ...
-    def clear(self) -> object: ...
-    def set_postfix_str(self, s: str) -> object: ...
 
 
 @dataclass
@@ -123,7 +114,7 @@ def run_sweep(
         if aside:
             print(aside, file=sys.stderr)
     _announce(groups, methods, results, plan, device, path)
-    with MemoryProbe(device) as memory, progress(sum(map(len, groups))) as bar:
+    with MemoryProbe(device) as memory, progress(sum(map(len, groups)), "problem") as bar:
         results.settings["peak_memory"] = memory.how
         sweep = Sweep(results, path, methods, plan, device, memory, bar)
         for problems in groups:
@@ -194,21 +185,3 @@ def _announce(
             seconds += min(max(plan.budget_s, MIN_ROUNDS * once), 60 * once + 0.3) + 2 * once + 0.5
         message += f"; about {max(1.0, seconds * (1.3 if plan.refine else 1.0) / 60):.0f} min"
     print(message, file=sys.stderr, flush=True)
-
-
-class _NoBar:
-    def update(self, n: int = 1) -> None: ...
-    def clear(self) -> None: ...
-    def set_postfix_str(self, s: str) -> None: ...
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Bar]:
-    """A progress bar on stderr; none where stderr is no terminal or tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield _NoBar()
-        return
-    with tqdm(total=total, disable=not sys.stderr.isatty(), file=sys.stderr, unit="problem") as bar:
-        yield bar

@@ -29,18 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linattn.examples import study
 from linattn.examples.convnets import ConvNet, Norm
 from linattn.examples.digits import Digits, load_digits
-from linattn.examples.study import (
-    BLUE,
-    RED,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -129,7 +121,7 @@ def means_of_tenths(losses: Sequence[float]) -> list[float]:
     return [sum(piece) / len(piece) for piece in pieces]
 
 
-def claims_of(rows: Sequence[Difference], losses: Sequence[Sequence[float]]) -> list[Claim]:
+def claims_of(rows: Sequence[Difference], losses: Sequence[Sequence[float]]) -> list[study.Claim]:
     """LayerNorm agrees to rounding in every split, BatchNorm in none; without zero_grad() the loss grows.
 
     Args:
@@ -140,30 +132,34 @@ def claims_of(rows: Sequence[Difference], losses: Sequence[Sequence[float]]) -> 
     mended, broken = map(means_of_tenths, losses)
     first = losses[0][0]
     return [
-        Claim("LayerNorm: largest difference of logits over the splits", max(r.logits for r in layer), "<=", 1e-10),
-        Claim("LayerNorm: largest relative difference of gradients", max(r.gradient for r in layer), "<=", 1e-10),
-        Claim("LayerNorm: logits after the step", max(r.logits_after for r in layer), "<=", 1e-10),
-        Claim(
+        study.Claim(
+            "LayerNorm: largest difference of logits over the splits", max(r.logits for r in layer), "<=", 1e-10
+        ),
+        study.Claim("LayerNorm: largest relative difference of gradients", max(r.gradient for r in layer), "<=", 1e-10),
+        study.Claim("LayerNorm: logits after the step", max(r.logits_after for r in layer), "<=", 1e-10),
+        study.Claim(
             "BatchNorm: smallest difference of logits over the true splits", min(r.logits for r in batch), ">=", 0.01
         ),
-        Claim("BatchNorm: smallest relative difference of gradients", min(r.gradient for r in batch), ">=", 0.01),
-        Claim("with zero_grad(): mean loss of the last tenth over the first loss", mended[-1] / first, "<=", 0.1),
-        Claim(
+        study.Claim("BatchNorm: smallest relative difference of gradients", min(r.gradient for r in batch), ">=", 0.01),
+        study.Claim("with zero_grad(): mean loss of the last tenth over the first loss", mended[-1] / first, "<=", 0.1),
+        study.Claim(
             "without it: mean loss of the last tenth over the lowest of a tenth", broken[-1] / min(broken), ">=", 1.5
         ),
-        Claim("mean loss of the last tenth, without zero_grad() over with it", broken[-1] / mended[-1], ">=", 10.0),
+        study.Claim(
+            "mean loss of the last tenth, without zero_grad() over with it", broken[-1] / mended[-1], ">=", 10.0
+        ),
     ]
 
 
 def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[float]) -> Figure:
     """Differences by split for both normalisations, and both loops."""
-    figure = new_figure(13, 4.2)
+    figure = study.new_figure(13, 4.2)
     panels = figure.subplots(1, 3)
     for axes, name, title in (
         (panels[0], "logits", "Logits, split against whole"),
         (panels[1], "gradient", "Gradient, split against whole"),
     ):
-        for norm, color, marker in (("BatchNorm", RED, "o"), ("LayerNorm", BLUE, "s")):
+        for norm, color, marker in (("BatchNorm", study.RED, "o"), ("LayerNorm", study.BLUE, "s")):
             own = [row for row in rows if row.norm == norm]
             sizes = range(len(own))
             axes.plot(sizes, [getattr(row, name) for row in own], marker + "-", color=color, label=norm)
@@ -175,8 +171,8 @@ def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[f
         axes.legend(loc="center left")
     panels[0].set_ylabel("largest difference of a logit")
     panels[1].set_ylabel("relative difference of the gradient")
-    panels[2].plot(broken, color=RED, label="without zero_grad()")
-    panels[2].plot(mended, color=BLUE, label="with zero_grad()")
+    panels[2].plot(broken, color=study.RED, label="without zero_grad()")
+    panels[2].plot(mended, color=study.BLUE, label="with zero_grad()")
     panels[2].set(title="A training loop with and without it", xlabel="step", yscale="log")
     panels[2].set_ylabel("mean cross entropy of the batch (nats)")
     panels[2].legend()
@@ -187,13 +183,13 @@ def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[f
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "accumulation")
-    parser.add_argument("--steps", type=positive, default=200, help="of both training loops (%(default)s)")
+    study.add_common_arguments(parser, "accumulation")
+    parser.add_argument("--steps", type=whole, default=200, help="of both training loops (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, train both loops, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     digits = load_digits(torch.float64)
     rows = [row for norm in NORMS for row in compare(norm, digits, args.seed)]
     mended, broken = (train(zero_grad, digits, args.steps, args.seed) for zero_grad in (True, False))
@@ -208,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
             for part, pair in enumerate(zip(means_of_tenths(mended), means_of_tenths(broken), strict=True))
         ],
     )
-    return finish("accumulation", text, claims_of(rows, (mended, broken)), draw(rows, mended, broken), args)
+    return study.finish("accumulation", text, claims_of(rows, (mended, broken)), draw(rows, mended, broken), args)
 
 
 if __name__ == "__main__":

@@ -25,18 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linattn import argmax_attention, softmax_attention
-from linattn.examples.study import (
-    BLUE,
-    GREEN,
-    GREY,
-    RED,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -124,38 +114,46 @@ def softmax_lookup(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return softmax_attention(q, k, v, scale=1 / TRAINING_TEMPERATURE)
 
 
-def claims_of(example: Example, soft: Lookup, hard: Lookup) -> list[Claim]:
+def claims_of(example: Example, soft: Lookup, hard: Lookup) -> list[study.Claim]:
     """The course's numbers, the zero gradients, the limit, and who learns."""
     off = max(abs(a - b) for a, b in zip(example.scores + example.output, SCORES + OUTPUT, strict=True))
     return [
-        Claim("distance of scores and output from (3, 11, 5, 2) and (1, 4, 3)", off, "<=", 0.0),
-        Claim("gradient of argmax attention to q and k", example.q_gradient + example.k_gradient, "<=", 0.0),
-        Claim("its gradient to the values", example.v_gradient, ">", 0.0),
-        Claim(f"distance of softmax at T = {TEMPERATURES[-1]:g} from argmax", example.distances[-1], "<=", 1e-6),
-        Claim("its gradient to q there", example.softmax_q_gradients[-1], "<=", 1e-6),
-        Claim("accuracy of the lookup trained through softmax", soft.accuracy[-1], ">=", 0.95),
-        Claim("movement of W when trained through argmax", hard.moved, "<=", 0.0),
-        Claim("accuracy of the lookup trained through argmax, gained", hard.accuracy[-1] - hard.accuracy[0], "<=", 0.0),
+        study.Claim("distance of scores and output from (3, 11, 5, 2) and (1, 4, 3)", off, "<=", 0.0),
+        study.Claim("gradient of argmax attention to q and k", example.q_gradient + example.k_gradient, "<=", 0.0),
+        study.Claim("its gradient to the values", example.v_gradient, ">", 0.0),
+        study.Claim(f"distance of softmax at T = {TEMPERATURES[-1]:g} from argmax", example.distances[-1], "<=", 1e-6),
+        study.Claim("its gradient to q there", example.softmax_q_gradients[-1], "<=", 1e-6),
+        study.Claim("accuracy of the lookup trained through softmax", soft.accuracy[-1], ">=", 0.95),
+        study.Claim("movement of W when trained through argmax", hard.moved, "<=", 0.0),
+        study.Claim(
+            "accuracy of the lookup trained through argmax, gained", hard.accuracy[-1] - hard.accuracy[0], "<=", 0.0
+        ),
     ]
 
 
 def draw(example: Example, soft: Lookup, hard: Lookup) -> Figure:
     """Softmax on its way to argmax, and the accuracy of both while training."""
-    figure = new_figure(10.5, 4)
+    figure = study.new_figure(10.5, 4)
     left, right = figure.subplots(1, 2)
     shown = [(T, d, g) for T, d, g in zip(TEMPERATURES, example.distances, example.softmax_q_gradients, strict=True)]
-    left.plot([T for T, *_ in shown], [d for _, d, _ in shown], "o-", color=BLUE, label="distance from argmax's output")
-    left.plot([T for T, *_ in shown], [g for *_, g in shown], "s--", color=GREEN, label="norm of the gradient at q")
-    left.axhline(0, color=RED, linewidth=3, label="argmax: both are exactly 0")
+    left.plot(
+        [T for T, *_ in shown], [d for _, d, _ in shown], "o-", color=study.BLUE, label="distance from argmax's output"
+    )
+    left.plot(
+        [T for T, *_ in shown], [g for *_, g in shown], "s--", color=study.GREEN, label="norm of the gradient at q"
+    )
+    left.axhline(0, color=study.RED, linewidth=3, label="argmax: both are exactly 0")
     left.set_xscale("log", base=2)
     left.set_yscale("symlog", linthresh=1e-6)
     left.set_ylim(-2e-7, 100)
     left.invert_xaxis()
     left.set(title="Softmax becomes argmax as T falls", xlabel="temperature T", ylabel="norm")
     chance = 100 / ENTRIES
-    right.plot([100 * share for share in soft.accuracy], color=BLUE, label=f"softmax, T = {TRAINING_TEMPERATURE:g}")
-    right.plot([100 * share for share in hard.accuracy], color=RED, label="argmax")
-    right.axhline(chance, color=GREY, linestyle=":", label=f"guessing: {chance:.0f} %")
+    right.plot(
+        [100 * share for share in soft.accuracy], color=study.BLUE, label=f"softmax, T = {TRAINING_TEMPERATURE:g}"
+    )
+    right.plot([100 * share for share in hard.accuracy], color=study.RED, label="argmax")
+    right.axhline(chance, color=study.GREY, linestyle=":", label=f"guessing: {chance:.0f} %")
     right.set(title="Learning the queries of a lookup", xlabel="training step", ylim=(-3, 106))
     right.set_ylabel("queries that find their key (%)")
     right.legend(loc="center right")
@@ -167,13 +165,13 @@ def draw(example: Example, soft: Lookup, hard: Lookup) -> Figure:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "argmax")
-    parser.add_argument("--steps", type=positive, default=300, help="of training (%(default)s)")
+    study.add_common_arguments(parser, "argmax")
+    parser.add_argument("--steps", type=whole, default=300, help="of training (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compute, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     example = worked_example()
     soft, hard = (train_lookup(attention, args.steps, args.seed) for attention in (softmax_lookup, argmax_attention))
     text = f"scores {_vector(example.scores)}   argmax attention returns {_vector(example.output)}\n\n"
@@ -191,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
             for name, lookup in (("softmax", soft), ("argmax", hard))
         ],
     )
-    return finish("argmax", text, claims_of(example, soft, hard), draw(example, soft, hard), args)
+    return study.finish("argmax", text, claims_of(example, soft, hard), draw(example, soft, hard), args)
 
 
 def _vector(values: Sequence[float]) -> str:

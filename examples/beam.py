@@ -23,17 +23,7 @@ import torch
 from torch import Tensor
 
 from linattn.bench.timing import side_by_side, summarise
-from linattn.examples.study import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    require_matplotlib,
-)
+from linattn.examples import study
 from linattn.rnn import beam_search
 from linattn.rnn.beam import Step
 from linattn.text_table import text_table
@@ -124,7 +114,7 @@ def growth(costs: Sequence[Cost], axis: str) -> float:
     return math.log(end.ms / middle.ms) / math.log(end.bound / middle.bound)
 
 
-def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs: Sequence[Cost]) -> list[Claim]:
+def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs: Sequence[Cost]) -> list[study.Claim]:
     """The example's numbers to its two digits, and the bound on the cost if it was measured."""
     first = beam_search(example_step, None, torch.tensor([0]), beams=2, max_length=1, n_best=2).log_probs[0]
     second = beam_search(example_step, None, torch.tensor([0]), beams=2, max_length=2, n_best=2).log_probs[0]
@@ -132,31 +122,33 @@ def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs
     printed = (-0.65, -0.73, -1.25, -1.33, -1.85, -1.93, -1.46)
     error = max(abs(a - b) for a, b in zip(reached, printed, strict=True))
     claims = [
-        Claim("largest distance from the example's printed numbers", error, "<=", 1e-4),
-        Claim("two beams: log p lost against the optimum", best - two[0][1], ">=", 0.38),
-        Claim("three beams: log p lost against the optimum", best - three, "<=", 1e-6),
+        study.Claim("largest distance from the example's printed numbers", error, "<=", 1e-4),
+        study.Claim("two beams: log p lost against the optimum", best - two[0][1], ">=", 0.38),
+        study.Claim("three beams: log p lost against the optimum", best - three, "<=", 1e-6),
     ]
     for axis in AXES if costs else ():
-        claims.append(Claim(f"exponent of the time over T K M log M, along {axis}", growth(costs, axis), "<=", 1.15))
+        claims.append(
+            study.Claim(f"exponent of the time over T K M log M, along {axis}", growth(costs, axis), "<=", 1.15)
+        )
     return claims
 
 
 def draw(costs: Sequence[Cost]) -> Figure:
     """The tree of the example, and time over the bound along each axis if it was measured."""
     if not costs:
-        figure = new_figure(8, 6)
+        figure = study.new_figure(8, 6)
         _draw_tree(figure.subplots())
         return figure
-    figure = new_figure(13, 6)
+    figure = study.new_figure(13, 6)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _draw_tree(left)
-    for (axis, values), color, marker in zip(AXES.items(), (BLUE, ORANGE, GREEN), "os^", strict=True):
+    for (axis, values), color, marker in zip(AXES.items(), (study.BLUE, study.ORANGE, study.GREEN), "os^", strict=True):
         along = [cost for cost in costs if cost.axis == axis]
         label = f"{axis} = {values[0]} to {values[-1]}"
         right.plot([c.bound for c in along], [c.ms for c in along], marker + "-", color=color, label=label)
     last = max(costs, key=lambda cost: cost.bound)
     line = [min(cost.bound for cost in costs), last.bound]
-    right.plot(line, [last.ms * x / last.bound for x in line], ":", color=GREY, label="proportional")
+    right.plot(line, [last.ms * x / last.bound for x in line], ":", color=study.GREY, label="proportional")
     right.legend(frameon=False)
     right.set(xscale="log", yscale="log", xlabel="T K M log M", ylabel="time of a search (ms)")
     right.set_title(f"Cost; what is not varied is T = {MIDDLE['T']}, K = {MIDDLE['K']}, M = {MIDDLE['M']}")
@@ -180,7 +172,7 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
         if not text:
             continue
         on_best, is_kept = best[: len(text)] == text, text in kept
-        color = BLUE if is_kept else ORANGE if on_best else GREY
+        color = study.BLUE if is_kept else study.ORANGE if on_best else study.GREY
         style = {
             "color": color,
             "linewidth": 2 if is_kept or on_best else 0.8,
@@ -198,9 +190,9 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
                 fontsize=8,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )
-    axes.plot([], [], color=BLUE, linewidth=2, label="kept by two beams")
-    axes.plot([], [], color=ORANGE, linewidth=2, label="the optimum, dropped at step 2")
-    axes.plot([], [], color=GREY, linewidth=0.8, label="dropped")
+    axes.plot([], [], color=study.BLUE, linewidth=2, label="kept by two beams")
+    axes.plot([], [], color=study.ORANGE, linewidth=2, label="the optimum, dropped at step 2")
+    axes.plot([], [], color=study.GREY, linewidth=0.8, label="dropped")
     axes.set(xlabel="step", ylabel="log p of the text so far", xlim=(-0.1, STEPS + 1.2), ylim=(-2.5, 0.1))
     axes.set_xticks(range(STEPS + 1))
     axes.set_title("The worked example")
@@ -209,7 +201,7 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "beam")
+    study.add_common_arguments(parser, "beam")
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="of timing along each axis; 0 for none (%(default)s)"
     )
@@ -217,7 +209,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, time, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     two, (three, _) = found(2), found(3)
     best_text, best = exhaustive(example_step, len(WORDS), STEPS)
     costs = measure_costs(args.seconds, args.seed) if args.seconds > 0 else []
@@ -229,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
             ("T", "K", "M", "ms", "ns per T K M log M"),
             [(cost.T, cost.K, str(cost.M), cost.ms, cost.ms * 1e6 / cost.bound) for cost in costs],
         )
-    return finish("beam", text, claims_of(two, best, three[1], costs), draw(costs), args)
+    return study.finish("beam", text, claims_of(two, best, three[1], costs), draw(costs), args)
 
 
 if __name__ == "__main__":

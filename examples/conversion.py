@@ -33,20 +33,10 @@ from torch import Tensor
 
 import linattn
 from linattn.characters import Characters, consecutive_windows, random_windows
-from linattn.examples.study import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.modules import Attention, rotate
+from linattn.options import whole
 from linattn.text_table import text_table
 from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
@@ -149,7 +139,7 @@ def convert(conversion: Conversion, steps: int) -> dict[str, float]:
     torch.manual_seed(conversion.seed)
     teacher = conversion.trained("teacher", CausalLM(conversion.config), steps, 4e-3)
     losses = {"softmax, the teacher": conversion.validation_loss(teacher)}
-    short = max(1, steps // 5)
+    short = max(1, steps // 3)
 
     def fine_tuned(stage: str, model: CausalLM) -> float:
         model.requires_grad_(True)
@@ -181,27 +171,31 @@ def recovered(losses: dict[str, float], name: str) -> float:
     return (lost - losses[name]) / (lost - teacher)
 
 
-def claims(losses: dict[str, float]) -> list[Claim]:
+def claims(losses: dict[str, float]) -> list[study.Claim]:
     best, teacher = "hedgehog, distilled and fine-tuned", losses["softmax, the teacher"]
     return [
-        Claim("swapping the kernel alone loses (nats)", losses["hedgehog, swapped"] - teacher, ">", 0.1),
-        Claim("distilling the maps alone gives back (share)", recovered(losses, "hedgehog, distilled"), ">", 0.4),
-        Claim("distilling and fine-tuning give back (share)", recovered(losses, best), ">", 0.85),
-        Claim("loss without distilling - with (nats)", losses["hedgehog, fine-tuned"] - losses[best], ">", 0.0),
+        study.Claim("swapping the kernel alone loses (nats)", losses["hedgehog, swapped"] - teacher, ">", 0.1),
+        study.Claim("distilling the maps alone gives back (share)", recovered(losses, "hedgehog, distilled"), ">", 0.4),
+        study.Claim("distilling and fine-tuning give back (share)", recovered(losses, best), ">", 0.85),
+        study.Claim("loss without distilling - with (nats)", losses["hedgehog, fine-tuned"] - losses[best], ">", 0.0),
     ]
 
 
 def draw(losses: dict[str, float]) -> Figure:
-    """Held-out losses as bars, the teacher's as a line."""
-    figure = new_figure(9, 4.5)
+    """Held-out losses as points, the teacher's as a line."""
+    figure = study.new_figure(9, 4.5)
     axes = figure.subplots()
-    colors = {"softmax": GREY, "hedgehog": BLUE, "elu+1": ORANGE, "taylor": GREEN}
+    colors = {"softmax": study.GREY, "hedgehog": study.BLUE, "elu+1": study.ORANGE, "taylor": study.GREEN}
     names = list(losses)[::-1]
-    bars = axes.barh(names, list(losses.values())[::-1], color=[colors[name.split(",")[0]] for name in names])
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    teacher = losses["softmax, the teacher"]
-    axes.axvline(teacher, color="black", linestyle="--", linewidth=1)
-    axes.set_xlim(0.9 * min(losses.values()), 1.05 * max(losses.values()))
+    for row, name in enumerate(names):
+        axes.plot(losses[name], row, "o", color=colors[name.split(",")[0]], markersize=9)
+        below = losses[name] < losses["softmax, the teacher"]
+        offset, side = (-9, "right") if below else (9, "left")
+        axes.annotate(f"{losses[name]:.3f}", (losses[name], row), (offset, -4), textcoords="offset points", ha=side)
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(losses["softmax, the teacher"], color="black", linestyle="--", linewidth=1)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("held-out loss (nats per character); dashed: the teacher")
     axes.set_title("From softmax to linear attention")
     return figure
@@ -215,24 +209,24 @@ def own_source() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "conversion")
+    study.add_common_arguments(parser, "conversion")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to learn (default: this library's source)"
     )
-    parser.add_argument("--steps", type=positive, default=1500, help="of the teacher; later stages take a fifth (1500)")
-    parser.add_argument("--dim", type=positive, default=64, help="width of the model (default %(default)s)")
-    parser.add_argument("--context", type=positive, default=128, help="characters in a window (default %(default)s)")
+    parser.add_argument("--steps", type=whole, default=1500, help="of the teacher; later stages take a third (1500)")
+    parser.add_argument("--dim", type=whole, default=64, help="width of the model (default %(default)s)")
+    parser.add_argument("--context", type=whole, default=128, help="characters in a window (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, print, draw; 0 when every claim holds."""
-    require_matplotlib()
+    study.require_matplotlib()
     text = Characters.from_file(args.text) if args.text else Characters.from_text(own_source())
     config = CausalLMConfig(len(text.alphabet), context=args.context, layers=2, dim=args.dim, heads=2)
     losses = convert(Conversion(text, config, args.out / "stages", args.seed), args.steps)
     rows = [(name, loss, recovered(losses, name)) for name, loss in losses.items()]
     table = text_table(("model", "held-out loss (nats)", "recovered"), rows)
-    return finish("conversion", f"{table}\n", claims(losses), draw(losses), args)
+    return study.finish("conversion", f"{table}\n", claims(losses), draw(losses), args)
 
 
 if __name__ == "__main__":

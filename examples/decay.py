@@ -30,19 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from linattn.autoencoders import orthonormality_defect, principal_angles, shrunk_singular_values
-from linattn.examples.study import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -128,32 +117,34 @@ def recipes_of() -> list[Recipe]:
     ]
 
 
-def claims_of(found: dict[str, Found]) -> list[Claim]:
+def claims_of(found: dict[str, Found]) -> list[study.Claim]:
     """Singular values, their equality, what the mistake does, and how orthonormal the columns are."""
     variances = torch.tensor(VARIANCES[:K], dtype=torch.float64)
     claims = []
     for decay in DECAYS[1:]:
         theory = shrunk_singular_values(variances, decay)
         worst = max((values - theory).abs().max().item() for values in found[f"lambda = {decay:g}"].singular_values)
-        claims.append(Claim(f"lambda = {decay:g}: singular values of W1, W2 off theory", worst, "<", 0.03))
+        claims.append(study.Claim(f"lambda = {decay:g}: singular values of W1, W2 off theory", worst, "<", 0.03))
     shown = found[f"lambda = {SHOWN:g}"]
     summed = found[f"lambda = {SHOWN:g}, summed loss"]
     mistaken = found[f"lambda = {SHOWN:g}, MSELoss with decay 2 lambda"].singular_values[1]
     return [
         *claims,
-        Claim("W1 and W2^T apart", (shown.encoder - shown.decoder.mT).abs().max().item(), "<", 0.02),
-        Claim("the summed loss with 2 lambda apart", (shown.decoder - summed.decoder).abs().max().item(), "<", 1e-9),
-        Claim("the mistake leaves of the third direction", mistaken[2].item(), "<", 0.01),
-        Claim("defect of W2 at lambda = 0.1", orthonormality_defect(found["lambda = 0.1"].decoder), "<", 0.06),
-        Claim("defect of W2 at lambda = 0", orthonormality_defect(found["lambda = 0"].decoder), ">", 0.3),
+        study.Claim("W1 and W2^T apart", (shown.encoder - shown.decoder.mT).abs().max().item(), "<", 0.02),
+        study.Claim(
+            "the summed loss with 2 lambda apart", (shown.decoder - summed.decoder).abs().max().item(), "<", 1e-9
+        ),
+        study.Claim("the mistake leaves of the third direction", mistaken[2].item(), "<", 0.01),
+        study.Claim("defect of W2 at lambda = 0.1", orthonormality_defect(found["lambda = 0.1"].decoder), "<", 0.06),
+        study.Claim("defect of W2 at lambda = 0", orthonormality_defect(found["lambda = 0"].decoder), ">", 0.3),
     ]
 
 
 def draw(found: dict[str, Found]) -> Figure:
     """Singular values over lambda with theory as lines; defect of W2's columns over lambda; the mistake."""
-    figure = new_figure(13, 4.2)
+    figure = study.new_figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
-    colours = (BLUE, ORANGE, GREEN)
+    colours = (study.BLUE, study.ORANGE, study.GREEN)
     variances = torch.tensor(VARIANCES[:K], dtype=torch.float64)
     decays = torch.logspace(-2, 1, 100, dtype=torch.float64)
     trained = [(decay, found[f"lambda = {decay:g}"]) for decay in DECAYS[1:]]
@@ -163,22 +154,22 @@ def draw(found: dict[str, Found]) -> Figure:
             values = [one.singular_values[which][i].item() for _, one in trained]
             left.plot([decay for decay, _ in trained], values, marker, color=colour, markerfacecolor="none")
         left.annotate(f"σ² = {VARIANCES[i]:g}", (decays[0], 0.55 - 0.08 * i), color=colour)
-    left.plot([], [], "o", color=GREY, markerfacecolor="none", label="W1, trained")
-    left.plot([], [], "x", color=GREY, label="W2, trained")
-    left.plot([], [], color=GREY, label="√(1 - λ/σ²)")
+    left.plot([], [], "o", color=study.GREY, markerfacecolor="none", label="W1, trained")
+    left.plot([], [], "x", color=study.GREY, label="W2, trained")
+    left.plot([], [], color=study.GREY, label="√(1 - λ/σ²)")
     left.set(xscale="log", xlabel="λ", ylabel="singular value", title="Singular values")
     left.legend(loc="lower left")
     theory = [(1 - shrunk_singular_values(variances, d.item()) ** 2).square().mean().sqrt().item() for d in decays]
-    middle.plot(decays, theory, color=GREY, label="theory")
+    middle.plot(decays, theory, color=study.GREY, label="theory")
     middle.plot(
         [d for d, _ in trained],
         [orthonormality_defect(one.decoder) for _, one in trained],
         "x",
-        color=BLUE,
+        color=study.BLUE,
         label="trained",
     )
     middle.axhline(
-        orthonormality_defect(found["lambda = 0"].decoder), color=RED, linestyle="--", label="λ = 0, trained"
+        orthonormality_defect(found["lambda = 0"].decoder), color=study.RED, linestyle="--", label="λ = 0, trained"
     )
     middle.set(
         xscale="log", yscale="log", xlabel="λ", ylabel="|W2ᵀW2 - I| / √k", title="How far W2 is from orthonormal"
@@ -186,9 +177,9 @@ def draw(found: dict[str, Found]) -> Figure:
     middle.legend()
     places = list(range(1, K + 1))
     bars = {
-        "theory": (shrunk_singular_values(variances, SHOWN), GREY),
-        "weight_decay = 2λ/m": (found[f"lambda = {SHOWN:g}"].singular_values[1], BLUE),
-        "weight_decay = 2λ": (found[f"lambda = {SHOWN:g}, MSELoss with decay 2 lambda"].singular_values[1], RED),
+        "theory": (shrunk_singular_values(variances, SHOWN), study.GREY),
+        "weight_decay = 2λ/m": (found[f"lambda = {SHOWN:g}"].singular_values[1], study.BLUE),
+        "weight_decay = 2λ": (found[f"lambda = {SHOWN:g}, MSELoss with decay 2 lambda"].singular_values[1], study.RED),
     }
     for shift, (name, (heights, colour)) in zip((-0.27, 0, 0.27), bars.items(), strict=True):
         right.bar([place + shift for place in places], heights.tolist(), 0.25, color=colour, label=name)
@@ -207,13 +198,13 @@ def draw(found: dict[str, Found]) -> Figure:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "decay")
-    parser.add_argument("--epochs", type=positive, default=200, help=f"of {SAMPLES} samples each (%(default)s)")
+    study.add_common_arguments(parser, "decay")
+    parser.add_argument("--epochs", type=whole, default=200, help=f"of {SAMPLES} samples each (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train all recipes, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     x = samples(args.seed)
     recipes = recipes_of()
     found = dict(zip([r.name for r in recipes], train(x, recipes, args.epochs, args.seed), strict=True))
@@ -225,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
         angle = principal_angles(one.decoder, directions).max().item()
         rows.append((recipe.name, " ".join(values), orthonormality_defect(one.decoder), angle))
     header = ("trained with", "singular values of W2", "defect", "angle to PCA (degrees)")
-    return finish("decay", text_table(header, rows), claims_of(found), draw(found), args)
+    return study.finish("decay", text_table(header, rows), claims_of(found), draw(found), args)
 
 
 if __name__ == "__main__":

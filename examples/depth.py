@@ -26,18 +26,10 @@ if __name__ == "__main__":
 import torch
 from torch.nn import functional as F
 
+from linattn.examples import study
 from linattn.examples.convnets import ConvNet
 from linattn.examples.digits import Digits, load_digits
-from linattn.examples.study import (
-    BLUE,
-    RED,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -90,31 +82,33 @@ def train(depth: int, residual: bool, digits: Digits, epochs: int, seed: int, wi
     return Curve(depth, residual, parameters, losses, errors, held_out.double().mean().item())
 
 
-def claims_of(curves: Sequence[Curve]) -> list[Claim]:
+def claims_of(curves: Sequence[Curve]) -> list[study.Claim]:
     """The deeper plain network trains worse, the deeper residual one does not."""
     error = {curve.name: 100 * curve.errors[-1] for curve in curves}
     (plain, plain_deep), (residual, residual_deep) = (
         (error[f"{kind} {DEPTHS[0]}"], error[f"{kind} {DEPTHS[1]}"]) for kind in ("plain", "residual")
     )
     return [
-        Claim(f"training error plain {DEPTHS[1]} minus plain {DEPTHS[0]}, points", plain_deep - plain, ">=", 10.0),
-        Claim(
+        study.Claim(
+            f"training error plain {DEPTHS[1]} minus plain {DEPTHS[0]}, points", plain_deep - plain, ">=", 10.0
+        ),
+        study.Claim(
             f"training error residual {DEPTHS[1]} minus residual {DEPTHS[0]}, points",
             residual_deep - residual,
             "<=",
             2.0,
         ),
-        Claim(f"training error residual {DEPTHS[1]}, %", residual_deep, "<=", 3.0),
+        study.Claim(f"training error residual {DEPTHS[1]}, %", residual_deep, "<=", 3.0),
     ]
 
 
 def draw(curves: Sequence[Curve]) -> Figure:
     """Training error and loss over the epochs: colour tells the kind, line style the depth."""
-    figure = new_figure(10.5, 4.2)
+    figure = study.new_figure(10.5, 4.2)
     left, right = figure.subplots(1, 2)
     for curve in curves:
         style = {
-            "color": BLUE if curve.residual else RED,
+            "color": study.BLUE if curve.residual else study.RED,
             "linestyle": "-" if curve.depth == DEPTHS[-1] else "--",
             "label": f"{curve.name} layers",
         }
@@ -133,13 +127,13 @@ def draw(curves: Sequence[Curve]) -> Figure:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "depth")
-    parser.add_argument("--epochs", type=positive, default=15, help="of 15 batches each (%(default)s)")
+    study.add_common_arguments(parser, "depth")
+    parser.add_argument("--epochs", type=whole, default=15, help="of 15 batches each (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train all four, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     digits = load_digits()
     curves = []
     for residual in (False, True):
@@ -150,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         ("network", "parameters", "training loss", "training error (%)", "held-out error (%)"),
         [(c.name, c.parameters, c.losses[-1], 100 * c.errors[-1], 100 * c.held_out_error) for c in curves],
     )
-    return finish("depth", text, claims_of(curves), draw(curves), args)
+    return study.finish("depth", text, claims_of(curves), draw(curves), args)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
@@ -24,21 +25,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from linattn.examples.study import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
+from linattn.options import whole
 from linattn.rnn import LSTMLayer, LSTMState, RecurrentRegressionModel, RNNLayer, running_average_batch
 from linattn.rnn import running_average_loss as loss_of
 from linattn.text_table import text_table
@@ -107,10 +95,8 @@ def largest_eigenvalue(weight: Tensor) -> float:
 
 def slope(path: Trace) -> float:
     """The change of log |dL/dh_t| in a step back, by least squares."""
-    back = torch.arange(len(path.gradient), dtype=FLOAT).flip(0)
-    logs = torch.tensor(path.gradient, dtype=FLOAT).log()
-    back, logs = back - back.mean(), logs - logs.mean()
-    return ((back * logs).sum() / back.square().sum()).item()
+    back = range(len(path.gradient), 0, -1)
+    return linear_regression(back, [math.log(norm) for norm in path.gradient]).slope
 
 
 def residual_path(hidden: int, residual: bool) -> Trace:
@@ -155,35 +141,35 @@ def both_targets(model: RecurrentRegressionModel, x: Tensor, y: Tensor) -> tuple
     return trace(model, x, y, last_only=True), trace(model, x, y, last_only=False)
 
 
-def claims_of(slopes: dict[float, float], far: dict[str, Trace], hidden: int) -> list[Claim]:
+def claims_of(slopes: dict[float, float], far: dict[str, Trace], hidden: int) -> list[study.Claim]:
     """Slopes as in theory, what targets on the way do to a tanh RNN, and who carries a gradient over FAR steps."""
     last, every = both_targets(scaled_model("rnn", "tanh", hidden, 1, 1), *running_average_batch(20, 1, dtype=FLOAT))
     # A relative error, and at rho = 1, whose logarithm is 0, the slope itself.
     errors = [abs(s / math.log(rho) - 1) if rho != 1 else abs(s) for rho, s in slopes.items()]
     plain, forgetful = far["tanh RNN, orthogonal"].ratio, far["LSTM cell"].ratio
     return [
-        Claim("identity RNN: largest relative error of the slope against log rho", max(errors), "<=", 0.01),
-        Claim(
+        study.Claim("identity RNN: largest relative error of the slope against log rho", max(errors), "<=", 0.01),
+        study.Claim(
             "tanh RNN, |dL/dh_1| / |dL/dh_20|: every step a target over the last alone",
             every.ratio / last.ratio,
             ">=",
             100.0,
         ),
-        Claim(
+        study.Claim(
             f"gradient left after {FAR} steps, LSTM with forget bias +1 over +0",
             far["LSTM cell, forget bias +1"].ratio / forgetful,
             ">=",
             1e3,
         ),
-        Claim(
+        study.Claim(
             f"gradient left after {FAR} steps, LSTM with forget bias +4",
             far["LSTM cell, forget bias +4"].ratio,
             ">=",
             0.1,
         ),
-        Claim("gradient left after 50 layers f(h)", far["50 layers f(h)"].ratio, "<=", 1e-6),
-        Claim("gradient left after 50 layers h + f(h)", far["50 layers h + f(h)"].ratio, ">=", 0.5),
-        Claim(f"gradient left after {FAR} steps, tanh RNN with an orthogonal W_h", plain, "<=", 0.5),
+        study.Claim("gradient left after 50 layers f(h)", far["50 layers f(h)"].ratio, "<=", 1e-6),
+        study.Claim("gradient left after 50 layers h + f(h)", far["50 layers h + f(h)"].ratio, ">=", 0.5),
+        study.Claim(f"gradient left after {FAR} steps, tanh RNN with an orthogonal W_h", plain, "<=", 0.5),
     ]
 
 
@@ -191,24 +177,26 @@ def draw(
     args: argparse.Namespace, last: Trace, every: Trace, rotations: dict[float, Trace], far: dict[str, Trace]
 ) -> Figure:
     """The network that was asked for, then the law of the identity RNN, then the cells over FAR steps."""
-    figure = new_figure(12, 8.4)
+    figure = study.new_figure(12, 8.4)
     (states, gradients), (law, cells) = figure.subplots(2, 2)
     steps = range(1, len(last.h) + 1)
     what = f"{args.cell.upper()}{f' ({args.nonlinearity})' if args.cell == 'rnn' else ''}, weights x {args.scale:g}"
-    states.plot(steps, last.h, "o-", color=BLUE)
+    states.plot(steps, last.h, "o-", color=study.BLUE)
     states.set(title=f"{what}: the states", xlabel="step t", ylabel="|h$_t$|")
     states.set_ylim(bottom=0)
-    gradients.plot(steps, _shown(last.gradient), "o-", color=RED, label="the last step is the target")
-    gradients.plot(steps, _shown(every.gradient), "s-", color=GREEN, label="every step is a target")
+    gradients.plot(steps, _shown(last.gradient), "o-", color=study.RED, label="the last step is the target")
+    gradients.plot(steps, _shown(every.gradient), "s-", color=study.GREEN, label="every step is a target")
     gradients.set(title="... and the gradient that reaches them", xlabel="step t", ylabel="|dL/dh$_t$|", yscale="log")
-    for (rho, path), color in zip(rotations.items(), (RED, ORANGE, GREY, SKY, BLUE), strict=True):
+    for (rho, path), color in zip(
+        rotations.items(), (study.RED, study.ORANGE, study.GREY, study.SKY, study.BLUE), strict=True
+    ):
         back = range(len(path.gradient))
         relative = [g / path.gradient[-1] for g in reversed(path.gradient)]
         law.plot(back, relative, "o", color=color, markersize=4, label=f"ρ = {rho:g}")
         law.plot(back, [rho**k for k in back], color=color, linewidth=1)
     law.set(title="Identity RNN, W$_h$ = ρ × orthogonal (lines: ρ$^{T-t}$)", xlabel="steps back, T − t", yscale="log")
     law.set_ylabel("|dL/dh$_t$| / |dL/dh$_T$|")
-    colors = (BLUE, SKY, ORANGE, RED, PURPLE, GREY, GREEN)
+    colors = (study.BLUE, study.SKY, study.ORANGE, study.RED, study.PURPLE, study.GREY, study.GREEN)
     for (name, path), color in zip(far.items(), colors, strict=True):
         relative = [g / path.gradient[-1] for g in reversed(path.gradient)]
         cells.plot(range(len(relative)), _shown(relative), color=color, label=name)
@@ -233,20 +221,20 @@ def _finish_axes(axes: Axes) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "gradients")
+    study.add_common_arguments(parser, "gradients")
     parser.add_argument("--cell", choices=("rnn", "lstm"), default="rnn", help="of the network shown (%(default)s)")
     parser.add_argument(
         "--nonlinearity", choices=("tanh", "relu", "identity"), default="tanh", help="of an RNN (%(default)s)"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="factor on its weights (%(default)s)")
     parser.add_argument("--bias-scale", type=float, default=1.0, help="factor on its biases (%(default)s)")
-    parser.add_argument("--hidden", type=positive, default=16, help="units (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=20, help="length of its sequence (%(default)s)")
+    parser.add_argument("--hidden", type=whole, default=16, help="units (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=20, help="length of its sequence (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trace, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     torch.manual_seed(args.seed)
     x, y = running_average_batch(args.steps, 1, dtype=FLOAT)
     model = scaled_model(args.cell, args.nonlinearity, args.hidden, args.scale, args.bias_scale)
@@ -267,7 +255,9 @@ def run(args: argparse.Namespace) -> int:
     text += f"\n\nGradient left after {FAR} steps\n" + text_table(
         ("network", "first / last"), [(name, path.ratio) for name, path in far.items()]
     )
-    return finish("gradients", text, claims_of(slopes, far, args.hidden), draw(args, last, every, rotations, far), args)
+    return study.finish(
+        "gradients", text, claims_of(slopes, far, args.hidden), draw(args, last, every, rotations, far), args
+    )
 
 
 if __name__ == "__main__":

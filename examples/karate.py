@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linattn import kernel_attention
+from linattn.examples import study
 from linattn.examples.karate_club import (
     CLUBS,
     INSTRUCTOR,
@@ -44,18 +45,7 @@ from linattn.examples.karate_club import (
     clubs,
     edges,
 )
-from linattn.examples.study import (
-    BLUE,
-    GREY,
-    ORANGE,
-    RED,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -241,18 +231,20 @@ def zachary() -> list[int]:
     return [member for member, club in enumerate(clubs().tolist()) if (member not in came_from) != club]
 
 
-def claims_of(trained: dict[str, Trained], errors: dict[str, float], by_zachary: Sequence[int]) -> list[Claim]:
+def claims_of(trained: dict[str, Trained], errors: dict[str, float], by_zachary: Sequence[int]) -> list[study.Claim]:
     """Both networks learn the split from 24 labels; convolution misses exactly the member that Zachary's method did."""
     claims = []
     for name, result in trained.items():
         claims += [
-            Claim(f"{name}: accuracy on the 24 members of training", result.accuracies[0][-1], ">=", 1.0),
-            Claim(f"{name}: accuracy on the 10 members held out", result.accuracies[1][-1], ">=", 0.9),
-            Claim(f"{name}: relative error of the gradient, by central differences", errors[name], "<=", 1e-7),
+            study.Claim(f"{name}: accuracy on the 24 members of training", result.accuracies[0][-1], ">=", 1.0),
+            study.Claim(f"{name}: accuracy on the 10 members held out", result.accuracies[1][-1], ">=", 0.9),
+            study.Claim(f"{name}: relative error of the gradient, by central differences", errors[name], "<=", 1e-7),
         ]
     others = set(trained["graph convolution"].wrong) - set(by_zachary)
-    claims.append(Claim("Zachary's own method: members wrong", len(by_zachary), "==", 1))
-    claims.append(Claim("graph convolution: members wrong whom Zachary's own method gets right", len(others), "==", 0))
+    claims.append(study.Claim("Zachary's own method: members wrong", len(by_zachary), "==", 1))
+    claims.append(
+        study.Claim("graph convolution: members wrong whom Zachary's own method gets right", len(others), "==", 0)
+    )
     return claims
 
 
@@ -277,14 +269,14 @@ def positions(seed: int = 3, rounds: int = 300) -> Tensor:
 
 def draw(trained: dict[str, Trained], by_zachary: Sequence[int]) -> Figure:
     """The graph with both clubs, then for each network its embedding, losses and accuracies."""
-    figure = new_figure(15, 9)
+    figure = study.new_figure(15, 9)
     grid: Any = figure.add_gridspec(2, 4, width_ratios=(1.35, 1, 1, 1))
     _draw_graph(figure.add_subplot(grid[:, 0]), trained["graph convolution"].wrong, by_zachary)
     for row, (name, result) in enumerate(trained.items()):
         _draw_embedding(figure.add_subplot(grid[row, 1]), name, result)
         curves = figure.add_subplot(grid[row, 2])
         rates = figure.add_subplot(grid[row, 3])
-        for index, (label, color) in enumerate((("24 in training", BLUE), ("10 held out", ORANGE))):
+        for index, (label, color) in enumerate((("24 in training", study.BLUE), ("10 held out", study.ORANGE))):
             curves.plot(result.losses[index], color=color, label=label)
             rates.plot([100 * share for share in result.accuracies[index]], color=color, label=label)
         curves.set(title=f"{name}: loss", ylabel="mean cross entropy (nats)", yscale="log")
@@ -300,8 +292,8 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
     place = positions()
     labels, test = clubs(), held_out()
     for first, second in edges():
-        axes.plot(*_columns(place[[first, second]]), color=GREY, linewidth=0.6, alpha=0.6, zorder=1)
-    for club, color in enumerate((BLUE, ORANGE)):
+        axes.plot(*_columns(place[[first, second]]), color=study.GREY, linewidth=0.6, alpha=0.6, zorder=1)
+    for club, color in enumerate((study.BLUE, study.ORANGE)):
         for is_test, marker in ((False, "o"), (True, "s")):
             mask = (labels == club) & (test == is_test)
             where = "held out" if is_test else "in training"
@@ -317,7 +309,7 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
         axes.annotate(str(member), _point(place[member]), ha="center", va="center", fontsize=8, color="white", zorder=3)
     for members, size, color, label in (
         (wrong, 450, "black", "convolution is wrong"),
-        (by_zachary, 900, RED, "Zachary's own method is wrong"),
+        (by_zachary, 900, study.RED, "Zachary's own method is wrong"),
     ):
         style: dict[str, Any] = {"s": size, "facecolors": "none", "edgecolors": color, "linewidths": 2, "zorder": 4}
         axes.scatter(*_columns(place[list(members)]), label=label, **style)
@@ -328,7 +320,7 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
 
 def _draw_embedding(axes: Axes, name: str, result: Trained) -> None:
     labels = clubs()
-    for club, color in enumerate((BLUE, ORANGE)):
+    for club, color in enumerate((study.BLUE, study.ORANGE)):
         mask = labels == club
         axes.scatter(*_columns(result.embedding[mask]), s=36, color=color, alpha=0.8, label=f"joined {CLUBS[club]}")
     for member in {*result.wrong, INSTRUCTOR, OFFICER}:
@@ -351,13 +343,13 @@ def _point(point: Tensor) -> tuple[float, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "karate")
-    parser.add_argument("--epochs", type=positive, default=5_000, help="of gradient descent (%(default)s)")
+    study.add_common_arguments(parser, "karate")
+    parser.add_argument("--epochs", type=whole, default=5_000, help="of gradient descent (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train both, check both gradients, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     errors = {name: gradient_error(layer, args.seed) for name, layer in LAYERS.items()}
     trained = {name: train(layer, args.epochs, args.seed) for name, layer in LAYERS.items()}
     text = text_table(
@@ -377,7 +369,7 @@ def run(args: argparse.Namespace) -> int:
     )
     by_zachary = zachary()
     text += f"\nZachary's own method, the cheapest cut of the graph, is wrong about: {', '.join(map(str, by_zachary))}"
-    return finish("karate", text, claims_of(trained, errors, by_zachary), draw(trained, by_zachary), args)
+    return study.finish("karate", text, claims_of(trained, errors, by_zachary), draw(trained, by_zachary), args)
 
 
 if __name__ == "__main__":

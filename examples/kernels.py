@@ -31,20 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linattn import kernel_attention, linear_attention, quadratic_attention
-from linattn.examples.study import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -65,7 +53,7 @@ OF_FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu(q)": F.relu,
     "exp(q)": torch.exp,
 }
-COMPARED = {"exp(s)": BLUE, "1+s+s^2/2": GREEN, "(1+s)^2": ORANGE}
+COMPARED = {"exp(s)": study.BLUE, "1+s+s^2/2": study.GREEN, "(1+s)^2": study.ORANGE}
 SIZE = 16
 SMALL = 1e-3
 
@@ -185,37 +173,41 @@ def _scaled(sim: Callable[[Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
     return sim(q @ k.mT / math.sqrt(SIZE))
 
 
-def claims_of(denominators: Sequence[Denominators], maps: Maps, weights: Weights) -> list[Claim]:
+def claims_of(denominators: Sequence[Denominators], maps: Maps, weights: Weights) -> list[study.Claim]:
     """Only Taylor is bounded away from 0; the exact map is exact, the misprinted one another kernel."""
     by_name = {row.name: row for row in denominators}
     rivals = [by_name[name].smallest_row for name in ("(1+s)^2", "s^2", "s", "relu(q)")]
     opposite = weights.weights["(1+s)^2"][-1] / weights.weights["exp(s)"][-1]
     return [
-        Claim("smallest 1+s+s^2/2 of all keys drawn", by_name["1+s+s^2/2"].smallest, ">=", 0.5),
-        Claim(
+        study.Claim("smallest 1+s+s^2/2 of all keys drawn", by_name["1+s+s^2/2"].smallest, ">=", 0.5),
+        study.Claim(
             "largest of the smallest mean similarities of a row among (1+s)^2, s^2, s, relu", max(rivals), "<=", 0.05
         ),
-        Claim("largest error of the exact map against (1+s)^2", maps.exact, "<=", 1e-12),
-        Claim("largest error of attention through the exact map", maps.attention_exact, "<=", 1e-12),
-        Claim("largest error of the misprinted map against (1+s)^2", maps.misprinted, ">=", 0.1),
-        Claim("largest error of the misprinted map against 1+s+s^2", maps.misprinted_as_what_it_is, "<=", 1e-12),
-        Claim("weight of the key with the lowest score, (1+s)^2 over softmax", opposite.item(), ">", 1.0),
-        Claim("share of the weight that Taylor moves from softmax's keys", weights.moved["1+s+s^2/2"], "<=", 0.15),
-        Claim("the same for (1+s)^2, over Taylor's", weights.moved["(1+s)^2"] / weights.moved["1+s+s^2/2"], ">", 1.0),
+        study.Claim("largest error of the exact map against (1+s)^2", maps.exact, "<=", 1e-12),
+        study.Claim("largest error of attention through the exact map", maps.attention_exact, "<=", 1e-12),
+        study.Claim("largest error of the misprinted map against (1+s)^2", maps.misprinted, ">=", 0.1),
+        study.Claim("largest error of the misprinted map against 1+s+s^2", maps.misprinted_as_what_it_is, "<=", 1e-12),
+        study.Claim("weight of the key with the lowest score, (1+s)^2 over softmax", opposite.item(), ">", 1.0),
+        study.Claim(
+            "share of the weight that Taylor moves from softmax's keys", weights.moved["1+s+s^2/2"], "<=", 0.15
+        ),
+        study.Claim(
+            "the same for (1+s)^2, over Taylor's", weights.moved["(1+s)^2"] / weights.moved["1+s+s^2/2"], ">", 1.0
+        ),
     ]
 
 
 def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
     """The similarities over s, the misprint beside the exact kernel, smallest rows, and one query's weights."""
-    figure = new_figure(13, 8)
+    figure = study.new_figure(13, 8)
     (curves, misprint), (bars, attention) = figure.subplots(2, 2)
     s = torch.linspace(-3, 3, 301)
-    for name, color in {**COMPARED, "s^2": PURPLE}.items():
+    for name, color in {**COMPARED, "s^2": study.PURPLE}.items():
         curves.plot(s, OF_SCORE[name](s), color=color, label=_pretty(name))
-    curves.axhline(0.5, color=GREEN, linestyle=":", label="1/2: Taylor never falls below")
+    curves.axhline(0.5, color=study.GREEN, linestyle=":", label="1/2: Taylor never falls below")
     curves.set(title="Similarities of a score", ylabel="sim(s)", ylim=(0, 6))
-    misprint.plot(s, (1 + s).square(), color=ORANGE, label="with √2: (1 + s)², exact")
-    misprint.plot(s, 1 + s + s.square(), "--", color=RED, label="without √2: 1 + s + s²")
+    misprint.plot(s, (1 + s).square(), color=study.ORANGE, label="with √2: (1 + s)², exact")
+    misprint.plot(s, 1 + s + s.square(), "--", color=study.RED, label="without √2: 1 + s + s²")
     misprint.set(title="The feature map, printed with and without √2", ylabel="φ(q)·φ(k)", ylim=(0, 6))
     for axes in (curves, misprint):
         axes.set_xlabel("score s = q·k")
@@ -223,7 +215,7 @@ def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1), fontsize=9)
     shown = [row for row in denominators if row.smallest_row > 0]
     names = [_pretty(row.name) for row in shown]
-    bars.barh(names, [row.smallest_row for row in shown], color=[COMPARED.get(row.name, GREY) for row in shown])
+    bars.barh(names, [row.smallest_row for row in shown], color=[COMPARED.get(row.name, study.GREY) for row in shown])
     bars.set(xscale="log", title="Worst of many rows of 4 keys", xlabel="smallest mean similarity of a row")
     left_out = [_pretty(row.name) for row in denominators if row.smallest_row <= 0]
     if left_out:
@@ -233,7 +225,7 @@ def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
         attention.plot(
             weights.scores, 100 * weights.weights[name], "o-", markersize=4, color=color, label=_pretty(name)
         )
-    attention.axvline(-1, color=GREY, linestyle=":", label="s = -1")
+    attention.axvline(-1, color=study.GREY, linestyle=":", label="s = -1")
     attention.set(title="One query, the same keys", xlabel="score s of the key", ylabel="attention weight (%)")
     attention.set(yscale="log", ylim=(1e-4, 100))
     attention.legend(loc="lower right")
@@ -248,13 +240,13 @@ def _pretty(name: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "kernels")
-    parser.add_argument("--rows", type=positive, default=100_000, help="of random keys (%(default)s)")
+    study.add_common_arguments(parser, "kernels")
+    parser.add_argument("--rows", type=whole, default=100_000, help="of random keys (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compute, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     generator = torch.Generator().manual_seed(args.seed)
     denominators = measure_denominators(args.rows, generator)
     maps = measure_maps(generator)
@@ -282,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
             for at in range(0, len(weights.scores), 3)
         ],
     )
-    return finish("kernels", text, claims_of(denominators, maps, weights), draw(denominators, weights), args)
+    return study.finish("kernels", text, claims_of(denominators, maps, weights), draw(denominators, weights), args)
 
 
 if __name__ == "__main__":

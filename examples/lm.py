@@ -28,22 +28,9 @@ if __name__ == "__main__":
 
 from linattn import language
 from linattn.errors import DataError
-from linattn.examples.study import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
 from linattn.examples.sweep import sweep
+from linattn.options import whole
 from linattn.runs import Run, find
 from linattn.text_table import text_table
 from linattn.training import CHECKPOINT_NAME
@@ -53,7 +40,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HYBRID = "quadratic,quadratic,quadratic,softmax"
-COLORS = (GREY, BLUE, SKY, GREEN, ORANGE, RED, PURPLE, "#000000", "#888800", "#66CC66", "#BBBBBB")
+COLORS = (
+    study.GREY,
+    study.BLUE,
+    study.SKY,
+    study.GREEN,
+    study.ORANGE,
+    study.RED,
+    study.PURPLE,
+    "#000000",
+    "#888800",
+    "#66CC66",
+    "#BBBBBB",
+)
 
 
 @dataclass(frozen=True)
@@ -195,19 +194,19 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "Validation loss in nats per character, mean over seeds\n" + text_table(header, rows)
 
 
-def claims_of(outcomes: Sequence[Outcome]) -> list[Claim]:
+def claims_of(outcomes: Sequence[Outcome]) -> list[study.Claim]:
     """Softmax beats the trigram clearly, or the setting is wrong."""
     softmax = [one.trigram - one.loss for one in outcomes if one.kernel == "softmax"]
     if not softmax:
         return []
-    return [Claim("smallest lead of softmax over the trigram (nats per character)", min(softmax), ">=", 0.2)]
+    return [study.Claim("smallest lead of softmax over the trigram (nats per character)", min(softmax), ">=", 0.2)]
 
 
 def draw(outcomes: Sequence[Outcome], budget: Budget) -> Figure:
     """The first group's curves against steps and minutes, and where every group ended."""
     groups = grouped(outcomes)
     colors = {kernel: COLORS[i % len(COLORS)] for i, kernel in enumerate(budget.kernels)}
-    figure = new_figure(15, 5)
+    figure = study.new_figure(15, 5)
     by_step, by_time, ends = figure.subplots(1, 3)
     (text, context), kernels = next(iter(groups.items()))
     for kernel, runs in kernels.items():
@@ -244,20 +243,20 @@ def _curve(axes: Axes, runs: Sequence[Run], unit: str, color: str, label: str) -
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "lm")
+    study.add_common_arguments(parser, "lm")
     parser.add_argument(
         "--text", type=Path, action="append", default=[], metavar="FILE", help="UTF-8 text; repeat it for more texts"
     )
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--full", action="store_true", help="every kernel, a larger model, longer contexts: for a GPU")
     extent.add_argument("--quick", action="store_true", help="tiny models for a few seconds, to see that all works")
-    parser.add_argument("--seeds", type=positive, default=3, help="of the main group (%(default)s)")
+    parser.add_argument("--seeds", type=whole, default=3, help="of the main group (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train what is missing, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     if not args.text:
         raise DataError("no text was given; accepted: --text FILE, once or more, plain text files in UTF-8")
     budget = FULL if args.full else QUICK if args.quick else SMALL
@@ -269,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
     text = table(outcomes)
     text += f"\n\n{len(outcomes)} runs of {budget.steps} steps of {budget.characters} characters, "
     text += f"{sum(one.minutes for one in outcomes):.0f} minutes of training"
-    return finish("lm", text, claims_of(outcomes), draw(outcomes, budget), args)
+    return study.finish("lm", text, claims_of(outcomes), draw(outcomes, budget), args)
 
 
 if __name__ == "__main__":

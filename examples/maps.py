@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
@@ -32,22 +33,9 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from linattn.examples.study import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
 from linattn.feature_maps import Favor, Hedgehog, make
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -61,7 +49,14 @@ LEARNED = (16, 32, 64, 128, 256)
 SPREADS = (0.25, 0.5, 1.0, 2.0)
 SPREAD = 1.0  # where errors are shown against the number of features
 NEAR_TAYLOR = 160  # features, about Taylor's 153 at D = 16
-FIXED = {"taylor-features": GREEN, "elu+1": GREY, "exp": RED, "relu2": PURPLE, "dpfp": SKY, "softmax-features": "black"}
+FIXED = {
+    "taylor-features": study.GREEN,
+    "elu+1": study.GREY,
+    "exp": study.RED,
+    "relu2": study.PURPLE,
+    "dpfp": study.SKY,
+    "softmax-features": "black",
+}
 
 Map = Callable[[Tensor], Tensor]
 
@@ -77,10 +72,7 @@ class Estimates:
     @property
     def slope(self) -> float:
         """Of log(measured) over log(m), by least squares."""
-        x = torch.tensor(self.counts, dtype=torch.float64).log()
-        y = torch.tensor(self.measured, dtype=torch.float64).log()
-        x = x - x.mean()
-        return float((x * (y - y.mean())).sum() / x.square().sum())
+        return linear_regression(*([math.log(x) for x in along] for along in (self.counts, self.measured))).slope
 
 
 def draw_queries_and_keys(spread: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -176,7 +168,7 @@ def measure_shares(draws: int, steps: int, generator: torch.Generator) -> Shares
     )
 
 
-def claims_of(shares: Shares, estimates: Estimates) -> list[Claim]:
+def claims_of(shares: Shares, estimates: Estimates) -> list[study.Claim]:
     """Theory holds; orthogonal features help; Taylor is the better one at small scores."""
     worst = max(abs(m / t - 1) for m, t in zip(estimates.measured, estimates.theory, strict=True))
     few, many = COUNTS[0], COUNTS[-1]
@@ -186,46 +178,46 @@ def claims_of(shares: Shares, estimates: Estimates) -> list[Claim]:
         shares.by_spread[name] for name in ("taylor-features", "FAVOR+", "hedgehog, learned", "all keys alike")
     )
     return [
-        Claim("standard deviation of FAVOR+'s estimate: largest deviation from theory", worst, "<=", 0.2),
-        Claim("its slope over the number of features, log to log", estimates.slope, "<=", -0.45),
-        Claim("the same", estimates.slope, ">=", -0.55),
-        Claim(
+        study.Claim("standard deviation of FAVOR+'s estimate: largest deviation from theory", worst, "<=", 0.2),
+        study.Claim("its slope over the number of features, log to log", estimates.slope, "<=", -0.45),
+        study.Claim("the same", estimates.slope, ">=", -0.55),
+        study.Claim(
             f"share moved by FAVOR+ with {many} features over that with {few}",
             shares.favor[many] / shares.favor[few],
             "<=",
             0.6,
         ),
-        Claim("share moved by orthogonal over independent features, all counts together", ratio, "<=", 1.0),
-        Claim(
+        study.Claim("share moved by orthogonal over independent features, all counts together", ratio, "<=", 1.0),
+        study.Claim(
             "spread 0.5: share moved by Taylor over FAVOR+ with as many features",
             taylor[small] / favor[small],
             "<=",
             0.5,
         ),
-        Claim(
+        study.Claim(
             "spread 2: share moved by a learned map over FAVOR+ with as many features",
             learned[large] / favor[large],
             "<=",
             1.0,
         ),
-        Claim(
+        study.Claim(
             "spread 2: share moved by the best of all maps",
             min(row[large] for row in shares.by_spread.values()),
             ">=",
             0.1,
         ),
-        Claim("spread 2: share moved when all keys count alike", alike[large], ">=", 0.5),
+        study.Claim("spread 2: share moved when all keys count alike", alike[large], ">=", 0.5),
     ]
 
 
 def draw(shares: Shares, estimates: Estimates) -> Figure:
     """Share against features, share against spread, and the estimate of one product against theory."""
-    figure = new_figure(16, 5)
+    figure = study.new_figure(16, 5)
     by_count, by_spread, one = figure.subplots(1, 3)
     lines: Sequence[tuple[str, Mapping[int, float], str, str]] = (
-        ("FAVOR+, orthogonal", shares.favor, BLUE, "o-"),
-        ("FAVOR+, independent", shares.independent, BLUE, "o--"),
-        ("hedgehog, learned", shares.hedgehog, ORANGE, "s-"),
+        ("FAVOR+, orthogonal", shares.favor, study.BLUE, "o-"),
+        ("FAVOR+, independent", shares.independent, study.BLUE, "o--"),
+        ("hedgehog, learned", shares.hedgehog, study.ORANGE, "s-"),
     )
     for label, values, color, style in lines:
         by_count.plot(list(values), [100 * v for v in values.values()], style, color=color, markersize=4, label=label)
@@ -235,7 +227,7 @@ def draw(shares: Shares, estimates: Estimates) -> Figure:
     _plain_ticks(by_count, COUNTS, (5, 10, 20, 30, 50))
     by_count.set_ylabel("weight moved from softmax's keys (%)")
     by_count.legend(fontsize=8)
-    colors = {"FAVOR+": BLUE, "hedgehog, learned": ORANGE, "all keys alike": "#BBBBBB", **FIXED}
+    colors = {"FAVOR+": study.BLUE, "hedgehog, learned": study.ORANGE, "all keys alike": "#BBBBBB", **FIXED}
     for name, row in shares.by_spread.items():
         label = f"{name}, {NEAR_TAYLOR} features" if name in ("FAVOR+", "hedgehog, learned") else name
         by_spread.plot(SPREADS, [100 * v for v in row], "o-", markersize=4, color=colors[name], label=label)
@@ -243,8 +235,8 @@ def draw(shares: Shares, estimates: Estimates) -> Figure:
     by_spread.set_ylabel("weight moved from softmax's keys (%)")
     _plain_ticks(by_spread, SPREADS, (0.2, 0.5, 1, 2, 5, 10, 20, 50))
     by_spread.legend(fontsize=8)
-    one.plot(estimates.counts, [100 * m for m in estimates.measured], "o", color=BLUE, label="measured")
-    one.plot(estimates.counts, [100 * t for t in estimates.theory], color=GREY, label="theory")
+    one.plot(estimates.counts, [100 * m for m in estimates.measured], "o", color=study.BLUE, label="measured")
+    one.plot(estimates.counts, [100 * t for t in estimates.theory], color=study.GREY, label="theory")
     one.set(xscale="log", yscale="log", xlabel="random features m", title="FAVOR+'s estimate of one exp(s)")
     one.set_ylabel("standard deviation (% of exp(s))")
     _plain_ticks(one, estimates.counts, (5, 10, 20, 30))
@@ -263,14 +255,14 @@ def _plain_ticks(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "maps")
-    parser.add_argument("--draws", type=positive, default=10, help="of random features (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=300, help="of learning a map (%(default)s)")
+    study.add_common_arguments(parser, "maps")
+    parser.add_argument("--draws", type=whole, default=10, help="of random features (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=300, help="of learning a map (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compute, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     generator = torch.Generator().manual_seed(args.seed)
     estimates = measure_estimates(100 * args.draws, generator)
     shares = measure_shares(args.draws, args.steps, generator)
@@ -297,7 +289,7 @@ def run(args: argparse.Namespace) -> int:
             for count, m, t in zip(estimates.counts, estimates.measured, estimates.theory, strict=True)
         ],
     )
-    return finish("maps", text, claims_of(shares, estimates), draw(shares, estimates), args)
+    return study.finish("maps", text, claims_of(shares, estimates), draw(shares, estimates), args)
 
 
 if __name__ == "__main__":

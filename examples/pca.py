@@ -38,17 +38,8 @@ from linattn.autoencoders import (
     synthetic_set,
 )
 from linattn.errors import MissingExtraError
-from linattn.examples.study import (
-    BLUE,
-    GREY,
-    RED,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 from linattn.training import Trainer, TrainingConfig
 
@@ -106,7 +97,7 @@ def train(x: Tensor, k: int, steps: int, seed: int) -> Autoencoder:
 
 
 @torch.no_grad()
-def study(name: str, k: int, steps: int, seed: int) -> Outcome:
+def outcome_of(name: str, k: int, steps: int, seed: int) -> Outcome:
     """Train, and hold what was found against scikit-learn's principal components."""
     try:
         from sklearn import decomposition
@@ -137,34 +128,38 @@ def study(name: str, k: int, steps: int, seed: int) -> Outcome:
     )
 
 
-def claims_of(outcomes: Sequence[Outcome]) -> list[Claim]:
+def claims_of(outcomes: Sequence[Outcome]) -> list[study.Claim]:
     """Conditions, losses and angles, and the case in which angles say nothing."""
     claims = []
     for o in outcomes:
         what = f"{o.name}, k = {o.k}:"
         claims += [
-            Claim(f"{what} both conditions at the components", max(o.residuals["principal components"]), "<", 1e-12),
-            Claim(f"{what} both conditions where training ends", max(o.residuals["trained"]), "<", 0.02),
-            Claim(f"{what} loss over the PCA loss", o.loss / o.bound, "<", 1.02),
+            study.Claim(
+                f"{what} both conditions at the components", max(o.residuals["principal components"]), "<", 1e-12
+            ),
+            study.Claim(f"{what} both conditions where training ends", max(o.residuals["trained"]), "<", 0.02),
+            study.Claim(f"{what} loss over the PCA loss", o.loss / o.bound, "<", 1.02),
         ]
         gap = (o.variances[o.k - 1] / o.variances[o.k]).item()
         if gap > 1.05:
-            claims.append(Claim(f"{what} largest angle to PCA, degrees", o.angles.max().item(), "<", 5.0))
+            claims.append(study.Claim(f"{what} largest angle to PCA, degrees", o.angles.max().item(), "<", 5.0))
         else:
-            claims.append(Claim(f"{what} largest angle to PCA among equal variances", o.angles.max().item(), ">", 30.0))
+            claims.append(
+                study.Claim(f"{what} largest angle to PCA among equal variances", o.angles.max().item(), ">", 30.0)
+            )
     return claims
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Above the variances, and which of them the code keeps; below the angles to PCA."""
-    figure = new_figure(3.6 * len(outcomes), 6)
+    figure = study.new_figure(3.6 * len(outcomes), 6)
     grid = figure.subplots(2, len(outcomes), squeeze=False)
     for o, (above, below) in zip(outcomes, grid.T, strict=True):
         numbers = range(1, len(o.variances) + 1)
-        above.plot(numbers, o.variances.clamp_min(1e-4).tolist(), color=GREY, marker=".", label="variance")
-        above.axvline(o.k + 0.5, color=RED, linestyle="--", label=f"k = {o.k}")
+        above.plot(numbers, o.variances.clamp_min(1e-4).tolist(), color=study.GREY, marker=".", label="variance")
+        above.axvline(o.k + 0.5, color=study.RED, linestyle="--", label=f"k = {o.k}")
         above.set(title=f"{o.name}: loss {o.loss:.4g}, PCA {o.bound:.4g}", xlabel="principal direction", yscale="log")
-        below.bar(range(1, o.k + 1), o.angles.tolist(), color=BLUE)
+        below.bar(range(1, o.k + 1), o.angles.tolist(), color=study.BLUE)
         below.set(xlabel="principal angle", ylim=(0, 95 if o.angles.max() > 10 else 5))
         above.grid(alpha=0.3)
         below.grid(alpha=0.3, axis="y")
@@ -177,21 +172,21 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "pca")
-    parser.add_argument("--steps", type=positive, default=3000, help="of training (%(default)s)")
+    study.add_common_arguments(parser, "pca")
+    parser.add_argument("--steps", type=whole, default=3000, help="of training (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run all cases, print, draw."""
-    require_matplotlib()
-    outcomes = [study(name, k, args.steps, args.seed) for name, k in CASES]
+    study.require_matplotlib()
+    outcomes = [outcome_of(name, k, args.steps, args.seed) for name, k in CASES]
     header = ("set", "k", "loss", "PCA loss", "largest angle", "at", "condition 1", "condition 2")
     rows = [
         (o.name, o.k, o.loss, o.bound, o.angles.max().item(), place, *residuals)
         for o in outcomes
         for place, residuals in o.residuals.items()
     ]
-    return finish("pca", text_table(header, rows), claims_of(outcomes), draw(outcomes), args)
+    return study.finish("pca", text_table(header, rows), claims_of(outcomes), draw(outcomes), args)
 
 
 if __name__ == "__main__":

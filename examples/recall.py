@@ -16,7 +16,6 @@ Source: Arora et al. 2023, "Zoology: Measuring and improving recall in efficient
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,19 +34,20 @@ from torch.nn import functional as F
 
 from linattn.decode import KeyCache
 from linattn.environment import describe, pick_device
-from linattn.examples.study import Claim, add_common_arguments, finish, new_figure, positive, require_matplotlib
+from linattn.examples import study
 from linattn.examples.sweep import RESULTS_NAME, sweep
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.modules import Transformer
+from linattn.options import whole
 from linattn.text_table import text_table
 from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SYMBOLS = 128  # different keys, and as many values
+SYMBOLS = 64  # different keys, and as many values
 NOTHING = 2 * SYMBOLS
-TOKENS_A_STEP = 4096
+TOKENS_A_STEP = 2048
 TEST_SEQUENCES = 128
 TEST_SEED = 10_000  # far from the seeds to train with
 KERNELS = (
@@ -89,7 +89,7 @@ class Settings:
     steps: int
     dim: int = 64
     layers: int = 2
-    lr: float = 3e-3
+    lr: float = 1e-2
 
 
 class RecallModel(nn.Module):
@@ -178,8 +178,7 @@ def train(settings: Settings, folder: Path, device: torch.device) -> bool:
         "seconds": round(trainer.seconds, 1),
         "environment": asdict(describe(device)),
     }
-    with atomic_file(folder / RESULTS_NAME) as file:
-        file.write(json.dumps(results, indent=2).encode() + b"\n")
+    write_json(folder / RESULTS_NAME, results, indent=2)
     return True
 
 
@@ -192,18 +191,18 @@ def accuracies(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int,
     ]
 
 
-def claims_of(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> list[Claim]:
+def claims_of(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> list[study.Claim]:
     """Softmax looks everything up; the smallest states do not."""
     hardest, small, large = CELLS[-1], min(sizes), max(sizes)
     what = f"{hardest.pairs} pairs in {hardest.length} tokens, accuracy"
     claims = []
     if "softmax" in kernels:
         softmax = min(accuracies(results, "softmax", large, hardest))
-        claims.append(Claim(f"{what}: softmax, D = {large}", softmax, ">=", 0.95))
+        claims.append(study.Claim(f"{what}: softmax, D = {large}", softmax, ">=", 0.95))
     for kernel in ("elu+1", "quadratic"):
         if kernel in kernels:
             found = max(accuracies(results, kernel, small, hardest))
-            claims.append(Claim(f"{what}: {kernel}, D = {small}", found, "<=", 0.9))
+            claims.append(study.Claim(f"{what}: {kernel}, D = {small}", found, "<=", 0.9))
     return claims
 
 
@@ -232,7 +231,7 @@ def table(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: S
 def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> Figure:
     """Accuracy against state size, one panel a difficulty: more pairs to the right, longer sequences below."""
     lengths = sorted({cell.length for cell in CELLS})
-    figure = new_figure(13, 10)
+    figure = study.new_figure(13, 10)
     grid = figure.subplots(len(lengths), len(CELLS) // len(lengths), sharex=True, sharey=True, squeeze=False)
     for axes, cell in zip(grid.flat, CELLS, strict=True):
         for index, kernel in enumerate(kernels):
@@ -265,15 +264,15 @@ def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Se
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "recall")
-    parser.add_argument("--seeds", type=positive, default=2, help="runs with seeds from --seed on (%(default)s)")
-    parser.add_argument("--steps", type=positive, default=600, help="of training for each run (%(default)s)")
+    study.add_common_arguments(parser, "recall")
+    parser.add_argument("--seeds", type=whole, default=2, help="runs with seeds from --seed on (%(default)s)")
+    parser.add_argument("--steps", type=whole, default=1000, help="of training for each run (%(default)s)")
     parser.add_argument(
         "--kernels", type=lambda text: text.split(), default=list(KERNELS), help="separated by spaces (all)"
     )
     parser.add_argument(
         "--sizes",
-        type=lambda text: [positive(word) for word in text.split(",")],
+        type=lambda text: [whole(word) for word in text.split(",")],
         default=[8, 16, 32, 64],
         help="head sizes D, separated by commas (8,16,32,64)",
     )
@@ -282,7 +281,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is missing, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     device = pick_device(args.device)
     plan = {
         f"{kernel.replace(',', '-')}-D{D}-seed{seed}": Settings(kernel, D, seed, args.steps)
@@ -296,7 +295,7 @@ def run(args: argparse.Namespace) -> int:
     text = table(results, args.kernels, args.sizes)
     text += f"\n\n{len(results)} runs, {sum(r['seconds'] for r in results) / 60:.0f} minutes of training"
     claims = claims_of(results, args.kernels, args.sizes)
-    return finish("recall", text, claims, draw(results, args.kernels, args.sizes), args)
+    return study.finish("recall", text, claims, draw(results, args.kernels, args.sizes), args)
 
 
 if __name__ == "__main__":

@@ -26,17 +26,8 @@ if __name__ == "__main__":
 import torch
 
 from linattn import softmax_attention
-from linattn.examples.study import (
-    BLUE,
-    ORANGE,
-    RED,
-    Claim,
-    add_common_arguments,
-    finish,
-    new_figure,
-    positive,
-    require_matplotlib,
-)
+from linattn.examples import study
+from linattn.options import whole
 from linattn.text_table import text_table
 
 if TYPE_CHECKING:
@@ -106,27 +97,31 @@ def measure_saturation(D: int, scale: float, queries: int, generator: torch.Gene
 
 def claims_of(
     moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequence[Saturation], samples: int
-) -> list[Claim]:
+) -> list[study.Claim]:
     """Theory holds within sampling error; softmax saturates without the scale and does not with it."""
     mean_error = max(abs(m.mean - m.true_mean) / math.sqrt(m.true_variance / samples) for m in moments)
     variance_error = max(abs(m.variance / m.true_variance - 1) for m in moments)
     D, most = bare[-1].D, math.log(KEYS)
     return [
-        Claim("largest distance of a mean from |mu|^2, in standard errors", mean_error, "<=", 5.0),
+        study.Claim("largest distance of a mean from |mu|^2, in standard errors", mean_error, "<=", 5.0),
         # A score's kurtosis is at most 3 + 6 / D, so 5 standard errors of a variance are at most this.
-        Claim(
+        study.Claim(
             "largest relative distance of a variance from 2 s^2 |mu|^2 + D s^4",
             variance_error,
             "<=",
             5 * math.sqrt((2 + 6 / min(m.D for m in moments)) / samples),
         ),
-        Claim(f"entropy with the scale at D = {D}, as a share of log({KEYS})", scaled[-1].entropy / most, ">=", 0.8),
-        Claim(f"entropy without the scale at D = {D}, likewise", bare[-1].entropy / most, "<=", 0.1),
-        Claim(f"{WHAT_Q} with the scale at D = {D}, over its largest", _fall(scaled, "q_gradient"), ">=", 0.5),
-        Claim(f"{WHAT_Q} without the scale, likewise", _fall(bare, "q_gradient"), "<=", 0.05),
-        Claim(f"{WHAT_K} without the scale, likewise", _fall(bare, "k_gradient"), "<=", 0.05),
-        Claim(f"90 % over 10 % of the queries' gradients with the scale, D = {D}", _spread(scaled[-1]), "<=", 5.0),
-        Claim("the same without the scale", _spread(bare[-1]), ">=", 1000.0),
+        study.Claim(
+            f"entropy with the scale at D = {D}, as a share of log({KEYS})", scaled[-1].entropy / most, ">=", 0.8
+        ),
+        study.Claim(f"entropy without the scale at D = {D}, likewise", bare[-1].entropy / most, "<=", 0.1),
+        study.Claim(f"{WHAT_Q} with the scale at D = {D}, over its largest", _fall(scaled, "q_gradient"), ">=", 0.5),
+        study.Claim(f"{WHAT_Q} without the scale, likewise", _fall(bare, "q_gradient"), "<=", 0.05),
+        study.Claim(f"{WHAT_K} without the scale, likewise", _fall(bare, "k_gradient"), "<=", 0.05),
+        study.Claim(
+            f"90 % over 10 % of the queries' gradients with the scale, D = {D}", _spread(scaled[-1]), "<=", 5.0
+        ),
+        study.Claim("the same without the scale", _spread(bare[-1]), ">=", 1000.0),
     ]
 
 
@@ -141,9 +136,9 @@ def _spread(row: Saturation) -> float:
 
 def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequence[Saturation]) -> Figure:
     """Variance against theory, entropy, and the gradient that reaches a query, all over D."""
-    figure = new_figure(13, 4.2)
+    figure = study.new_figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
-    for (mu, s), color in zip(LAWS, (BLUE, ORANGE), strict=True):
+    for (mu, s), color in zip(LAWS, (study.BLUE, study.ORANGE), strict=True):
         law = [m for m in moments if (m.mu, m.s) == (mu, s)]
         D = [m.D for m in law]
         left.plot(D, [m.true_variance for m in law], color=color, label=f"variance, theory: entries N({mu:g}, {s:g}²)")
@@ -152,7 +147,7 @@ def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequenc
             left.plot(D, [m.true_mean for m in law], "--", color=color, label="mean, theory")
             left.plot(D, [m.mean for m in law], "s", color=color, markerfacecolor="white", label="mean, sampled")
     left.set(title="Scores q·k spread as D grows", ylabel="mean and variance of q·k", yscale="log")
-    for rows, color, label in ((scaled, BLUE, "divided by √D"), (bare, RED, "not divided")):
+    for rows, color, label in ((scaled, study.BLUE, "divided by √D"), (bare, study.RED, "not divided")):
         D = [row.D for row in rows]
         middle.plot(D, [row.entropy for row in rows], "o-", color=color, label=label)
         low, median, high = ([max(row.q_gradient[i], SMALLEST_SHOWN) for row in rows] for i in range(len(QUANTILES)))
@@ -174,14 +169,14 @@ def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequenc
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_common_arguments(parser, "scaling")
-    parser.add_argument("--samples", type=positive, default=20_000, help="of q.k for each moment (%(default)s)")
-    parser.add_argument("--queries", type=positive, default=256, help="for each gradient (%(default)s)")
+    study.add_common_arguments(parser, "scaling")
+    parser.add_argument("--samples", type=whole, default=20_000, help="of q.k for each moment (%(default)s)")
+    parser.add_argument("--queries", type=whole, default=256, help="for each gradient (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, draw."""
-    require_matplotlib()
+    study.require_matplotlib()
     generator = torch.Generator().manual_seed(args.seed)
     moments = [sample_moments(D, mu, s, args.samples, generator) for mu, s in LAWS for D in SIZES]
     bare = [measure_saturation(D, 1.0, args.queries, generator) for D in SIZES]
@@ -198,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
         ],
     )
     claims = claims_of(moments, bare, scaled, args.samples)
-    return finish("scaling", text, claims, draw(moments, bare, scaled), args)
+    return study.finish("scaling", text, claims, draw(moments, bare, scaled), args)
 
 
 if __name__ == "__main__":

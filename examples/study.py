@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 import linattn
-from linattn.errors import DataError, MissingExtraError
-from linattn.files import atomic_file
+from linattn import drawing, options
+from linattn.files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,31 +60,12 @@ class Claim:
 def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Declare the options that every study has."""
     parser.add_argument("--out", type=Path, default=Path("runs") / "studies" / name, help="folder (%(default)s)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (%(default)s)")
-
-
-def _seed(text: str) -> int:
-    return _whole(text, least=0)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for options that count something."""
-    return _whole(text, least=1)
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        # Of all errors argparse shows the words of this one only.
-        raise argparse.ArgumentTypeError(f"{text!r} was given; accepted: a whole number from {least} on")
-    return int(text)
+    parser.add_argument("--seed", type=options.seed, default=0, help="of everything random (%(default)s)")
 
 
 def require_matplotlib() -> None:
     """Raise MissingExtraError now rather than after the computation."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "studies", "drawing the figure of a study") from error
+    drawing.require_matplotlib("studies", "drawing the figure of a study")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -118,12 +98,7 @@ def finish(name: str, text: str, claims: Sequence[Claim], figure: Figure, args: 
             for claim in claims
         ],
     }
-    try:
-        with atomic_file(args.out / FIGURE_NAME) as file:
-            figure.savefig(file, format="png")
-        with atomic_file(args.out / RESULT_NAME) as file:
-            file.write(json.dumps(result, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise DataError(f"the results cannot be written to {args.out}: {error}; accepted: a folder to write") from error
+    drawing.save(figure, args.out / FIGURE_NAME)
+    write_json(args.out / RESULT_NAME, result, indent=2)
     print(f"\n{args.out / FIGURE_NAME}, {args.out / RESULT_NAME}")
     return 0 if all(claim.holds for claim in claims) else 1

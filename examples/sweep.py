@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from linattn.errors import DataError
+from linattn.sweeps import Job, finished
 
 RESULTS_NAME = "results.json"
 
@@ -27,16 +26,12 @@ def sweep(
         DataError: a folder holds results of other settings.
         KeyboardInterrupt: a run was interrupted.
     """
-    found = {}
-    for index, (name, settings) in enumerate(runs.items(), 1):
-        path = folder / name / RESULTS_NAME
-        if not path.is_file():
+    jobs = {name: Job(folder / name / RESULTS_NAME, settings) for name, settings in runs.items()}
+    found = finished(jobs)
+    for index, (name, job) in enumerate(jobs.items(), 1):
+        if name not in found:
             print(f"run {index} of {len(runs)}: {name}", file=sys.stderr, flush=True)
             if not work(name, folder / name):
                 raise KeyboardInterrupt
-        results = json.loads(path.read_text())
-        other = {key: results["settings"].get(key) for key, value in settings.items()}
-        if other != dict(settings):
-            raise DataError(f"{path} was made with {other}; accepted: {dict(settings)}, or another --out")
-        found[name] = results
-    return found
+            found |= finished({name: job})
+    return {name: found[name] for name in runs}

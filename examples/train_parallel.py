@@ -11,7 +11,6 @@ carries the gradients; else gloo. Rank 0 leaves `result.json` and, whole, `model
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from linattn.characters import Characters, consecutive_windows, random_windows
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.training import Record, Trainer, TrainingConfig, write_checkpoint
 
@@ -126,8 +125,7 @@ def write_results(args: argparse.Namespace, trainer: Trainer, model: nn.Module) 
         "ranks": dist.get_world_size(),
         "history": [asdict(record) for record in trainer.history],
     }
-    with atomic_file(args.out / "result.json") as file:
-        file.write(json.dumps(result, indent=2).encode() + b"\n")
+    write_json(args.out / "result.json", result, indent=2)
 
 
 if __name__ == "__main__":

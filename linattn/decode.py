@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ OWN_OPTIONS = ("is_causal", "key_mask", "q_offset", "cu_seqlens", "initial_state
 EXTRA_STATE = "_extra_state"  # torch's name for what `get_extra_state` returns
 
 
-class DecodeCache(nn.Module):
+class DecodeCache(nn.Module, ABC):
     """What stands in for the tokens that one attention layer has seen; make it with `DecodeCache.of`.
 
     Attributes:
@@ -169,13 +170,13 @@ class DecodeCache(nn.Module):
     def _sizes_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
         return (*q.shape[:2], k.shape[1], k.shape[3], v.shape[3], k.dtype)
 
+    @abstractmethod
     def _first(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """The first tokens: attend and hold."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _next(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """More tokens: attend to what is held as well."""
-        raise NotImplementedError
 
     # ---- saving ----
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from linattn.errors import DataError
 
 
 @contextmanager
@@ -37,3 +40,21 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, complete or not at all.
+
+    Raises:
+        DataError: it cannot be written; what was there stays as it was.
+    """
+    try:
+        with atomic_file(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}; accepted: a folder to write") from error
+
+
+def write_json(path: Path, content: object, *, indent: int = 1) -> None:
+    """Write a JSON file as `write_text` does; errors as there."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")

@@ -16,7 +16,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from torch import Tensor
 from linattn.environment import pick_device
 from linattn.errors import BackendError
 from linattn.kernels.common.allocation import empty_in_storage_order
+from linattn.progress import progress
 from linattn.random_calls import (
     CALLABLE,
     EXTENTS,
@@ -358,7 +358,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device or ("cuda" if cuda else "cpu"))
     end, tally, seed = time.monotonic() + args.seconds, Tally(), args.start
     alone = args.seed is not None
-    with _progress(args.seconds) as show:
+    with progress(round(args.seconds), "s") as bar:
         for seed in [args.seed] if alone else itertools.count(args.start):
             if not alone and time.monotonic() > end:
                 break
@@ -366,7 +366,9 @@ def run(args: argparse.Namespace) -> int:
                 call = tally.add(op, seed, args.backend, args.extent, device)
                 if alone:
                     print(call)
-            show(args.seconds - (end - time.monotonic()), f"seed {seed}")
+            spent = args.seconds - (end - time.monotonic())
+            bar.update(round(min(spent, args.seconds)) - bar.n)
+            bar.set_postfix_str(f"seed {seed}")
     print(tally)
     if not alone:
         print(f"  next     --start {seed}")
@@ -380,20 +382,3 @@ def reproduction(call: RandomCall, backend: str, extent: str, device: torch.devi
         f"{interpreted}python -m linattn fuzz --op {call.op} --seed {call.seed} --backend {backend} "
         f"--extent {extent} --device {torch.device(device).type}"
     )
-
-
-@contextmanager
-def _progress(seconds: float) -> Iterator[Callable[[float, str], None]]:
-    """Seconds gone by as a bar on stderr; none where stderr is no terminal or tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda spent, text: None
-        return
-    with tqdm(total=round(seconds), disable=not sys.stderr.isatty(), file=sys.stderr, unit="s") as bar:
-
-        def update(spent: float, text: str) -> None:
-            bar.update(round(min(spent, seconds)) - bar.n)
-            bar.set_postfix_str(text)
-
-        yield update

@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import json
 import multiprocessing
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -26,6 +25,7 @@ from linattn.kernels.common.backend import INTERPRETED, TRITON_ABSENT
 from linattn.kernels.common.gpu import gate
 from linattn.kernels.common.gpu.launch import Launch
 from linattn.kernels.common.gpu.machine_code import Loop, Reading
+from linattn.progress import progress
 from linattn.text_table import text_table
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -149,11 +149,18 @@ def _share(hot: Loop) -> list[float] | None:
 
 
 def _mapped(work: list[tuple[Case, str, bool]], jobs: int) -> Iterator[list[Row]]:
+    with progress(len(work), "call") as bar:
+        for rows in _each(work, jobs):
+            bar.update()
+            yield rows
+
+
+def _each(work: list[tuple[Case, str, bool]], jobs: int) -> Iterator[list[Row]]:
     if jobs == 1:
-        yield from _with_progress(map(_unpacked, work), len(work))
+        yield from map(_unpacked, work)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from _with_progress(pool.map(_unpacked, work), len(work))
+        yield from pool.map(_unpacked, work)
 
 
 def _unpacked(item: tuple[Case, str, bool]) -> list[Row]:
@@ -219,12 +226,3 @@ def _names(what: str, given: str, accepted: tuple[str, ...]) -> list[str]:
 def _in_a_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
-
-
-def _with_progress(items: Iterable[list[Row]], total: int) -> Iterator[list[Row]]:
-    """A bar on stderr; none where stderr is no terminal or tqdm is not installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return iter(items)
-    return iter(tqdm(items, total=total, unit="call", disable=not sys.stderr.isatty(), file=sys.stderr))

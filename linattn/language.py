@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linattn import tracking
+from linattn import drawing, sessions
 from linattn.characters import Characters, Trigram, consecutive_windows, random_windows
 from linattn.environment import describe, pick_device
-from linattn.errors import ArgumentError, CheckpointError, DataError, MissingExtraError
+from linattn.errors import ArgumentError, CheckpointError, DataError
 from linattn.files import atomic_file
 from linattn.models import CausalLM, CausalLMConfig
 from linattn.modules import LayerKind
-from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig, read_checkpoint
+from linattn.training import CHECKPOINT_NAME, Record, Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,13 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("device", str, "auto, cpu, cuda, ...")
     add("sample", int, "characters to write into sample.txt at the end; 0 for none")
     parser.add_argument("--out", type=Path, help="folder of the run (default runs/lm-KERNEL)")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in the folder; options are kept unless given"
-    )
-    start.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a checkpoint")
-    parser.add_argument("--no-figure", action="store_true", help="do not draw curve.png, which needs matplotlib")
-    tracking.add_arguments(parser)
+    sessions.add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds, to see that all works")
 
 
@@ -147,15 +140,10 @@ def run(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
     out = args.out or Path("runs") / f"lm-{given.get('kernel', Settings.kernel)}".replace(",", "-")
     path = out / CHECKPOINT_NAME
-    checkpoint = None
-    if args.resume:
-        checkpoint = read_checkpoint(path)
+    checkpoint = sessions.checkpoint_to_go_on_with(path, args)
+    if checkpoint is not None:
         settings = resumed_settings(checkpoint, given, path)
     else:
-        if path.exists() and not args.overwrite:
-            raise ArgumentError(
-                f"{path} exists; accepted: --resume to go on with it, --overwrite to begin anew, or another --out"
-            )
         settings = replace(QUICK if args.quick else Settings(), **given)
         if settings.steps is None and settings.minutes is None:
             settings = replace(settings, minutes=DEFAULT_MINUTES)
@@ -164,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
             "no text was given; accepted: --text FILE, a plain text file in UTF-8 to learn from (nothing is downloaded)"
         )
     if not args.no_figure:
-        _require_matplotlib()
+        drawing.require_matplotlib("train", "drawing the curve (leave it out with --no-figure)")
 
     text = Characters.from_file(settings.text)
     if checkpoint is not None and checkpoint["settings"].get("sha256") != text.sha256:
@@ -174,23 +162,14 @@ def run(args: argparse.Namespace) -> int:
     model, trainer = prepare(settings, text, out)
     trigram = Trigram(text.train, len(text.alphabet)).loss(text.validation)
     trainer.on_record = lambda record: _print_record(record, trigram)
-    if checkpoint is not None:
-        trainer.restore(checkpoint, path)
-    trainer.tracker = tracking.open_tracker(args, out, resumed_at=trainer.step if args.resume else None)
+    sessions.begin(trainer, checkpoint, path, args)
     _print_heading(settings, text, model, trigram)
 
-    if not trainer.run():
-        if trainer.tracker is not None:
-            trainer.tracker.close()
-        print(f"stopped at step {trainer.step}; go on with: linattn train lm --out {out} --resume", file=sys.stderr)
+    command = f"linattn train lm --out {out}"
+    if not sessions.train(trainer, command):
         return 130
-    try:
+    with sessions.writing_results(out, command):
         write_results(settings, text, model, trainer, trigram, out, figure=not args.no_figure)
-    except OSError as error:
-        raise CheckpointError(
-            f"the results in {out} cannot be written: {error}; the checkpoint is complete, "
-            f"write them again with: linattn train lm --out {out} --resume"
-        ) from error
     return 0
 
 
@@ -209,16 +188,7 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
         settings = Settings(**kept)
     except TypeError as error:
         raise CheckpointError(f"the checkpoint {path} is not one of `linattn train lm`: {error}") from error
-    wrong = {
-        name: value for name, value in given.items() if name not in CHANGEABLE and value != getattr(settings, name)
-    }
-    if wrong:
-        clashes = ", ".join(
-            f"{name}={value!r} (the checkpoint has {getattr(settings, name)!r})" for name, value in wrong.items()
-        )
-        raise CheckpointError(
-            f"the run in {path} cannot go on with {clashes}; accepted: other {', '.join(sorted(CHANGEABLE))} only"
-        )
+    sessions.check_unchanged(path, given, asdict(settings), CHANGEABLE)
     if {"steps", "minutes"} & given.keys():  # a limit given replaces the old ones, whichever they were
         settings = replace(settings, steps=None, minutes=None)
     return replace(settings, **given)
@@ -295,11 +265,11 @@ def write_results(
         with atomic_file(out / "sample.txt") as file:
             file.write(sample.encode() + b"\n")
     if figure:
-        drawing = draw_curve(trainer.history, trigram, settings.kernel)
+        curve = draw_curve(trainer.history, trigram, settings.kernel)
         with atomic_file(out / "curve.png") as file:
-            drawing.savefig(file, format="png", dpi=150)
+            curve.savefig(file, format="png", dpi=150)
         if trainer.tracker is not None:
-            trainer.tracker.figure(last.step, "loss", drawing)
+            trainer.tracker.figure(last.step, "loss", curve)
     if trainer.tracker is not None:
         trainer.tracker.hyperparameters(
             asdict(settings),
@@ -381,10 +351,3 @@ def _print_record(record: Record, trigram: float) -> None:
 
 def _loss(nats: float) -> str:
     return f"{nats:.4f} nats ({nats / math.log(2):.4f} bits) per character"
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "train", "drawing the curve (leave it out with --no-figure)") from error

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linattn.errors import ArgumentError, CheckpointError, DataError, MissingExtraError
-from linattn.files import atomic_file
+from linattn import drawing
+from linattn.errors import ArgumentError, CheckpointError, DataError
 from linattn.text_table import text_table
 from linattn.training import CHECKPOINT_NAME, HISTORY_NAME, Record, read_checkpoint
 
@@ -82,14 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.top is not None and args.top < len(found):
         print(f"... and {len(found) - args.top} more")
     if not args.no_figure:
-        figure = draw(found)
-        try:
-            with atomic_file(args.figure) as file:
-                figure.savefig(file, format="png", dpi=120)
-        except OSError as error:
-            raise DataError(
-                f"{args.figure} cannot be written: {error}; accepted: --figure in a folder to write"
-            ) from error
+        drawing.save(draw(found), args.figure, dpi=120)
         print(f"\n{args.figure}")
     return 0
 
@@ -161,10 +154,9 @@ def draw(runs: Sequence[Run]) -> Figure:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "train", "drawing the runs (leave it out with --no-figure)") from error
+    drawing.require_matplotlib("train", "drawing the runs (leave it out with --no-figure)")
+    from matplotlib.figure import Figure
+
     by_loss = sorted(runs, key=ORDERS["best"])
     shown = differing(runs)
     figure = Figure(figsize=(12, 4.5), layout="constrained")

@@ -41,11 +41,53 @@ class _Ended(NamedTuple):
     beam: Tensor
     token: Tensor
 
+    @staticmethod
+    def none(like: Tensor, B: int, n: int) -> _Ended:
+        """No continuation yet, in the dtype and on the device of these log-probabilities."""
+        worst = like.new_full((B, n), -torch.inf)
+        nowhere = torch.zeros(B, n, dtype=torch.int64, device=like.device)
+        return _Ended(worst, worst, nowhere, nowhere, nowhere)
+
     def with_new(self, new: _Ended) -> _Ended:
         """The best of both, as many as there are now."""
         both = _Ended(*(torch.cat(pair, 1) for pair in zip(self, new, strict=True)))
         scores, kept = both.scores.topk(self.scores.shape[1], dim=1)
         return _Ended(scores, *(x.gather(1, kept) for x in both[1:]))
+
+
+class _Extensions(NamedTuple):
+    """Beams that have grown by one token, best first, `[B, n]` each: `beam` of the step before, and then `token`."""
+
+    log_probs: Tensor
+    beam: Tensor
+    token: Tensor
+
+    @staticmethod
+    def best(n: int, alive: Tensor, log_probs: Tensor) -> _Extensions:
+        """The n best of all K M extensions of alive `[B, K]` by log_probs `[B, K, M]`."""
+        M = log_probs.shape[2]
+        extended = (alive[:, :, None] + log_probs).flatten(1)
+        ranked, index = extended.topk(min(n, extended.shape[1]), dim=1)
+        return _Extensions(ranked, index // M, index % M)
+
+    def ending_in(self, end_token: int | None) -> Tensor:
+        """Which of them end in this token."""
+        return torch.zeros_like(self.token, dtype=torch.bool) if end_token is None else self.token == end_token
+
+    def among_first(self, n: int) -> Tensor:
+        """Which are the n best."""
+        return torch.arange(self.token.shape[1], device=self.token.device) < n
+
+    def best_of(self, n: int, chosen: Tensor) -> _Extensions:
+        """The n best of those chosen; -inf where there are fewer."""
+        log_probs, kept = self.log_probs.masked_fill(~chosen, -torch.inf).topk(min(n, self.token.shape[1]), dim=1)
+        return _Extensions(log_probs, self.beam.gather(1, kept), self.token.gather(1, kept))
+
+    def ended(self, chosen: Tensor, length: int, length_penalty: float) -> _Ended:
+        """Those chosen as complete continuations of this length; the others score -inf."""
+        log_probs = self.log_probs.masked_fill(~chosen, -torch.inf)
+        lengths = torch.full_like(self.beam, length)
+        return _Ended(log_probs / length**length_penalty, log_probs, lengths, self.beam, self.token)
 
 
 @torch.no_grad()
@@ -101,32 +143,22 @@ def beam_search(
     """
     _check_options(first_token, beams, max_length, length_penalty, n_best)
     B, K = first_token.shape[0], beams
-    device = first_token.device
     log_probs, state = _stepped(step_fn, first_token, state, B, end_token)
     M = log_probs.shape[1]
     alive = log_probs.new_zeros(B, 1)
     history: list[tuple[Tensor, Tensor]] = []  # of every step: the beam that each beam came from, its token
-    nowhere = torch.zeros(B, n_best, dtype=torch.int64, device=device)
-    worst = log_probs.new_full((B, n_best), -torch.inf)
-    ended = _Ended(worst, worst, nowhere, nowhere, nowhere)
+    ended = _Ended.none(log_probs, B, n_best)
 
     for length in range(1, max_length + 1):
-        extended = (alive[:, :, None] + log_probs.view(B, -1, M)).flatten(1)
-        ranked, index = extended.topk(min(2 * K, extended.shape[1]), dim=1)
-        beam, token = index // M, index % M
-        is_end = token == end_token if end_token is not None else torch.zeros_like(token, dtype=torch.bool)
+        best = _Extensions.best(2 * K, alive, log_probs.view(B, -1, M))
+        is_end = best.ending_in(end_token)
         complete = is_end if length < max_length else torch.ones_like(is_end)
-        complete = complete & (torch.arange(ranked.shape[1], device=device) < K)
-        found = ranked.masked_fill(~complete, -torch.inf)
-        lengths = torch.full_like(beam, length)
-        ended = ended.with_new(_Ended(found / length**length_penalty, found, lengths, beam, token))
-
-        alive, kept = ranked.masked_fill(is_end, -torch.inf).topk(min(K, ranked.shape[1]), dim=1)
-        beam, token = beam.gather(1, kept), token.gather(1, kept)
+        ended = ended.with_new(best.ended(complete & best.among_first(K), length, length_penalty))
+        alive, beam, token = best.best_of(K, ~is_end)
         history.append((beam, token))
         if length == max_length or (early_stop and _nothing_can_change(ended, alive, max_length, length_penalty)):
             break
-        rows = (torch.arange(B, device=device)[:, None] * (len(log_probs) // B) + beam).flatten()
+        rows = (torch.arange(B, device=beam.device)[:, None] * (len(log_probs) // B) + beam).flatten()
         state = reorder(state, rows, batch_dim)
         log_probs, state = _stepped(step_fn, token.flatten(), state, token.numel(), end_token, M)
     return _traced(ended, history)

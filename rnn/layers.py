@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,71 @@ class LSTMState(NamedTuple):
     c: Tensor
 
 
-class RecurrentLayer(nn.Module):
+class Reader(nn.Module, ABC):
+    """What reads sequences step by step: a layer, or a stack of them."""
+
+    input_size: int
+    hidden_size: int
+
+    @abstractmethod
+    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+        """All h `[B, T, H]`, 0 behind a sequence's end, and the last state of these checked inputs."""
+
+    def state_shape(self, batch: int) -> tuple[int, ...]:
+        """Of each part of a state."""
+        return (batch, self.hidden_size)
+
+
+class ReaderWithH(Reader):
+    """Its state is h."""
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        initial: Tensor | None = None,
+        kept_states: list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        given = sequences(x, lengths, self.input_size, next(self.parameters()))
+        if initial is not None:
+            check_state("initial", initial, self.state_shape(given.batch), given.padded)
+        kept: list[State] | None = None if kept_states is None else []
+        all_h, (last_h,) = self.walk(given, None if initial is None else (initial,), kept)
+        if kept_states is not None and kept is not None:
+            kept_states.extend(h for (h,) in kept)
+        return given.like_given(all_h), last_h
+
+
+class ReaderWithCell(Reader):
+    """Its state is an LSTMState."""
+
+    def forward(
+        self,
+        x: Tensor | PackedSequence,
+        initial: tuple[Tensor, Tensor] | None = None,
+        kept_states: list[LSTMState] | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, LSTMState]:
+        given = sequences(x, lengths, self.input_size, next(self.parameters()))
+        if initial is not None:
+            initial = _checked_pair(initial, self.state_shape(given.batch), given.padded)
+        kept: list[State] | None = None if kept_states is None else []
+        all_h, last = self.walk(given, initial, kept)
+        if kept_states is not None and kept is not None:
+            kept_states.extend(LSTMState(*state) for state in kept)
+        return given.like_given(all_h), LSTMState(*last)
+
+
+def _checked_pair(initial: object, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two halves of an LSTM's initial state, each of this shape, or raise StateError."""
+    if not isinstance(initial, (tuple, list)) or len(initial) != 2:
+        raise StateError(f"the initial state of an LSTM must be a pair (h, c) of tensors, got {type(initial).__name__}")
+    return check_state("initial h", initial[0], shape, x), check_state("initial c", initial[1], shape, x)
+
+
+class RecurrentLayer(Reader):
     """What both layers share: `weight_x [G H, F]`, `weight_h [G H, H]` and `bias [G H]` with the rows of G gates.
 
     Raises: ArgumentError (sizes).
@@ -59,15 +124,26 @@ class RecurrentLayer(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -within, within)
 
+    @torch.no_grad()
+    def draw_orthogonal(self) -> None:
+        """Draw the recurrent matrix of each gate anew, orthogonal: it keeps a state's length (Saxe et al. 2013)."""
+        for gate in torch.split(self.weight_h, self.hidden_size):
+            nn.init.orthogonal_(gate)
+
+    @property
+    @abstractmethod
+    def cell(self) -> str | Activation:
+        """What `linattn.recurrence.recur` computes at each step."""
+
     def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
-        """All h `[B, T, H]`, 0 behind a sequence's end, and the last state of these checked inputs."""
-        raise NotImplementedError
+        projected = F.linear(x.padded, self.weight_x, self.bias)
+        return recur(projected, self.weight_h, initial, cell=self.cell, lengths=x.lengths, kept=kept)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}"
 
 
-class RNNLayer(RecurrentLayer):
+class RNNLayer(RecurrentLayer, ReaderWithH):
     """Elman layer: `h_t = act(W_h h_{t-1} + W_x x_t + b)`, with one bias.
 
     Args:
@@ -118,33 +194,16 @@ class RNNLayer(RecurrentLayer):
             raise ArgumentError(f"nonlinearity must be a name or a function of a tensor, got {nonlinearity!r}")
         self.nonlinearity = nonlinearity
 
-    def forward(
-        self,
-        x: Tensor | PackedSequence,
-        initial: Tensor | None = None,
-        kept_states: list[Tensor] | None = None,
-        *,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        given = sequences(x, lengths, self.input_size, self.weight_x)
-        if initial is not None:
-            check_state("initial", initial, (given.batch, self.hidden_size), given.padded)
-        kept: list[State] | None = None if kept_states is None else []
-        all_h, (last_h,) = self.walk(given, None if initial is None else (initial,), kept)
-        if kept_states is not None and kept is not None:
-            kept_states.extend(h for (h,) in kept)
-        return given.like_given(all_h), last_h
-
-    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
-        projected = F.linear(x.padded, self.weight_x, self.bias)
-        return recur(projected, self.weight_h, initial, cell=self.nonlinearity, lengths=x.lengths, kept=kept)
+    @property
+    def cell(self) -> str | Activation:
+        return self.nonlinearity
 
     def extra_repr(self) -> str:
         name = self.nonlinearity if isinstance(self.nonlinearity, str) else self.nonlinearity.__name__
         return f"{super().extra_repr()}, nonlinearity={name}"
 
 
-class LSTMLayer(RecurrentLayer):
+class LSTMLayer(RecurrentLayer, ReaderWithCell):
     """Long short-term memory, one bias a gate:
 
         i, f, o = sigmoid(x_t U + h_{t-1} W + b)     g = tanh(x_t U + h_{t-1} W + b)     each with its own U, W, b
@@ -179,6 +238,7 @@ class LSTMLayer(RecurrentLayer):
     (torch.Size([4, 5, 3]), torch.Size([4, 3]), torch.Size([4, 3]))
     """
 
+    cell = "lstm"
     forget_bias = 0.0
 
     def __init__(
@@ -201,31 +261,3 @@ class LSTMLayer(RecurrentLayer):
     def _open_gate(self) -> None:
         with torch.no_grad():
             self.bias[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
-
-    def forward(
-        self,
-        x: Tensor | PackedSequence,
-        initial: tuple[Tensor, Tensor] | None = None,
-        kept_states: list[LSTMState] | None = None,
-        *,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, LSTMState]:
-        given = sequences(x, lengths, self.input_size, self.weight_x)
-        if initial is not None:
-            initial = checked_pair(initial, (given.batch, self.hidden_size), given.padded)
-        kept: list[State] | None = None if kept_states is None else []
-        all_h, last = self.walk(given, initial, kept)
-        if kept_states is not None and kept is not None:
-            kept_states.extend(LSTMState(*state) for state in kept)
-        return given.like_given(all_h), LSTMState(*last)
-
-    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
-        projected = F.linear(x.padded, self.weight_x, self.bias)
-        return recur(projected, self.weight_h, initial, cell="lstm", lengths=x.lengths, kept=kept)
-
-
-def checked_pair(initial: object, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two halves of an LSTM's initial state, each of this shape, or raise StateError."""
-    if not isinstance(initial, (tuple, list)) or len(initial) != 2:
-        raise StateError(f"the initial state of an LSTM must be a pair (h, c) of tensors, got {type(initial).__name__}")
-    return check_state("initial h", initial[0], shape, x), check_state("initial c", initial[1], shape, x)

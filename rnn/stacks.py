@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from linattn.errors import ArgumentError
-from linattn.recurrence import Activation, State, check_state
+from linattn.recurrence import Activation, State
 from linattn.rnn.checks import check_size
-from linattn.rnn.layers import LSTMLayer, LSTMState, RecurrentLayer, RNNLayer, checked_pair
-from linattn.rnn.sequences import Sequences, sequences
+from linattn.rnn.layers import LSTMLayer, Reader, ReaderWithCell, ReaderWithH, RecurrentLayer, RNNLayer
+from linattn.rnn.sequences import Sequences
 
 
-class _Stack(nn.Module):
+class _Stack(Reader):
     """`layers[l]` reads forwards; where the stack is bidirectional `reverse_layers[l]` reads the same backwards."""
 
     def __init__(
@@ -37,11 +36,14 @@ class _Stack(nn.Module):
         """Layers times directions: the leading size of a state."""
         return len(self.layers) * (1 if self.reverse_layers is None else 2)
 
-    def climb(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+    def state_shape(self, batch: int) -> tuple[int, ...]:
+        return (self.state_count, batch, self.hidden_size)
+
+    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
         """The top layer's outputs, and the last states of all layers, stacked; of each layer forwards first."""
         last: list[State] = []
 
-        def walk(layer: nn.Module, x: Sequences) -> Tensor:
+        def climb(layer: nn.Module, x: Sequences) -> Tensor:
             assert isinstance(layer, RecurrentLayer)
             before = None if initial is None else tuple(half[len(last)] for half in initial)
             all_h, state = layer.walk(x, before, kept)
@@ -49,15 +51,15 @@ class _Stack(nn.Module):
             return all_h
 
         for level, layer in enumerate(self.layers):
-            all_h = walk(layer, x)
+            all_h = climb(layer, x)
             if self.reverse_layers is not None:
-                backwards = x._replace(padded=walk(self.reverse_layers[level], x.reversed())).reversed().padded
+                backwards = x._replace(padded=climb(self.reverse_layers[level], x.reversed())).reversed().padded
                 all_h = torch.cat((all_h, backwards), -1)
             x = x._replace(padded=all_h)
         return x.padded, tuple(map(torch.stack, zip(*last, strict=True)))
 
 
-class RNN(_Stack):
+class RNN(_Stack, ReaderWithH):
     """A stack of `RNNLayer`: `h^l_t = act(W_h h^l_{t-1} + W_x h^{l-1}_t + b)` with h^0 = x.
 
     Args:
@@ -105,25 +107,8 @@ class RNN(_Stack):
 
         super().__init__(make, input_size, hidden_size, num_layers, bidirectional)
 
-    def forward(
-        self,
-        x: Tensor | PackedSequence,
-        initial: Tensor | None = None,
-        kept_states: list[Tensor] | None = None,
-        *,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        given = sequences(x, lengths, self.input_size, next(self.parameters()))
-        if initial is not None:
-            check_state("initial", initial, (self.state_count, given.batch, self.hidden_size), given.padded)
-        kept: list[State] | None = None if kept_states is None else []
-        all_h, (last_h,) = self.climb(given, None if initial is None else (initial,), kept)
-        if kept_states is not None and kept is not None:
-            kept_states.extend(h for (h,) in kept)
-        return given.like_given(all_h), last_h
 
-
-class LSTM(_Stack):
+class LSTM(_Stack, ReaderWithCell):
     """A stack of `LSTMLayer`, each reading the hidden states of the one below.
 
     Args:
@@ -161,23 +146,6 @@ class LSTM(_Stack):
             return LSTMLayer(inputs, hidden_size, forget_bias=forget_bias, device=device, dtype=dtype)
 
         super().__init__(make, input_size, hidden_size, num_layers, bidirectional)
-
-    def forward(
-        self,
-        x: Tensor | PackedSequence,
-        initial: tuple[Tensor, Tensor] | None = None,
-        kept_states: list[LSTMState] | None = None,
-        *,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, LSTMState]:
-        given = sequences(x, lengths, self.input_size, next(self.parameters()))
-        if initial is not None:
-            initial = checked_pair(initial, (self.state_count, given.batch, self.hidden_size), given.padded)
-        kept: list[State] | None = None if kept_states is None else []
-        all_h, last = self.climb(given, initial, kept)
-        if kept_states is not None and kept is not None:
-            kept_states.extend(LSTMState(*state) for state in kept)
-        return given.like_given(all_h), LSTMState(*last)
 
 
 PARAMETERS = {"weight_x", "weight_h", "bias"}

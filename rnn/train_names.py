@@ -7,8 +7,6 @@ folder with `checkpoint.pt` and `history.jsonl`.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linattn import drawing
 from linattn.environment import describe
 from linattn.errors import ArgumentError
-from linattn.files import atomic_file
+from linattn.files import write_json, write_text
 from linattn.rnn.name_model import CELLS, NameClassifier
 from linattn.rnn.names import Duplicates, Names, duplicates, embedded_names, encode, load_names
-from linattn.rnn.training import adam, add_run_arguments, require_matplotlib, train
+from linattn.rnn.training import adam, add_counts, add_run_arguments, mean_and_sd, require_matplotlib, train
 from linattn.text_table import text_table
 from linattn.training import Record, Trainer
 
@@ -64,13 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--data", type=Path, help="folder or zip archive of LANGUAGE.txt files (the embedded names)")
     parser.add_argument("--cell", choices=sorted(CELLS), default="lstm", help="(%(default)s)")
-    for name, default, text in (
+    counts = (
         ("hidden", 128, "width of embedding and layers"),
         ("layers", 1, "layers"),
         ("batch", 64, "names in a step"),
         ("epochs", 20, "passes over the training names"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
+    )
+    add_counts(parser, counts)
     parser.add_argument("--dropout", type=float, default=0.4, help="of the last state (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (%(default)s)")
     parser.add_argument(
@@ -179,8 +178,8 @@ def score_of(seed: int, training: Names, test: Names, answers: list[int], histor
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Mean, and standard deviation over the seeds (0 of a single one)."""
-    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+    """Mean and standard deviation over the seeds, for the result file."""
+    return dict(zip(("mean", "sd"), mean_and_sd(values), strict=True))
 
 
 def write_results(names: Names, scores: list[Score], args: argparse.Namespace) -> None:
@@ -208,13 +207,10 @@ def write_results(names: Names, scores: list[Score], args: argparse.Namespace) -
         "environment": asdict(describe(torch.device("cpu"))),
     }
     card = model_card(results, scores)
-    with atomic_file(args.out / "results.json") as file:
-        file.write(json.dumps(results, indent=1).encode() + b"\n")
-    with atomic_file(args.out / "model-card.md") as file:
-        file.write(card.encode())
+    write_json(args.out / "results.json", results)
+    write_text(args.out / "model-card.md", card)
     for name, figure in (("confusion", draw_confusion(names.languages, scores)), ("curve", draw_curves(scores))):
-        with atomic_file(args.out / f"{name}.png") as file:
-            figure.savefig(file, format="png", dpi=120)
+        drawing.save(figure, args.out / f"{name}.png", dpi=120)
     print(_recall_table(results))
     print(f"\n{_accuracy_lines(results)}\nresults, figures and model card in {args.out}")
 

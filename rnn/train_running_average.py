@@ -7,9 +7,7 @@ What it leaves in its folder: `results.json`, `figure.png`, and for each run a f
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -18,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from linattn import drawing
 from linattn.environment import describe
-from linattn.files import atomic_file
+from linattn.files import write_json
 from linattn.rnn.heads import RecurrentRegressionModel
+from linattn.rnn.layers import RecurrentLayer
 from linattn.rnn.running_average import running_average_batch, running_average_loss
 from linattn.rnn.stacks import LSTM, RNN
-from linattn.rnn.training import adam, add_run_arguments, require_matplotlib, train
+from linattn.rnn.training import adam, add_counts, add_run_arguments, mean_and_sd, require_matplotlib, train
 from linattn.text_table import text_table
 from linattn.training import Record, Trainer
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CELLS = ("lstm", "rnn")
 TARGETS = ("all", "last")
-NOTED = ("hidden", "batches", "batch", "steps", "lr", "forget_bias", "seeds")
+NOTED = ("hidden", "batches", "batch", "steps", "lr", "recurrent_weights", "seeds")
 """Options that the result file names."""
 LAST_BATCHES = 100
 VALIDATION_SEED, VALIDATION_BATCH = 2**40, 4096
@@ -75,15 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="steps in the loss (all last)"
     )
-    for name, default, text in (
+    counts = (
         ("hidden", 32, "width of every layer"),
         ("batches", 5000, "optimiser steps"),
         ("batch", 32, "sequences in a batch"),
         ("steps", 10, "length of a sequence, T"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
+    )
+    add_counts(parser, counts)
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of Adam (%(default)s)")
-    parser.add_argument("--forget-bias", type=float, default=0.0, help="of an LSTM as it is drawn (%(default)s)")
+    parser.add_argument(
+        "--recurrent-weights", choices=("orthogonal", "uniform"), default="orthogonal", help="as drawn (%(default)s)"
+    )
     add_run_arguments(parser, "running-average")
 
 
@@ -108,10 +110,8 @@ def run(args: argparse.Namespace) -> int:
         "runs": [asdict(one) for one in runs],
         "environment": asdict(describe(torch.device("cpu"))),
     }
-    with atomic_file(args.out / "results.json") as file:
-        file.write(json.dumps(results, indent=1).encode() + b"\n")
-    with atomic_file(args.out / "figure.png") as file:
-        draw(runs, models, args.steps).savefig(file, format="png", dpi=120)
+    write_json(args.out / "results.json", results)
+    drawing.save(draw(runs, models, args.steps), args.out / "figure.png", dpi=120)
     header = ("network", "targets", "last 100 batches", "sd", "4096 fresh sequences", "sd", "worst seed")
     print(text_table(header, [tuple(row.values()) for row in rows]))
     print(f"\nmean squared errors, seeds {args.seeds}; results and figure in {args.out}")
@@ -123,7 +123,11 @@ def train_one(
 ) -> tuple[Run, RecurrentRegressionModel] | None:
     """Train one network; None when interrupted."""
     torch.manual_seed(seed)
-    net = LSTM(1, args.hidden, layers, forget_bias=args.forget_bias) if cell == "lstm" else RNN(1, args.hidden, layers)
+    net = LSTM(1, args.hidden, layers) if cell == "lstm" else RNN(1, args.hidden, layers)
+    if args.recurrent_weights == "orthogonal":
+        for layer in net.modules():
+            if isinstance(layer, RecurrentLayer):
+                layer.draw_orthogonal()
     model = RecurrentRegressionModel(net)
     generator = torch.Generator()
 
@@ -135,7 +139,7 @@ def train_one(
         return loss_on(args.batch, seed * 2**20 + step)
 
     settings = {"cell": cell, "layers": layers, "targets": targets, "seed": seed}
-    settings |= {name: getattr(args, name) for name in ("hidden", "batch", "steps", "lr", "forget_bias")}
+    settings |= {name: getattr(args, name) for name in ("hidden", "batch", "steps", "lr", "recurrent_weights")}
     trainer = Trainer(
         model,
         loss,
@@ -156,16 +160,17 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for name, targets in dict.fromkeys((one.name, one.targets) for one in runs):
         of = [one for one in runs if (one.name, one.targets) == (name, targets)]
-        trained = [one.training for one in of]
         fresh = [one.validation for one in of]
+        training, training_sd = mean_and_sd([one.training for one in of])
+        validation, validation_sd = mean_and_sd(fresh)
         rows.append(
             {
                 "network": name,
                 "targets": targets,
-                "training": statistics.mean(trained),
-                "training_sd": statistics.stdev(trained) if len(trained) > 1 else 0.0,
-                "validation": statistics.mean(fresh),
-                "validation_sd": statistics.stdev(fresh) if len(fresh) > 1 else 0.0,
+                "training": training,
+                "training_sd": training_sd,
+                "validation": validation,
+                "validation_sd": validation_sd,
                 "validation_worst": max(fresh),
             }
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from linattn import tracking
-from linattn.errors import CheckpointError, MissingExtraError
+from linattn import drawing, tracking
+from linattn.errors import CheckpointError
 from linattn.training import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
 
@@ -23,6 +25,12 @@ def adam(steps: int, learning_rate: float, validate_every: int, *, final_learnin
         clip=float("inf"),
         validate_every=min(validate_every, steps),
     )
+
+
+def add_counts(parser: argparse.ArgumentParser, counts: Sequence[tuple[str, int, str]]) -> None:
+    """Declare options that count something: name, default and what is counted."""
+    for name, default, text in counts:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str) -> None:
@@ -63,9 +71,11 @@ def train(trainer: Trainer, args: argparse.Namespace) -> bool:
     return finished
 
 
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Over the seeds; the standard deviation of a single one is 0."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def require_matplotlib() -> None:
     """Raise MissingExtraError now rather than after training."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "train", "drawing the figure of a run") from error
+    drawing.require_matplotlib("train", "drawing the figure of a run")

@@ -1,10 +1,13 @@
-"""Every example in a docstring and the one in the README run."""
+"""The examples run: those in docstrings, and the Python of README and docs, each page as one script."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,14 @@ import linattn
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("linattn", "autoencoders", "bench", "kernels", "rnn")
+BLOCK = re.compile(r"^( *```)python\n(.*?)^\1", re.MULTILINE | re.DOTALL)
+# Several processes: what that page shows is run by tests/distributed.
+APART = ("distributed.md",)
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if page.name not in APART and BLOCK.search(page.read_text("utf-8"))
+]
 
 
 def _modules() -> list[str]:
@@ -37,8 +48,12 @@ def test_docstring_examples(name: str) -> None:
     assert outcome.failed == 0
 
 
-def test_readme_example() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    text = page.read_text("utf-8")
+    if "transformers" in text:
+        pytest.importorskip("transformers")
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(textwrap.dedent(code) for _, code in BLOCK.findall(text)), "utf-8")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -218,7 +218,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_the_same(
     assert len(read(tmp_path / "parts" / "results.json")["sessions"]) == 2
 
     assert call(*options, "--out", tmp_path / "parts", "--epochs", 1) == 2
-    assert "was made with other settings; accepted: the same options, --overwrite" in capsys.readouterr().err
+    assert "was made with {'epochs': 2}; accepted: {'epochs': 1}, or --overwrite" in capsys.readouterr().err
     assert call(*options, "--out", tmp_path / "parts", "--seed", 1) == 2
     assert "were done on other samples" in capsys.readouterr().err
     (tmp_path / "parts" / "jobs" / f"{done[0]}.json").write_text("{")

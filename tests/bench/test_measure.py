@@ -144,6 +144,16 @@ def test_memory_is_that_of_the_call_alone() -> None:
     assert training >= 4 * 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak resident set can be reset on Linux only")
+def test_memory_does_not_depend_on_what_was_measured_before() -> None:
+    """The direct form keeps its scratch memory for the next call."""
+    problem = Problem(8192, 64, 64, H=2, is_causal=True)
+    with MemoryProbe(CPU) as memory:
+        first, again = memory.peak_mib(QUADRATIC_DIRECT, problem), memory.peak_mib(QUADRATIC_DIRECT, problem)
+    assert again == pytest.approx(first, abs=1)
+    assert first >= 4
+
+
 def test_memory_probe_survives_a_call_that_fails(monkeypatch) -> None:
     with MemoryProbe(CPU) as memory:
         # 256 TiB: no machine has it.

@@ -11,6 +11,7 @@ import pytest
 from linattn import cli
 from linattn.bench import marked_tables, page, report, roofline, summaries
 from linattn.bench.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
+from linattn.bench.ceilings import Extent
 from linattn.bench.environment import describe
 from linattn.bench.proofs import Proof
 from linattn.bench.results import Results, Row
@@ -223,8 +224,7 @@ def test_the_higher_ceiling_counts() -> None:
 
 
 def test_ceilings_and_kernels_are_measured_in_one_run(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(roofline, "COPY_BYTES", {"cpu": 2**16})
-    monkeypatch.setattr(roofline, "SIDE", {"cpu": 32})
+    monkeypatch.setattr(roofline, "EXTENTS", {"cpu": Extent(2**16, 32)})
     monkeypatch.setattr(roofline, "CEILINGS_S", 0.0)
     monkeypatch.setattr("linattn.bench.timing.WARM_UP_MS", 0.0)
     options = ["--length", "64", "--head-size", "16", "--heads", "1", "--budget", "0", "--device", "cpu"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from linattn import cli
+from linattn import cli, options
 from linattn.examples import study
 from linattn.examples.study import Claim
 
@@ -101,8 +101,8 @@ def test_scikit_learn_is_asked_for_by_name(
 def test_counts_that_are_none_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     study.add_common_arguments(parser, "x")
-    parser.add_argument("--samples", type=study.positive)
-    parser.add_argument("--queries", type=study.positive)
+    parser.add_argument("--samples", type=options.whole)
+    parser.add_argument("--queries", type=options.whole)
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args([f"{option}={value}"])
     assert f"{value!r} was given; accepted: a whole number from" in capsys.readouterr().err

@@ -117,3 +117,25 @@ def test_a_decoding_step_is_exported(kernel: str) -> None:
     # The first rows of (1 + s)^2 have few keys; a state alone loses digits there.
     assert torch.allclose(torch.cat(rows, dim=2)[:, :, 4:], whole[:, :, 4:], rtol=1e-3, atol=1e-4)
     assert state[0].tolist() == [T] * B
+
+
+class ModelStep(nn.Module):
+    """A model beside a cache that has read the prompt: the cache's tensors are buffers, which the program updates."""
+
+    def __init__(self, model: CausalLM, prompt: Tensor, capacity: int) -> None:
+        super().__init__()
+        self.model, self.cache = model, model.decode_cache(capacity)
+        model(prompt, cache=self.cache)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, cache=self.cache)
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "quadratic", "elu+1"])
+@torch.no_grad()
+def test_the_decoding_step_of_a_whole_model_is_exported(kernel: str) -> None:
+    model, tokens = make_model(kernel=kernel).eval(), make_tokens(30)
+    step = ModelStep(model, tokens[:, :10], capacity=64)
+    exported = torch.export.export(step, (tokens[:, 10:11],)).module()
+    rows = [exported(tokens[:, t : t + 1]) for t in range(10, 30)]
+    assert torch.allclose(torch.cat(rows, dim=1), model(tokens)[:, 10:], rtol=1e-3, atol=1e-4)

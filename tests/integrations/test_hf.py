@@ -7,7 +7,6 @@ import doctest
 import importlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,15 +16,10 @@ from torch import Tensor
 from linattn.errors import ArgumentError, MissingExtraError, StateError
 from linattn.functional import TAYLOR
 
-# transformers looks for a package called `kernels`, and at the repository root it would find a part of this one.
-ROOT = Path(__file__).parents[2]
-_path, sys.path[:] = sys.path[:], [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 transformers = pytest.importorskip("transformers", minversion="4.57", reason="needs the extra 'hf'")
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM  # noqa: E402
 
 from linattn.integrations import hf  # noqa: E402
-
-sys.path[:] = _path
 
 NAMES = hf.register()
 WITH_STATE = [name for name in NAMES if name != "linattn_softmax"]

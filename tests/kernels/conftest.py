@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -53,20 +54,34 @@ def concurrently() -> Callable[[Callable[[Any], Any], Sequence[Any]], list[list[
     return run
 
 
-def run_python(*arguments: str, **environment: str) -> str:
-    """What `python <arguments>` prints."""
-    child = subprocess.run(
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python <arguments>`, ended."""
+    return subprocess.run(
         [sys.executable, *arguments], env=os.environ | environment,
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
-    return child.stdout
 
 
 @pytest.fixture
 def in_a_process() -> Callable[..., str]:
     """`in_a_process(program)`: what a program prints."""
-    return lambda program: run_python("-c", program)
+
+    def run(program: str) -> str:
+        child = run_python("-c", program)
+        assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
+        return child.stdout
+
+    return run
+
+
+class Again(NamedTuple):
+    """How tests ended in a process of their own: its exit status, how many passed, and on which instruction set."""
+
+    status: int
+    passed: int
+    wanted: str
+    used: str
+    printed: str
 
 
 def _instruction_sets() -> list[str]:
@@ -78,16 +93,23 @@ def _instruction_sets() -> list[str]:
 
 
 @pytest.fixture(params=_instruction_sets())
-def again_on_an_instruction_set(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def again_on_an_instruction_set(request: pytest.FixtureRequest) -> Callable[[str], Again]:
     """For each instruction set of the machine, `again_on_an_instruction_set(chosen)` runs those tests of the file that
     `pytest -k chosen` selects on it; in a process of its own, since a process chooses once."""
     if "LINATTN_CPU_CAPABILITY" in os.environ:
         pytest.skip("this process has been given an instruction set")
 
-    def again(chosen: str) -> None:
+    def again(chosen: str) -> Again:
         command = ("-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen, str(request.path))
-        printed = run_python(*command, LINATTN_CPU_CAPABILITY=request.param)
-        assert f"native kernels: {request.param}\n" in printed
-        assert " passed" in printed
+        child = run_python(*command, LINATTN_CPU_CAPABILITY=request.param)
+        used = re.search(r"^native kernels: (.*)$", child.stdout, re.MULTILINE)
+        passed = re.search(r" (\d+) passed", child.stdout)
+        return Again(
+            child.returncode,
+            int(passed[1]) if passed else 0,
+            request.param,
+            used[1] if used else "",
+            child.stdout[-3000:] + child.stderr[-3000:],
+        )
 
     return again

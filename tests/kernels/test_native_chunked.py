@@ -154,6 +154,8 @@ def test_threads_and_concurrent_callers_give_the_same_bits(count, threads, concu
 
 
 def test_every_instruction_set(again_on_an_instruction_set):
-    again_on_an_instruction_set(
+    again = again_on_an_instruction_set(
         "test_head_sizes or test_unequal_lengths or test_states or (test_dtypes and transposed)"
     )
+    assert again.status == 0 and again.passed > 0, again.printed
+    assert again.used == again.wanted

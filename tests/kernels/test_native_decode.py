@@ -185,4 +185,8 @@ def test_threads_and_concurrent_callers(batch, heads, count, threads, concurrent
 
 
 def test_every_instruction_set(again_on_an_instruction_set):
-    again_on_an_instruction_set("test_head_sizes or test_lengths or test_packed or (test_dtypes and transposed)")
+    again = again_on_an_instruction_set(
+        "test_head_sizes or test_lengths or test_packed or (test_dtypes and transposed)"
+    )
+    assert again.status == 0 and again.passed > 0, again.printed
+    assert again.used == again.wanted

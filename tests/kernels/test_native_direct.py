@@ -229,4 +229,8 @@ print(json.dumps([here, there]))
 
 def test_every_instruction_set(again_on_an_instruction_set: Any) -> None:
     """Sizes at the edges of vectors, panels and strips."""
-    again_on_an_instruction_set("test_lengths or test_head_sizes or test_offsets or (test_dtypes and transposed)")
+    again = again_on_an_instruction_set(
+        "test_lengths or test_head_sizes or test_offsets or (test_dtypes and transposed)"
+    )
+    assert again.status == 0 and again.passed > 0, again.printed
+    assert again.used == again.wanted

@@ -340,6 +340,16 @@ def test_bad_arguments(build: object, error: type[Exception], message: str) -> N
         build()
 
 
+@pytest.mark.parametrize(("kind", "gates"), [(RNNLayer, 1), (LSTMLayer, 4)])
+def test_orthogonal_recurrence_keeps_the_length_of_a_state(kind: type, gates: int) -> None:
+    layer = kind(2, 5)
+    others = [layer.weight_x.clone(), layer.bias.clone()]
+    layer.draw_orthogonal()
+    for gate in layer.weight_h.view(gates, 5, 5):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(5))
+    assert torch.equal(layer.weight_x, others[0]) and torch.equal(layer.bias, others[1])
+
+
 @pytest.mark.parametrize("kind", [LSTMLayer, LSTM])
 def test_forget_bias_opens_the_forget_gates_and_nothing_else(kind: type) -> None:
     torch.manual_seed(1)

@@ -1,0 +1,49 @@
+"""Sweeps: jobs that leave their results in a file each, so that what is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from linattn.errors import DataError
+
+
+class Job(NamedTuple):
+    """Where a job leaves its results, a JSON object, and what these must show under "settings"."""
+
+    path: Path
+    settings: Mapping[str, Any]
+
+
+def finished(jobs: Mapping[str, Job], elsewhere: str = "another --out") -> dict[str, dict[str, Any]]:
+    """The results of those jobs that have left any, by name.
+
+    Args:
+        elsewhere: what else is accepted where results of other settings are in the way.
+
+    Raises:
+        DataError: a file that holds no results, or results of other settings.
+    """
+    found = {}
+    for name, job in jobs.items():
+        if not job.path.is_file():
+            continue
+        try:
+            results = json.loads(job.path.read_text())
+            had = results["settings"]
+            # As they would be read again: tuples are lists there.
+            wanted = json.loads(json.dumps(dict(job.settings)))
+            other = [key for key in wanted if key not in had or had[key] != wanted[key]]
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{job.path} cannot be read: {error}; accepted: results of a job, or {elsewhere}"
+            ) from error
+        if other:
+            raise DataError(
+                f"{job.path} was made with { ({key: had.get(key) for key in other}) }; "
+                f"accepted: { ({key: wanted[key] for key in other}) }, or {elsewhere}"
+            )
+        found[name] = results
+    return found
