@@ -116,8 +116,9 @@ def draw(results: Results) -> Figure:
         below.set_xlabel("sequence length N (tokens)")
     grid[0][0].set_ylabel("time of one call (ms)")
     grid[1][0].set_ylabel("peak memory beyond the inputs (MiB)")
-    for axes in grid[1]:
-        axes.set_ylim(bottom=LEAST_MIB)
+    grid[1][0].set_ylim(bottom=LEAST_MIB)
+    for axes in grid[:, 0]:  # shared along rows; room for the legends
+        axes.set_ylim(top=20 * axes.get_ylim()[1])
     group = next(iter(groups))
     details = f"{group.dtype}, D = M = {group.D}, B = {group.B}, H = {group.H}, {machine_of(results.environment)}"
     title(figure, "Time and memory against sequence length; in brackets the exponent of N", details)
