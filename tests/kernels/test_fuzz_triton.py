@@ -4,18 +4,13 @@ goes on from there."""
 from __future__ import annotations
 
 import pytest
-import torch
 
 from linattn import dispatch, fuzz
-from linattn.kernels.common.backend import INTERPRETED, TRITON_ABSENT
 from linattn.random_calls import OPS
+from triton_device import CUDA, DEVICE, NEEDS_TRITON
 
-CUDA = torch.cuda.is_available()
-DEVICE, EXTENT, SEEDS = ("cuda", "medium", 60) if CUDA else ("cpu", "tiny", 14)
-pytestmark = [
-    pytest.mark.skipif(bool(TRITON_ABSENT), reason=TRITON_ABSENT),
-    pytest.mark.skipif(not CUDA and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1"),
-]
+EXTENT, SEEDS = ("medium", 60) if CUDA else ("tiny", 14)
+pytestmark = NEEDS_TRITON
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 
 from linattn import testing
-from linattn.kernels.common.backend import INTERPRETED, TRITON_ABSENT
+from linattn.kernels.common.backend import TRITON_ABSENT
+from triton_device import DEVICE, NEEDS_TRITON
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = pytest.mark.skipif(not CUDA and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1")
+pytestmark = [*NEEDS_TRITON, pytest.mark.usefixtures("poisoned")]
 if TRITON_ABSENT:
     pytest.skip(TRITON_ABSENT, allow_module_level=True)
 
@@ -82,12 +80,6 @@ def check(name: str, tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> 
 
 def inputs(**options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return testing.make_inputs(**{"dtype": torch.float32, "device": DEVICE, "batch": 1} | options)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    with testing.poisoned_memory():
-        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

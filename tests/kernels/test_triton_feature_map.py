@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import linattn
-from linattn.kernels.common.backend import INTERPRETED, TRITON_ABSENT
+from linattn.kernels.common.backend import TRITON_ABSENT
 from linattn.kernels.common.stateful import Plan
 from linattn.kernels.feature_map.contract import Options, state_shapes
 from linattn.testing import (
@@ -25,12 +25,9 @@ from linattn.testing import (
     truth_feature_state,
     truth_linear,
 )
+from triton_device import DEVICE, NEEDS_TRITON
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    bool(TRITON_ABSENT) or (DEVICE == "cpu" and not INTERPRETED),
-    reason=TRITON_ABSENT or "Triton needs a GPU, or TRITON_INTERPRET=1 set before Python starts",
-)
+pytestmark = NEEDS_TRITON
 if not TRITON_ABSENT:
     from linattn.kernels.common.gpu.architecture import as_architecture
     from linattn.kernels.common.gpu.launch import recording

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,21 +12,10 @@ from torch import Tensor
 import linattn
 from linattn import testing
 from linattn.errors import ArgumentError
-from linattn.kernels.common.backend import INTERPRETED, TRITON_ABSENT
+from triton_device import CUDA, DEVICE, NEEDS_TRITON
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = [
-    pytest.mark.skipif(bool(TRITON_ABSENT), reason=TRITON_ABSENT),
-    pytest.mark.skipif(not CUDA and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1"),
-]
+pytestmark = [*NEEDS_TRITON, pytest.mark.usefixtures("poisoned")]
 softmax = partial(linattn.softmax_attention, backend="triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    with testing.poisoned_memory():
-        yield
 
 
 def check(tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> None:

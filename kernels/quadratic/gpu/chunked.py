@@ -44,7 +44,8 @@ def forward(
     save: bool,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, State, State]:
-    call = _checked(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
+    cu_seqlens = _checked(cu_seqlens, q.shape[2])
+    call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
     out, l = empty_in_storage_order(call.q, v.shape[3]), empty_row_sums(call.q)
     lost = torch.empty_like(l, dtype=torch.uint8) if call.guarded else None
     kept: State = []
@@ -97,7 +98,8 @@ def backward(
     wanted: list[bool],
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
-    call = _checked(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
+    cu_seqlens = _checked(cu_seqlens, q.shape[2])
+    call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
     dout = readable(dout)
     lost, kept = (saved[0], saved[1:]) if call.guarded else (None, saved)
     rows = _share(call, dout, out, l, lost)
@@ -140,20 +142,12 @@ def state_after(
     return sums.state_after(call, sums.of_keys(call, [], keep=True), [])
 
 
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    plan: Plan,
-) -> Call:
-    if cu_seqlens is not None:
-        check_sequences(cu_seqlens, q.shape[2])
-        cu_seqlens = cu_seqlens.contiguous()
-    return Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
+def _checked(cu_seqlens: Tensor | None, rows: int) -> Tensor | None:
+    """`cu_seqlens` as kernels read it, once it is known to partition the rows."""
+    if cu_seqlens is None:
+        return None
+    check_sequences(cu_seqlens, rows)
+    return cu_seqlens.contiguous()
 
 
 def _over_rows(kernel: Any, call: Call, read: config.Read, of_keys: sums.Sums, arguments: dict[str, Any]) -> None:

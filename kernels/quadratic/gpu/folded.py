@@ -117,12 +117,10 @@ def read_row_sums(
     offs_d = tl.arange(0, BLOCK_D)
     x = load_columns(x_tile, 0, offs_d, D, EVEN).to(tl.float32)
     squares = tl.zeros([x.shape[0]], tl.float32)
-    if GRAM == "tf32":
-        for first in tl.static_range(0, BLOCK_D, SLICE):
-            squares = add_squares(squares, x, x_tile, record_ptr, first, D, BLOCK_D, BLOCK_M, EVEN, GRAM)
-    else:  # several products a slice: unrolled, they would spill registers
-        for first in tl.range(0, BLOCK_D, SLICE):
-            squares = add_squares(squares, x, x_tile, record_ptr, first, D, BLOCK_D, BLOCK_M, EVEN, GRAM)
+    # D, not BLOCK_D: slices whose number the compiler knows would be unrolled, and the caller spill registers.
+    tl.assume(D > 0)
+    for first in tl.range(0, D, SLICE):
+        squares = add_squares(squares, x, x_tile, record_ptr, first, D, BLOCK_D, BLOCK_M, EVEN, GRAM)
     sums_ptr = record_ptr + BLOCK_D * (BLOCK_D + BLOCK_M)
     constant = tl.load(sums_ptr + BLOCK_D + BLOCK_M) * weight_0
     linear = tl.sum(x * tl.load(sums_ptr + offs_d)[None, :], 1) * weight_1

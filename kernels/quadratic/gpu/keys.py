@@ -34,6 +34,37 @@ def pull_sums(
 
 
 @triton.jit
+def tile_of_keys(
+    cu_seqlens_ptr, S, T, Tk, CHUNK, tiles, slots, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of keys: the batch element, the first row of the sequence there, its numbers of rows and of
+    keys, the tile's first key, the first boundary after it, the last one, and the slot of the former."""
+    batch, start, Tk, _, key_0, last, slot = tile_of_rows(
+        tl.program_id(0), cu_seqlens_ptr, S, Tk, Tk, 0, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED
+    )
+    boundary = key_0 // CHUNK + 1
+    return batch, start, Tk if PACKED else T, Tk, key_0, boundary, last, slot + boundary
+
+
+@triton.jit
+def load_keys(
+    k_ptr, v_ptr, key_mask_ptr, first, key_0, Tk, stride_kt, stride_vt, D, M,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, KEY_MASK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The keys of a tile, which of them count, k and v of these, and zeros for dk and dv. `first`: where the mask of
+    the sequence begins."""
+    offs_k, offs_d, offs_m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    keys = key_0 + offs_k
+    if KEY_MASK:
+        key_mask_ptr += first
+    keep = kept_keys(key_mask_ptr, keys, Tk, KEY_MASK)
+    k = load_rows(k_ptr, 0, stride_kt, keep, offs_k, offs_d, D, True, EVEN)
+    v = load_rows(v_ptr, 0, stride_vt, keep, offs_k, offs_m, M, True, EVEN)
+    dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    return keys, keep, k, v, dk, dv
+
+
+@triton.jit
 def pull_folded_keys(
     q_ptr, k_ptr, v_ptr, key_mask_ptr, dout_ptr, norm_ptr, delta_ptr, gradient_ptr,
     sums_ptr, record_ptr, cu_seqlens_ptr, rows_from_ptr,
@@ -48,10 +79,9 @@ def pull_folded_keys(
 ):  # fmt: skip
     """`gradient` is dv if OF_VALUES, else dk."""
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
-    batch, start, Tk, _, key_0, last, slot = tile_of_rows(
-        tl.program_id(0), cu_seqlens_ptr, S, Tk, Tk, 0, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED
+    batch, start, T, Tk, key_0, boundary, last, slot = tile_of_keys(
+        cu_seqlens_ptr, S, T, Tk, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED
     )
-    T = Tk if PACKED else T
     if key_0 >= Tk:
         return
     k_ptr = head_of(k_ptr, batch, h, start + key_0, stride_kb, stride_kh, stride_kt)
@@ -60,24 +90,18 @@ def pull_folded_keys(
     dout_ptr = head_of(dout_ptr, batch, h * GROUP, start, stride_gb, stride_gh, stride_gt)
     gradient_ptr = head_of(gradient_ptr, batch, h, start + key_0, stride_db, stride_dh, stride_dt)
     row = (batch * H + h) * GROUP * T_all + start
-    if KEY_MASK:
-        key_mask_ptr += batch * stride_mb + start
-    boundary = key_0 // CHUNK + 1
-    pairs, record = place_of(slot + boundary, h, H, BLOCK_D, BLOCK_M, size)
-
-    offs_k, offs_d, offs_m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
-    keys = key_0 + offs_k
-    keep = kept_keys(key_mask_ptr, keys, Tk, KEY_MASK)
-    k = load_rows(k_ptr, 0, stride_kt, keep, offs_k, offs_d, D, True, EVEN)
-    v = load_rows(v_ptr, 0, stride_vt, keep, offs_k, offs_m, M, True, EVEN)
-    dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    pairs, record = place_of(slot, h, H, BLOCK_D, BLOCK_M, size)
+    keys, keep, k, v, dk, dv = load_keys(
+        k_ptr, v_ptr, key_mask_ptr, batch * stride_mb + start, key_0, Tk, stride_kt, stride_vt, D, M,
+        BLOCK_K, BLOCK_D, BLOCK_M, KEY_MASK, EVEN,
+    )  # fmt: skip
     # The sums come first: after loops over pairs, Triton 3.6 has every product of this loop wait for the one before.
-    offs = existing(offs_k, key_0, Tk)[:, None]
+    offs = existing(tl.arange(0, BLOCK_K), key_0, Tk)[:, None]
     dk, dv = pull_sums(
         dk, dv, k_ptr + offs * stride_kt, v_ptr + offs * stride_vt, sums_ptr + pairs, record_ptr + record, D, M, slope,
         BLOCK_D, BLOCK_M, WIDTH, EVEN, FOLD, PRECISION, GRAM, OF_VALUES,
     )  # fmt: skip
-    end = first_reader(boundary, last, slot + boundary, rows_from_ptr, CHUNK, CAUSAL, TABLE)
+    end = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
     begin, stop = rows_between(key_0 if CAUSAL else 0, end, q_offset, T, CAUSAL)
     # Tiles of queries on the diagonal, then those that see all of these keys. If the compiler took it that a loop may
     # take no step, every matrix product would wait (ptxas: wgmma serialized): each takes one, if on rows that do not
@@ -155,25 +179,19 @@ def pull_lost_rows(
     """Add to dk and dv what lost rows of later boundaries give back: their norm is not 0 in `lost_norm`, and their
     tiles of BLOCK_Q rows are marked. Where there are none, this ends at once."""
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
-    batch, start, Tk, _, key_0, last, slot = tile_of_rows(
-        tl.program_id(0), cu_seqlens_ptr, S, Tk, Tk, 0, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED
+    batch, start, T, Tk, key_0, boundary, last, slot = tile_of_keys(
+        cu_seqlens_ptr, S, T, Tk, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED
     )
-    T = Tk if PACKED else T
     if key_0 >= Tk:
         return
     k_ptr = head_of(k_ptr, batch, h, start + key_0, stride_kb, stride_kh, stride_kt)
     v_ptr = head_of(v_ptr, batch, h, start + key_0, stride_vb, stride_vh, stride_vt)
-    if KEY_MASK:
-        key_mask_ptr += batch * stride_mb + start
-    boundary = key_0 // CHUNK + 1
-    end = first_reader(boundary, last, slot + boundary, rows_from_ptr, CHUNK, CAUSAL, TABLE)
+    keys, keep, k, v, dk, dv = load_keys(
+        k_ptr, v_ptr, key_mask_ptr, batch * stride_mb + start, key_0, Tk, stride_kt, stride_vt, D, M,
+        BLOCK_K, BLOCK_D, BLOCK_M, KEY_MASK, EVEN,
+    )  # fmt: skip
+    end = first_reader(boundary, last, slot, rows_from_ptr, CHUNK, CAUSAL, TABLE)
     _, stop = rows_between(key_0 if CAUSAL else 0, end, q_offset, T, CAUSAL)
-    offs_k, offs_d, offs_m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
-    keys = key_0 + offs_k
-    keep = kept_keys(key_mask_ptr, keys, Tk, KEY_MASK)
-    k = load_rows(k_ptr, 0, stride_kt, keep, offs_k, offs_d, D, True, EVEN)
-    v = load_rows(v_ptr, 0, stride_vt, keep, offs_k, offs_m, M, True, EVEN)
-    dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     first, end = ((start + stop) // BLOCK_Q).to(tl.int32), tl.cdiv(start + T, BLOCK_Q).to(tl.int32)
     found = False
     for member in range(GROUP):
