@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "gpu-kernels.md"
 BEGIN = "<!-- table: python bench/kernel_page.py -->"
 
 # Okabe and Ito's colours, told apart with any colour vision.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#882255")
 SHOWN = ("sm_90", "sm_80")
 HEADINGS = (
     "kernel", "D", "on", "tiles, warps, stages", "registers (spilled)", "KB shared", "fit",
@@ -104,6 +104,8 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
     axes.grid(axis="y", alpha=0.3)
     if names:
         axes.legend(fontsize=7.5, frameon=False, ncols=2, loc="upper left")
+    else:
+        axes.text(0.5, 0.5, "no kernel of this form in the results file", ha="center", transform=axes.transAxes)
 
 
 def table(rows: Sequence[Row]) -> str:
