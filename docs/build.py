@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[1]
 FORMULA = re.compile(r"^```math\n(?P<block>.+?)^```|\$`(?P<inline>.+?)`\$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>(?!https?:|#)[^)\s]+)\)")
 
+# Figures that lie beside the results they are drawn from.
+FIGURE = re.compile(r"(?<=\]\()\.\./(bench/results/[^)\s]+\.png)(?=\))")
+
 # Markdown must not touch MathML: it gets a name until the page is HTML.
 _formulas: dict[str, str] = {}
 
@@ -29,6 +32,9 @@ def on_files(files: Files, config: Any) -> Files:
         page = f"derivations/{source.parent.name}.md"
         files.append(File.generated(config, page, content=source.read_text(encoding="utf-8")))
     files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
+    pages = [file.content_string for file in files.documentation_pages()]
+    for figure in sorted({path for page in pages for path in FIGURE.findall(page)}):
+        files.append(File.generated(config, figure, abs_src_path=str(ROOT / figure)))
     for name in re.findall(r"'api/([\w.]+)\.md'", repr(config["nav"])):
         files.append(File.generated(config, f"api/{name}.md", content=f"# linattn.{name}\n\n::: linattn.{name}\n"))
     return files
@@ -36,7 +42,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     here = PurePosixPath(page.file.src_uri)
-    markdown = FORMULA.sub(_named_formula, markdown)
+    markdown = FORMULA.sub(_named_formula, FIGURE.sub(r"\1", markdown))
     return LINK.sub(lambda link: _link(link["text"], link["target"], here, files), markdown)
 
 
