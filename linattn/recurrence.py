@@ -42,16 +42,16 @@ def recur(
         lengths: int64 `[B]`, each 1 to T: the steps of each sequence. Its state stays as it is from there on, its h are
             0, and what `projected` holds there is ignored.
         kept: a list to which every state is appended with its gradient retained; taken step by step by the reference.
-        backend: "native" (C++, fp32 on the CPU, a first derivative), "reference" (plain PyTorch, everything), or
-            "auto", the first of the two that can.
+        backend: "native" (C++, fp32 on the CPU, a first derivative), "triton" (a product and a fused kernel a step, on
+            a GPU, a first derivative), "reference" (plain PyTorch, everything), or "auto", the first that can.
 
     Returns: all h `[B, T, H]` and the last state.
 
     Cost: 2 B T G H^2 flops forward, twice that backward, one step after another. Memory O(B T H); for the backward pass
-    of an LSTM "native" keeps five numbers a unit and step, and of an Elman cell nothing but h.
+    of an LSTM the fused backends keep five numbers a unit and step, and of an Elman cell nothing but h.
 
     Raises: ShapeError, DtypeError, DeviceError, ArgumentError (cell, lengths), StateError, BackendError (a named
-    backend cannot run this); DoubleBackwardError for a second derivative on "native".
+    backend cannot run this); DoubleBackwardError for a second derivative on a fused one.
 
     >>> all_h, (h, c) = recur(torch.randn(2, 5, 12), torch.randn(12, 3), cell="lstm")
     >>> all_h.shape, torch.equal(all_h[:, -1], h)

@@ -61,5 +61,5 @@ def _first_only(found, of):
     """Gradients that cannot be differentiated again without an error; None stays None."""
     wanted = [x for x in found if x is not None]
     instead = "The recurrence with backend='reference' has all of them"
-    kept = iter(first_derivative_only("the native recurrence", tuple(wanted), of, instead))
+    kept = iter(first_derivative_only("the fused recurrence", tuple(wanted), of, instead))
     return tuple(None if x is None else next(kept) for x in found)

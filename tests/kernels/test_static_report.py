@@ -13,6 +13,7 @@ import torch
 
 from linattn import cli, kernel_cases, kernel_report
 from linattn.kernels.common.backend import INTERPRETED
+from linattn.kernels.recurrent.contract import CELLS, gates
 
 if INTERPRETED:
     pytest.skip("kernels are interpreted here, not compiled: TRITON_INTERPRET=1", allow_module_level=True)
@@ -20,7 +21,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from linattn.kernels.common.gpu.gate import Limits, violations  # noqa: E402
-from linattn.kernels.common.gpu.launch import Launch  # noqa: E402
+from linattn.kernels.common.gpu.launch import Launch, recording  # noqa: E402
 from linattn.kernels.common.gpu.machine_code import Reading  # noqa: E402
 from linattn.kernels.common.gpu.reading import read  # noqa: E402
 
@@ -159,3 +160,22 @@ def test_a_launcher_or_a_compiler_that_fails_is_a_row_of_its_own(monkeypatch: py
 def test_command_refuses_what_it_does_not_know(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["kernels", *words]) == 2
     assert capsys.readouterr().err.startswith("linattn: ")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_of_recurrence_compile_and_spill_nothing(cell: str, architecture: str) -> None:
+    from linattn.kernels.recurrent import gpu
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+
+    B, H, G = 8, 256, gates(cell)
+    h0, weight_h, c0 = meta(B, H), meta(G * H, H), meta(B, H) if cell == "lstm" else None
+    lengths = torch.empty(B, device="meta", dtype=torch.int64)
+    with recording() as launches:
+        all_h, _, _, cells, activations = gpu.forward(meta(B, 1, G * H), weight_h, h0, c0, lengths, cell, True)
+        gpu.backward(all_h, h0, c0, weight_h, h0, c0, lengths, all_h, cells, activations, cell)
+    assert [each.kernel for each in launches] == [gpu.step, gpu.step_back]
+    for each in launches:
+        assert read(each, architecture).spill_bytes == 0
