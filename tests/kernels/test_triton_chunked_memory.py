@@ -118,3 +118,13 @@ def test_rule_for_keeping_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept(128)
     monkeypatch.setenv("LINATTN_KEEP_SUMS", "never")
     assert not kept(64)
+
+
+def test_an_empty_sequence_at_the_front_reads_nothing_before_the_tensor() -> None:
+    """Its tiles begin before it where q_offset is negative. What lies before q here would overflow."""
+    q, k, v = inputs(keys=4, dtype=torch.float32)
+    around = torch.full((1, 1, 40, q.shape[3]), 1e30, device=DEVICE)
+    around[:, :, 20:24] = q
+    lengths = torch.tensor([0, 0, 0, 4], dtype=torch.int32, device=DEVICE)
+    run = chunked(is_causal=True, q_offset=-2, cu_seqlens=lengths, normalize=False)
+    assert torch.equal(run(around[:, :, 20:24], k, v), run(q, k, v))

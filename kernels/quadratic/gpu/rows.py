@@ -44,7 +44,7 @@ def read_rows(
         tl.program_id(0), cu_seqlens_ptr, S, T, Tk, first_position, CHUNK, tiles, slots, BLOCK_Q, CAUSAL, PACKED
     )
     row_0 = position - q_offset
-    if row_0 >= T:
+    if (row_0 >= T) | (T == 0):  # nothing here, not even a row to read in place of one that is not
         return
     q_ptr = head_of(q_ptr, batch, h, start + row_0, stride_qb, stride_qh, stride_qt)
     k_ptr = head_of(k_ptr, batch, h // GROUP, start, stride_kb, stride_kh, stride_kt)
@@ -155,7 +155,7 @@ def pull_rows(
         tl.program_id(0), cu_seqlens_ptr, S, T, Tk, first_position, CHUNK, tiles, slots, BLOCK_Q, CAUSAL, PACKED
     )
     row_0 = position - q_offset
-    if row_0 >= T:
+    if (row_0 >= T) | (T == 0):  # nothing here, not even a row to read in place of one that is not
         return
     q_ptr = head_of(q_ptr, batch, h, start + row_0, stride_qb, stride_qh, stride_qt)
     k_ptr = head_of(k_ptr, batch, h // GROUP, start, stride_kb, stride_kh, stride_kt)
