@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 # h_t = act(z_t), or an LSTM; z_t = projected_t + W_h h_{t-1}. The order is that of `Cell` in cpu.hpp.
@@ -13,10 +15,43 @@ def gates(cell: str) -> int:
     return 4 if cell == "lstm" else 1
 
 
-def outputs(projected: Tensor, h0: Tensor, cell: str, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class Inputs(NamedTuple):
+    """Of the forward pass, as `FORWARD` in ops.py has them."""
+
+    projected: Tensor
+    weight_h: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    lengths: Tensor | None
+    cell: str
+
+
+class Arriving(NamedTuple):
+    """Gradients to what the forward pass returned; None for what nobody read."""
+
+    all_h: Tensor | None
+    last_h: Tensor | None
+    last_c: Tensor | None
+
+
+class Walked(NamedTuple):
+    """What the backward pass knows of the forward one."""
+
+    weight_h: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    lengths: Tensor | None
+    all_h: Tensor
+    cells: Tensor
+    activations: Tensor
+    cell: str
+
+
+def outputs(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the forward pass returns, uninitialised; see `FORWARD` in ops.py."""
+    projected, h0 = given.projected, given.h0
     B, T, _ = projected.shape
-    H, lstm = h0.shape[1], cell == "lstm"
+    H, lstm = h0.shape[1], given.cell == "lstm"
     return (
         projected.new_empty(B, T, H),
         h0.new_empty(B, H),
@@ -26,8 +61,9 @@ def outputs(projected: Tensor, h0: Tensor, cell: str, save: bool) -> tuple[Tenso
     )
 
 
-def gradients(weight_h: Tensor, h0: Tensor, all_h: Tensor, cell: str) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(walked: Walked) -> tuple[Tensor, Tensor, Tensor]:
     """What the backward pass returns, uninitialised."""
-    B, T, _ = all_h.shape
-    dprojected = all_h.new_empty(B, T, weight_h.shape[0])
-    return dprojected, h0.new_empty(h0.shape), h0.new_empty(h0.shape if cell == "lstm" else (0,))
+    h0 = walked.h0
+    B, T, _ = walked.all_h.shape
+    dprojected = walked.all_h.new_empty(B, T, walked.weight_h.shape[0])
+    return dprojected, h0.new_empty(h0.shape), h0.new_empty(h0.shape if walked.cell == "lstm" else (0,))

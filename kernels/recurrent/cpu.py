@@ -8,48 +8,29 @@ from torch import Tensor
 from linattn._native import recurrent_backward, recurrent_forward
 
 from ..common.cpu import address
-from .contract import CELLS, gradients, outputs
+from .contract import CELLS, Arriving, Inputs, Walked, gradients, outputs
 
 
-def forward(
-    projected: Tensor,
-    weight_h: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    cell: str,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    made = outputs(projected, h0, cell, save)
-    all_h, last_h, last_c, cells, activations = made
-    projected = projected if projected.stride(2) == 1 else projected.contiguous()
-    shared = _dense(weight_h, lengths, h0, c0)
+def forward(given: Inputs, save: bool) -> tuple[Tensor, ...]:
+    made = all_h, last_h, last_c, cells, activations = outputs(given, save)
+    projected = given.projected if given.projected.stride(2) == 1 else given.projected.contiguous()
+    shared = _dense(given.weight_h, given.lengths, given.h0, given.c0)
     recurrent_forward(
-        CELLS.index(cell), tuple(all_h.shape), _addresses(*shared, all_h, cells, activations), torch.get_num_threads(),
-        (projected.data_ptr(), projected.stride(0), projected.stride(1)), _addresses(last_h, last_c),
+        CELLS.index(given.cell), tuple(all_h.shape), _addresses(*shared, all_h, cells, activations),
+        torch.get_num_threads(), (projected.data_ptr(), projected.stride(0), projected.stride(1)),
+        _addresses(last_h, last_c),
     )  # fmt: skip
     return made
 
 
-def backward(
-    dall_h: Tensor | None,
-    dlast_h: Tensor | None,
-    dlast_c: Tensor | None,
-    weight_h: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    all_h: Tensor,
-    cells: Tensor,
-    activations: Tensor,
-    cell: str,
-) -> tuple[Tensor, ...]:
-    made = gradients(weight_h, h0, all_h, cell)
-    shared = _dense(weight_h, lengths, h0, c0)
-    arriving = _dense(dall_h, dlast_h, dlast_c)
+def backward(arriving: Arriving, walked: Walked) -> tuple[Tensor, ...]:
+    made = gradients(walked)
+    shared = _dense(walked.weight_h, walked.lengths, walked.h0, walked.c0)
+    dense = _dense(*arriving)
     recurrent_backward(
-        CELLS.index(cell), tuple(all_h.shape), _addresses(*shared, all_h, cells, activations), torch.get_num_threads(),
-        _addresses(*arriving), _addresses(*made),
+        CELLS.index(walked.cell), tuple(walked.all_h.shape),
+        _addresses(*shared, walked.all_h, walked.cells, walked.activations), torch.get_num_threads(),
+        _addresses(*dense), _addresses(*made),
     )  # fmt: skip
     return made
 

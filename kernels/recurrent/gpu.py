@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.gpu.launch import launch
-from .contract import gates, gradients, outputs
+from .contract import Arriving, Inputs, Walked, gradients, outputs
 
 BLOCK = 256
 """Units of one batch row in a program."""
@@ -136,22 +136,17 @@ def step_back(
         tl.store(dz_ptr + offs, d, mask=inside)
 
 
-def forward(
-    projected: Tensor,
-    weight_h: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    cell: str,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    made = all_h, last_h, last_c, cells, activations = outputs(projected, h0, cell, save)
-    h, c = last_h.copy_(h0), h0.float() if c0 is None else c0.to(torch.float32, copy=True)
-    z, recurrent = projected.new_empty(projected.shape[0], gates(cell) * h0.shape[1]), weight_h.t()
+def forward(given: Inputs, save: bool) -> tuple[Tensor, ...]:
+    made = all_h, last_h, last_c, cells, activations = outputs(given, save)
+    given = given._replace(lengths=_dense(given.lengths))
+    projected, h0, c0 = given.projected, given.h0, given.c0
+    # The state of every step lies in the same memory; h ends where it is returned.
+    h, c = last_h.copy_(h0), h0 if c0 is None else _copied(c0)
+    z, recurrent = projected.new_empty(projected.shape[0], given.weight_h.shape[0]), given.weight_h.t()
     for t in range(projected.shape[1]):
         torch.addmm(projected[:, t], h, recurrent, out=z)
         _launch(
-            step, h0, cell, lengths, t, z_ptr=z, h_ptr=h, c_ptr=c, SAVE=save,
+            step, given, t, z_ptr=z, h_ptr=h, c_ptr=c, SAVE=save,
             **_rows("out", all_h, t), **_rows("cells", cells, t), **_rows("gates", activations, t),
         )  # fmt: skip
     if c0 is not None:
@@ -159,37 +154,38 @@ def forward(
     return made
 
 
-def backward(
-    dall_h: Tensor | None,
-    dlast_h: Tensor | None,
-    dlast_c: Tensor | None,
-    weight_h: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    all_h: Tensor,
-    cells: Tensor,
-    activations: Tensor,
-    cell: str,
-) -> tuple[Tensor, ...]:
-    made = dprojected, dh0, dc0 = gradients(weight_h, h0, all_h, cell)
-    pulled = torch.zeros_like(dh0) if dlast_h is None else dlast_h.contiguous().clone()
-    through = torch.zeros_like(pulled, dtype=torch.float32)
-    dc = torch.zeros_like(through) if dlast_c is None else dlast_c.contiguous().to(torch.float32, copy=True)
-    dall_h = dall_h if dall_h is None or dall_h.stride(2) == 1 else dall_h.contiguous()
+def backward(arriving: Arriving, walked: Walked) -> tuple[Tensor, ...]:
+    made = dprojected, dh0, dc0 = gradients(walked)
+    walked = walked._replace(lengths=_dense(walked.lengths))
+    h0, c0, all_h, cells = walked.h0, walked.c0, walked.all_h, walked.cells
+    pulled = torch.zeros_like(dh0) if arriving.last_h is None else dh0.copy_(arriving.last_h)
+    through = torch.zeros_like(dh0, dtype=torch.float32)
+    dc = torch.zeros_like(through) if arriving.last_c is None else _copied(arriving.last_c)
+    dout = arriving.all_h
+    if dout is not None and dout.stride(2) != 1:
+        dout = dout.contiguous()
+    first = h0 if c0 is None else c0.contiguous()
     for t in reversed(range(all_h.shape[1])):
-        before = {"before_ptr": h0 if c0 is None else c0.contiguous(), "stride_before": h0.shape[1]}
+        before = _rows("before", cells, t - 1) if t > 0 else {"before_ptr": first, "stride_before": first.stride(0)}
         _launch(
-            step_back, h0, cell, lengths, t, pulled_ptr=pulled, through_ptr=through, dc_ptr=dc, OUT=dall_h is not None,
-            **_rows("dout", all_h if dall_h is None else dall_h, t), **_rows("out", all_h, t), **_rows("c", cells, t),
-            **(before if t == 0 else _rows("before", cells, t - 1)), **_rows("gates", activations, t),
-            **_rows("dz", dprojected, t),
+            step_back, walked, t, pulled_ptr=pulled, through_ptr=through, dc_ptr=dc, OUT=dout is not None,
+            **_rows("dout", all_h if dout is None else dout, t), **_rows("out", all_h, t), **_rows("c", cells, t),
+            **before, **_rows("gates", walked.activations, t), **_rows("dz", dprojected, t),
         )  # fmt: skip
-        torch.mm(dprojected[:, t], weight_h, out=pulled)
+        torch.mm(dprojected[:, t], walked.weight_h, out=pulled)
     dh0.copy_(pulled + through)
     if c0 is not None:
         dc0.copy_(dc)
     return made
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _copied(x: Tensor) -> Tensor:
+    """Dense, in fp32, and never x itself."""
+    return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _rows(name: str, x: Tensor, t: int) -> dict[str, Any]:
@@ -197,10 +193,10 @@ def _rows(name: str, x: Tensor, t: int) -> dict[str, Any]:
     return {f"{name}_ptr": x[:, t] if x.numel() else x, f"stride_{name}": x.stride(0)}
 
 
-def _launch(kernel: Any, h0: Tensor, cell: str, lengths: Tensor | None, t: int, **arguments: Any) -> None:
-    B, H = h0.shape
+def _launch(kernel: Any, given: Inputs | Walked, t: int, **arguments: Any) -> None:
+    (B, H), lengths = given.h0.shape, given.lengths
     if B > 0:
         launch(
-            kernel, (B, triton.cdiv(H, BLOCK)), num_warps=4, num_stages=1, t=t, H=H, CELL=cell, BLOCK=BLOCK,
-            PADDED=lengths is not None, lengths_ptr=h0 if lengths is None else lengths, **arguments,
+            kernel, (B, triton.cdiv(H, BLOCK)), num_warps=4, num_stages=1, t=t, H=H, CELL=given.cell, BLOCK=BLOCK,
+            PADDED=lengths is not None, lengths_ptr=given.h0 if lengths is None else lengths, **arguments,
         )  # fmt: skip

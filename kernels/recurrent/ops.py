@@ -9,7 +9,7 @@ import torch
 
 from ..common.backend import Backend, Call, anything, native, triton
 from ..common.registration import define, implementation
-from .contract import gradients, outputs
+from .contract import Arriving, Inputs, Walked, gradients, outputs
 
 
 def _native(call: Call) -> str:
@@ -38,13 +38,23 @@ BACKWARD = """recurrent_bwd(
 ) -> (Tensor dprojected, Tensor dh0, Tensor dc0)"""
 
 
-def _forward_fake(projected, weight_h, h0, c0, lengths, cell, save, backend):
-    return outputs(projected, h0, cell, save)
+def _forward_fake(*given):
+    *inputs, save, _ = given
+    return outputs(Inputs(*inputs), save)
 
 
-def _backward_fake(dall_h, dlast_h, dlast_c, weight_h, h0, c0, lengths, all_h, cells, activations, cell, backend):
-    return gradients(weight_h, h0, all_h, cell)
+def _forward(*given):
+    *inputs, save, backend = given
+    return implementation(BACKENDS, backend).forward(Inputs(*inputs), save)
 
 
-define(FORWARD, _forward_fake, lambda *xs: implementation(BACKENDS, xs[-1]).forward(*xs[:-1]))
-define(BACKWARD, _backward_fake, lambda *xs: implementation(BACKENDS, xs[-1]).backward(*xs[:-1]))
+def _backward_fake(*given):
+    return gradients(Walked(*given[3:-1]))
+
+
+def _backward(*given):
+    return implementation(BACKENDS, given[-1]).backward(Arriving(*given[:3]), Walked(*given[3:-1]))
+
+
+define(FORWARD, _forward_fake, _forward)
+define(BACKWARD, _backward_fake, _backward)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,43 +17,16 @@ from torch import Tensor
 import linattn.rnn
 from linattn.errors import BackendError, DoubleBackwardError
 from linattn.kernels.common.backend import NATIVE_ABSENT
-from linattn.kernels.recurrent.contract import CELLS, gates
+from linattn.kernels.recurrent.contract import CELLS
 from linattn.recurrence import recur
-from linattn.testing import poisoned_memory, relative_error
+from linattn.testing import relative_error
+from recurrent_calls import assert_nan_goes_nowhere, drawn, everything
 
-pytestmark = pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT or "present")
+pytestmark = [
+    pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT or "present"),
+    pytest.mark.usefixtures("poisoned"),
+]
 FORWARD, GRADIENT = 1e-6, 2e-6
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    with poisoned_memory():
-        yield
-
-
-def drawn(cell: str, B: int, T: int, H: int, *, initial: bool = True, seed: int = 0) -> tuple[Tensor, ...]:
-    """projected, weight_h, and the initial states."""
-    generator = torch.Generator().manual_seed(seed)
-    G = gates(cell)
-    # Columns of an orthogonal matrix: without an activation, states stay as large as they were.
-    weight = torch.linalg.qr(torch.randn(G * H, H, generator=generator))[0]
-    states = [torch.randn(B, H, generator=generator) for _ in range(2 if cell == "lstm" else 1)]
-    return torch.randn(B, T, G * H, generator=generator), weight, *(states if initial else ())
-
-
-def everything(
-    tensors: tuple[Tensor, ...], cell: str, backend: str, lengths: Tensor | None = None, read: str = "both"
-) -> list[Tensor]:
-    """Outputs, then gradients of all inputs, in fp64 if the backend is the reference."""
-    if backend == "reference":
-        tensors = tuple(t.double() for t in tensors)
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    projected, weight, *initial = leaves
-    all_h, last = recur(projected, weight, tuple(initial) or None, cell=cell, lengths=lengths, backend=backend)
-    outputs = {"both": [all_h, *last], "all": [all_h], "last": list(last)}[read]
-    generator = torch.Generator().manual_seed(9)
-    upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
 
 
 def assert_true(tensors: tuple[Tensor, ...], cell: str, lengths: Tensor | None = None, read: str = "both") -> None:
@@ -113,18 +85,7 @@ def test_tanh_keeps_its_digits_near_zero() -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_nan_in_padding_and_in_another_sequence_goes_nowhere(cell: str) -> None:
-    projected, *rest = drawn(cell, 6, 8, 5)
-    lengths = torch.tensor([8, 1, 5, 3, 8, 2])
-    behind = torch.arange(8) >= lengths[:, None]
-    clean = everything((projected.masked_fill(behind[..., None], 0), *rest), cell, "native", lengths)
-    dirty = everything((projected.masked_fill(behind[..., None], torch.nan), *rest), cell, "native", lengths)
-    for a, b in zip(clean, dirty, strict=True):
-        assert torch.equal(a, b)
-    assert not clean[0][behind].any()
-    projected[2] = torch.nan
-    poisoned, _ = recur(projected, rest[0], tuple(rest[1:]), cell=cell, backend="native")
-    others = [0, 1, 3, 4, 5]
-    assert poisoned[others].isfinite().all() and poisoned[2].isnan().all()
+    assert_nan_goes_nowhere(drawn(cell, 6, 8, 5), cell, "native", torch.tensor([8, 1, 5, 3, 8, 2]))
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from linattn.errors import DoubleBackwardError
-from linattn.kernels.recurrent.contract import CELLS, gates
+from linattn.kernels.recurrent.contract import CELLS
 from linattn.recurrence import recur
 from linattn.testing import relative_error
+from recurrent_calls import assert_nan_goes_nowhere, drawn, everything
 from triton_device import DEVICE, NEEDS_TRITON
 
 pytestmark = [*NEEDS_TRITON, pytest.mark.usefixtures("poisoned")]
@@ -17,28 +18,8 @@ pytestmark = [*NEEDS_TRITON, pytest.mark.usefixtures("poisoned")]
 LIMITS = {torch.float32: (2e-6, 5e-6), torch.bfloat16: (2e-2, 3e-2), torch.float16: (3e-3, 5e-3)}
 
 
-def drawn(cell: str, B: int, T: int, H: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """projected, weight_h, and the initial states."""
-    generator = torch.Generator().manual_seed(B + 10 * T + 100 * H)
-    G = gates(cell)
-    weight = torch.linalg.qr(torch.randn(G * H, H, generator=generator))[0]
-    states = [torch.randn(B, H, generator=generator) for _ in range(2 if cell == "lstm" else 1)]
-    return tuple(x.to(DEVICE, dtype) for x in (torch.randn(B, T, G * H, generator=generator), weight, *states))
-
-
-def everything(
-    tensors: tuple[Tensor, ...], cell: str, backend: str, lengths: Tensor | None = None, read: str = "both"
-) -> list[Tensor]:
-    """Outputs, then gradients of all inputs, in fp64 if the backend is the reference."""
-    if backend == "reference":
-        tensors = tuple(t.double() for t in tensors)
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    projected, weight, *initial = leaves
-    all_h, last = recur(projected, weight, tuple(initial), cell=cell, lengths=lengths, backend=backend)
-    outputs = {"both": [all_h, *last], "all": [all_h], "last": list(last)}[read]
-    generator = torch.Generator().manual_seed(9)
-    upstream = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+def on_device(cell: str, B: int, T: int, H: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    return tuple(x.to(DEVICE, dtype) for x in drawn(cell, B, T, H))
 
 
 def assert_true(tensors: tuple[Tensor, ...], cell: str, lengths: Tensor | None = None, read: str = "both") -> None:
@@ -54,33 +35,35 @@ def assert_true(tensors: tuple[Tensor, ...], cell: str, lengths: Tensor | None =
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_and_dtype(cell: str, dtype: torch.dtype) -> None:
-    assert_true(drawn(cell, 3, 5, 20, dtype), cell)
+    assert_true(on_device(cell, 3, 5, 20, dtype), cell)
 
 
 @pytest.mark.parametrize("read", ["both", "all", "last"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_padded_batches_and_what_is_read(cell: str, read: str) -> None:
-    assert_true(drawn(cell, 4, 6, 7), cell, torch.tensor([6, 1, 4, 3], device=DEVICE), read)
-    assert_true(drawn(cell, 2, 3, 7), cell, read=read)
+    assert_true(on_device(cell, 4, 6, 7), cell, torch.tensor([6, 1, 4, 3], device=DEVICE), read)
+    assert_true(on_device(cell, 2, 3, 7), cell, read=read)
 
 
 @pytest.mark.parametrize("cell", ["tanh", "lstm"])
 @pytest.mark.parametrize(("B", "T", "H"), [(1, 1, 1), (2, 2, 300), (5, 3, 256)])
 def test_sizes_around_blocks(cell: str, B: int, T: int, H: int) -> None:
-    assert_true(drawn(cell, B, T, H), cell)
+    assert_true(on_device(cell, B, T, H), cell)
 
 
 @pytest.mark.parametrize("cell", ["relu", "lstm"])
 def test_strided_inputs(cell: str) -> None:
-    projected, *rest = drawn(cell, 3, 4, 9)
+    projected, *rest = on_device(cell, 3, 4, 9)
     assert_true((projected.transpose(0, 1).contiguous().transpose(0, 1), *rest), cell)
     every_other = [torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in (projected, *rest)]
     assert_true(tuple(every_other), cell)
+    lengths = torch.tensor([4, 9, 1, 9, 3, 9], device=DEVICE)[::2]
+    assert_true((projected, *rest), cell, lengths)
 
 
 def test_saturated_gates() -> None:
     """exp of such sums overflows. Slopes such as 1 - g^2 are 0 there to the last digit of 1, and so far only."""
-    projected, *rest = drawn("lstm", 3, 4, 6)
+    projected, *rest = on_device("lstm", 3, 4, 6)
     tensors = (projected * 200, *rest)
     found, truth = (everything(tensors, "lstm", backend) for backend in ("triton", "reference"))
     for index, (ours, true) in enumerate(zip(found, truth, strict=True)):
@@ -89,21 +72,11 @@ def test_saturated_gates() -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_nan_in_padding_and_in_another_sequence_goes_nowhere(cell: str) -> None:
-    projected, *rest = drawn(cell, 4, 5, 6)
-    lengths = torch.tensor([5, 1, 3, 2], device=DEVICE)
-    behind = torch.arange(5, device=DEVICE) >= lengths[:, None]
-    clean = everything((projected.masked_fill(behind[..., None], 0), *rest), cell, "triton", lengths)
-    dirty = everything((projected.masked_fill(behind[..., None], torch.nan), *rest), cell, "triton", lengths)
-    for a, b in zip(clean, dirty, strict=True):
-        assert torch.equal(a, b)
-    assert not clean[0][behind].any()
-    projected[2] = torch.nan
-    poisoned, _ = recur(projected, rest[0], tuple(rest[1:]), cell=cell, backend="triton")
-    assert poisoned[[0, 1, 3]].isfinite().all() and poisoned[2].isnan().all()
+    assert_nan_goes_nowhere(on_device(cell, 4, 5, 6), cell, "triton", torch.tensor([5, 1, 3, 2], device=DEVICE))
 
 
 def test_a_second_derivative_is_refused() -> None:
-    projected, weight, h0 = drawn("tanh", 2, 3, 4)
+    projected, weight, h0 = on_device("tanh", 2, 3, 4)
     projected.requires_grad_()
     all_h, _ = recur(projected, weight, (h0,), backend="triton")
     (gradient,) = torch.autograd.grad(all_h.square().sum(), projected, create_graph=True)
