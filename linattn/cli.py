@@ -12,7 +12,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import linattn
@@ -89,8 +89,11 @@ def _dispatch(words: list[str]) -> int:
     if words and words[0] == "--version":
         print(f"linattn {linattn.__version__}")
         return 0
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+    # A group of commands, such as `sweep`, is told of like the whole.
+    *group, last = words or ["--help"]
+    members = {name: c for name, c in COMMANDS.items() if name.split() != group == name.split()[: len(group)]}
+    if last in ("-h", "--help") and members:
+        print(_overview(members))
         return 0 if words else 2
     name, rest = _split_command(words)
     command = COMMANDS[name]
@@ -112,9 +115,9 @@ def _split_command(words: list[str]) -> tuple[str, list[str]]:
     raise unknown_name("command", " ".join(words[:2]) if is_group else first, COMMANDS)
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    rows = "".join(f"  {name:<{width}}  {command.summary}\n" for name, command in COMMANDS.items())
+def _overview(commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands))
+    rows = "".join(f"  {name:<{width}}  {command.summary}\n" for name, command in commands.items())
     return (
         "usage: linattn COMMAND [options]\n"
         "       linattn --version\n\n"

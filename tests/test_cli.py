@@ -53,6 +53,12 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name} " in out for name in cli.COMMANDS)
 
 
+def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sweep", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  sweep ae " in out and "  sweep batching " in out and "probe" not in out.split("commands:")[1]
+
+
 def test_no_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "usage: linattn" in capsys.readouterr().out
