@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     header = ("set", "encoder", "parameters", "batched (ms)", "one by one (ms)", "ratio")
     print(f"time of a training step per model, {args.repeats} models, one thread")
     print(text_table(header, rows))
-    print(f"ratio above 1: batching pays; the sweep batches below {BATCHED_PAYS_BELOW} parameters")
+    limits = " and ".join(f"{limit:,} {name}" for name, limit in BATCHED_PAYS_BELOW.items())
+    print(f"ratio above 1: batching pays; the sweep batches models below {limits}")
     result = {"repeats": args.repeats, "columns": header, "rows": rows, "environment": environment}
     write_json(args.out / RESULT_NAME, result)
     return 0

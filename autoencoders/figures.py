@@ -30,12 +30,16 @@ def size_colours(sizes: Sequence[int]) -> dict[int, tuple[float, ...]]:
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis whose ticks read 20, 60, 100 rather than powers of ten."""
+    """A logarithmic y axis whose ticks read 0.1, 20, 60, 100 rather than powers of ten."""
     from matplotlib.ticker import LogFormatter
 
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
 
 
 def shared_legend(figure: Figure, columns: int) -> None:

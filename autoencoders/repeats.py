@@ -19,9 +19,10 @@ from torch.func import functional_call, vmap
 from linattn.autoencoders.autoencoder import Autoencoder, reconstruction_loss
 from linattn.errors import ArgumentError
 
-# Parameters of one model. Measured on 2 cores (`linattn sweep batching`): small models are bound by the overhead of
-# operations, which batching shares; large ones by arithmetic, which torch does better for one matrix than for a batch.
-BATCHED_PAYS_BELOW = 120_000
+# Measured on 2 cores (`linattn sweep batching`): small models are bound by the overhead of operations, which batching
+# shares; large ones by arithmetic, which torch does better for one matrix than for a batch. With 784 inputs (MNIST)
+# none gained, with 64 and 100 those did that have no more than 55,000 parameters.
+BATCHED_PAYS_BELOW = {"parameters": 60_000, "inputs": 200}
 
 
 class Separate(nn.Module):
@@ -116,8 +117,11 @@ Repeats = Separate | Batched
 
 def batching_pays(models: Sequence[nn.Module]) -> bool:
     """Whether these models are faster as one."""
-    parameters = sum(parameter.numel() for parameter in models[0].parameters())
-    return len(models) > 1 and isinstance(models[0], Autoencoder) and parameters < BATCHED_PAYS_BELOW
+    first = models[0]
+    if len(models) == 1 or not isinstance(first, Autoencoder):
+        return False
+    sizes = {"parameters": sum(parameter.numel() for parameter in first.parameters()), "inputs": first.input_size}
+    return all(sizes[name] < limit for name, limit in BATCHED_PAYS_BELOW.items())
 
 
 def repeats_of(models: Sequence[nn.Module]) -> Repeats:

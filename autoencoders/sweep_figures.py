@@ -155,11 +155,11 @@ def _names(results: dict[str, Any], column: str) -> list[Any]:
 
 
 def _losses(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
-    """A logarithmic axis, cut at 1e-4 of the largest loss: those that vanish (1e-11) would take nearly all of it."""
+    """A logarithmic axis, cut at 1e-5 of the largest loss: those that vanish (1e-11) would take nearly all of it."""
     if not curves:  # of a sweep that was stopped
         axes.set_axis_off()
         return
     log_scale(axes)
     largest = max(max(curve) for curve in curves)
-    if min(min(curve) for curve in curves) < 1e-4 * largest:
-        axes.set_ylim(bottom=1e-4 * largest)
+    if min(min(curve) for curve in curves) < 1e-5 * largest:
+        axes.set_ylim(bottom=1e-5 * largest)

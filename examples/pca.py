@@ -145,7 +145,7 @@ def claims_of(outcomes: Sequence[Outcome]) -> list[study.Claim]:
             claims.append(study.Claim(f"{what} largest angle to PCA, degrees", o.angles.max().item(), "<", 5.0))
         else:
             claims.append(
-                study.Claim(f"{what} largest angle to PCA among equal variances", o.angles.max().item(), ">", 30.0)
+                study.Claim(f"{what} largest angle to PCA among equal variances", o.angles.max().item(), ">", 10.0)
             )
     return claims
 
