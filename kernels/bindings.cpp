@@ -12,9 +12,9 @@
 #include "common/native/capability.hpp"
 #include "common/native/machine.hpp"
 #include "common/native/problem.hpp"
-#include "feature_map/cpu.hpp"
-#include "quadratic/cpu.hpp"
-#include "recurrent/bindings.hpp"
+#include "feature_map/native/cpu.hpp"
+#include "quadratic/native/cpu.hpp"
+#include "recurrent/native/bindings.hpp"
 
 namespace nb = nanobind;
 

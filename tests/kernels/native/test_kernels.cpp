@@ -8,8 +8,8 @@
 #include <string>
 
 #include "common/native/capability.hpp"
-#include "feature_map/cpu.hpp"
-#include "quadratic/cpu.hpp"
+#include "feature_map/native/cpu.hpp"
+#include "quadratic/native/cpu.hpp"
 #include "truth.hpp"
 
 namespace {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "common/native/capability.hpp"
-#include "recurrent/cpu.hpp"
+#include "recurrent/native/cpu.hpp"
 
 namespace {
 

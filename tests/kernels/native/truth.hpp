@@ -4,7 +4,7 @@
 #include <string>
 
 #include "calls.hpp"
-#include "feature_map/cpu.hpp"
+#include "feature_map/native/cpu.hpp"
 
 namespace test {
 

@@ -1,0 +1,71 @@
+#include "quadratic/native/amx_direct.hpp"
+#include "quadratic/native/amx_gradients.hpp"
+
+namespace linattn::LINATTN_ISA {
+
+using quadratic::BackwardCall;
+
+namespace {
+
+// One key head of one sequence, or every `segments`-th block of its keys.
+template <bool Completed>
+void differentiate_head(const Queries& queries, const Weights& w, float* dq, Index s, Index kv_head, Index segment,
+                        Index segments) {
+    Scratch scratch;
+    BlockGradients<Completed> blocks(queries, w, dq, scratch);
+    const Problem& p = queries.call.problem;
+    const Sequence one = sequence(p, s);
+    const Index group = p.H / p.Hkv, strips = (one.queries + 31) / 32, D = queries.size.D;
+    for (Index h = kv_head * group; dq != nullptr && h < (kv_head + 1) * group; ++h)
+        std::memset(dq + queries.first(s, h) * 32 * D, 0, strips * 32 * D * sizeof(float));
+    constexpr Index keys_of_block = 32 * block_strips;
+    for (Index j = segment * keys_of_block; j < one.keys; j += segments * keys_of_block) {
+        blocks.load_keys(one, kv_head, j);
+        for (Index h = kv_head * group; h < (kv_head + 1) * group; ++h)
+            for (Index i = 0; i < strips; i += block_strips)
+                blocks.add_block(queries.first(s, h), i, least<Index>(block_strips, strips - i));
+        blocks.store_keys(one, kv_head);
+    }
+}
+
+// How many tasks share a head's keys, each with sums of its own for dQ: enough for every thread to have as much to do.
+Index count_segments(Index heads, int threads) {
+    const Index least_needed = (threads + heads - 1) / heads;
+    if (heads % threads == 0 || heads >= 4 * threads) return 1;
+    return threads % heads == 0 ? least_needed : most<Index>(least_needed, 4);
+}
+
+}  // namespace
+
+void direct_backward(const BackwardCall& call) {
+    const Problem& p = call.problem;
+    Scratch scratch;
+    const Queries queries(call, scratch);
+    const Weights w(call);
+    const int D = queries.size.D;
+    const bool want_dq = call.dq.data != nullptr;
+    const Index heads = p.sequences * p.Hkv, segments = count_segments(heads, usable_threads(p.threads));
+    const Index apart = queries.count() * 32 * D;
+    float* dq = want_dq ? scratch.take<float>(segments * apart) : nullptr;
+    Index next = 0;
+    in_parallel(p.threads, [&](int thread, int threads) {
+        const Tiles tiles;
+        queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
+            queries.pack(number, one, h, first);
+        });
+        if (threads > 1) barrier();
+        for (Index task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < heads * segments;) {
+            const Index head = task / segments, segment = task % segments;
+            const auto work = w.completed ? differentiate_head<true> : differentiate_head<false>;
+            work(queries, w, want_dq ? dq + segment * apart : nullptr, head / p.Hkv, head % p.Hkv, segment, segments);
+        }
+        if (threads > 1) barrier();
+        if (want_dq)
+            queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
+                store_queries(dq + number * 32 * D, segments, apart, D, slope_factor(w),
+                              target(call.dq, one.batch, h, one.first_query, first, one.queries, p.D));
+            });
+    });
+}
+
+}  // namespace linattn::LINATTN_ISA

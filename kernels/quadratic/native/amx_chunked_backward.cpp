@@ -1,0 +1,262 @@
+#include "quadratic/native/amx_chunked.hpp"
+#include "quadratic/native/amx_chunks.hpp"
+#include "quadratic/native/amx_gradients.hpp"
+#include "quadratic/native/amx_readers.hpp"
+
+namespace linattn::LINATTN_ISA {
+
+using quadratic::BackwardCall;
+
+namespace {
+
+constexpr Index strips_at_once = 16;  // that are added to the sums together
+
+// One key head of one sequence. Downhill, rows learn from the sums over the keys before their chunk; uphill, keys learn
+// from sums over the rows after theirs, which have the same form: queries instead of keys, dO' instead of values.
+template <bool Completed>
+class ChunkedGradient {
+public:
+    // dq: [H][strips][D][32] as in BlockGradients, or null if it is not wanted.
+    ChunkedGradient(const Queries& queries, const Weights& w, const Features& f, float* dq, Index sequence_number,
+                    const Head& head, Scratch& scratch)
+        : queries_(queries), call_(queries.call), p_(call_.problem), size_(queries.size), w_(w), f_(f), dq_(dq),
+          sequence_number_(sequence_number), head_(head), chunk_(chunk_length(call_)), first_(head, chunk_),
+          unit_(w.factor / slope_factor(w)), blocks_(queries, w, dq, scratch),
+          sums_(f, size_, true, true, scratch), addends_(size_.D, 32 * strips_at_once, scratch),
+          reader_(size_, scratch),
+          gradient_reader_(size_, scratch) {
+        values_ = scratch.take<Bf16>(32 * strips_at_once * size_.M);
+        phi_ = scratch.take<Bf16>(2 * 32 * rows_of_a_product);
+        k_ = scratch.take<Bf16>(32 * size_.D);
+        v_ = scratch.take<Bf16>(32 * size_.M);
+        for (float& x : one_) x = 1;
+    }
+
+    void run() {
+        if (dq_ != nullptr) downhill();
+        if (call_.dk.data != nullptr || call_.dv.data != nullptr || dq_ != nullptr) uphill();
+    }
+
+private:
+    // Chunk c: keys [begin(c), begin(c + 1)), and the strips of queries whose last key is among them.
+    bool in_chunks() const { return p_.is_causal && first_.enough; }
+    Index chunks() const {
+        return in_chunks() ? 1 + (head_.sequence.keys - first_.end + chunk_ - 1) / chunk_ : 1;
+    }
+    Index begin(Index c) const {
+        const Index keys = head_.sequence.keys;
+        return c == 0 ? 0 : in_chunks() ? least(first_.end + (c - 1) * chunk_, keys) : keys;
+    }
+    Index strips() const { return (head_.sequence.queries + 31) / 32; }
+    Index first_strip(Index c) const {
+        if (c == 0) return 0;
+        if (c == chunks()) return strips();
+        return most<Index>(0, least((begin(c) - p_.q_offset) / 32, strips()));
+    }
+    // Whether rows read sums over keys of their own chunk, there being no order.
+    bool reads_everything() const { return !p_.is_causal && first_.enough; }
+
+    template <class Work>
+    void each_query_strip(Index from, Index to, const Work& work) const {
+        const Index group = p_.H / p_.Hkv;
+        for (Index h = head_.kv_head * group; h < (head_.kv_head + 1) * group; ++h)
+            for (Index i = from; i < to; ++i) work(queries_.first(sequence_number_, h) + i);
+    }
+
+    void clear() {
+        sums_.clear_steps(0, f_.steps, size_.M);
+        sums_.clear_small(size_);
+        anything_ = false;
+    }
+
+    void fold(Index strips, bool read_next) {
+        addends_.strips = strips;
+        add_small(sums_, addends_, size_);
+        for (int i = 0; i < size_.D; i += 32) add_squares(sums_, addends_, size_.D, i);
+        add_products(f_, sums_, addends_, size_.M, 0, f_.steps, read_next, phi_);
+        anything_ = true;
+    }
+
+    // ---- downhill ----
+
+    void downhill() {
+        clear();
+        if (reads_everything()) {
+            fold_keys(0, head_.sequence.keys);
+            each_query_strip(0, strips(), [&](Index n) { read_gradient(n); });
+            return;
+        }
+        for (Index c = 0; c < chunks(); ++c) {
+            each_query_strip(first_strip(c), first_strip(c + 1), [&](Index n) {
+                if (c == 0)
+                    std::memset(dq_ + n * 32 * size_.D, 0, 32 * size_.D * sizeof(float));
+                else
+                    read_gradient(n);
+            });
+            if (c + 1 < chunks()) fold_keys(begin(c), begin(c + 1));
+        }
+    }
+
+    Strip keys(const Rows& x, Index width, Index j, Index end) const {
+        const Sequence& one = head_.sequence;
+        return strip(x, one.batch, head_.kv_head, one.first_key, j, end, width, head_.key_mask);
+    }
+
+    void fold_keys(Index j, Index end) {
+        addends_.y_pairs = values_;
+        while (j < end) {
+            Index i = 0;
+            for (; i < strips_at_once && j < end; ++i, j += 32) {
+                Bf16* pairs = addends_.z_pairs + i * 32 * size_.D;
+                pack_pairs(keys(p_.k, p_.D, j, end), size_.D, pairs);
+                pack_pairs(keys(p_.v, p_.M, j, end), size_.M, values_ + i * 32 * size_.M);
+                addends_.transpose_strip(size_.D, i, pairs);
+            }
+            fold(i, j >= end);
+        }
+    }
+
+    // dQ of strip n from the sums.
+    void read_gradient(Index n) {
+        const QueryStrip q = queries_.at(n);
+        gradient_reader_.read(w_, f_, sums_, size_, q.q_transposed, q.do_transposed, q.minus_delta);
+        float* to = dq_ + n * 32 * size_.D;
+        for (int d = 0; d < size_.D; ++d, to += 32) {
+            const Vec left = unit_ * load(gradient_reader_.dx + d * 32);
+            const Vec right = unit_ * load(gradient_reader_.dx + d * 32 + 16);
+            store(to, _mm512_shuffle_f32x4(left, right, 0x88));  // the order of `query_of_column`
+            store(to + 16, _mm512_shuffle_f32x4(left, right, 0xdd));
+        }
+    }
+
+    // ---- uphill ----
+
+    void uphill() {
+        clear();
+        if (reads_everything()) {
+            fold_queries(0, strips());
+            keys_of_chunk(0, head_.sequence.keys, 0, 0);
+            return;
+        }
+        for (Index c = chunks(); c-- > 0;) {
+            keys_of_chunk(begin(c), begin(c + 1), first_strip(c), first_strip(c + 1));
+            if (c > 0) fold_queries(first_strip(c), first_strip(c + 1));
+        }
+    }
+
+    // x = q, y = dO', z = -delta q.
+    void fold_queries(Index from, Index to) {
+        const Index group = p_.H / p_.Hkv;
+        for (Index g = 0; g < group; ++g)
+            for (Index i = from; i < to; i += strips_at_once) {
+                const Index count = least(strips_at_once, to - i);
+                const Index n = queries_.first(sequence_number_, head_.kv_head * group + g) + i;
+                addends_.y_pairs = queries_.at(n).do_pairs;
+                for (Index s = 0; s < count; ++s) {
+                    const QueryStrip q = queries_.at(n + s);
+                    addends_.transpose_strip(size_.D, s, q.q_pairs);
+                    scale_pairs(q.q_pairs, q.minus_delta, addends_.z_pairs + s * 32 * size_.D);
+                }
+                fold(count, g + 1 == group && i + strips_at_once >= to);
+            }
+    }
+
+    // Rows that were packed as pairs, each times its factor.
+    void scale_pairs(const Bf16* from, const float* factors, Bf16* to) const {
+        for (int d = 0; d < size_.D; d += 16)
+            for (int r = 0; r < 32; r += 2, from += 32, to += 32) {
+                const __m512i both = load_words(from);
+                const Vec even = reinterpret_cast<Vec>(_mm512_slli_epi32(both, 16));
+                const Vec odd = reinterpret_cast<Vec>(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+                store_words(to, interleaved(rounded(even * factors[r], odd * factors[r + 1])));
+            }
+    }
+
+    // Gradients to keys j to `end`: from the sums over later rows, and from the strips of their own chunk.
+    void keys_of_chunk(Index j, Index end, Index from, Index to) {
+        const Index group = p_.H / p_.Hkv;
+        for (; j < end; j += 32 * block_strips) {
+            blocks_.load_keys(head_.sequence, head_.kv_head, j);
+            Keys& block = blocks_.keys();
+            for (Index a = 0; anything_ && a < block.strips; ++a)
+                read_key_gradients(j + 32 * a, end, block.dk + a * 32 * size_.D, block.dv + a * 32 * size_.M);
+            for (Index h = head_.kv_head * group; h < (head_.kv_head + 1) * group; ++h)
+                for (Index i = from; i < to; i += block_strips)
+                    blocks_.add_block(queries_.first(sequence_number_, h), i, least<Index>(block_strips, to - i));
+            blocks_.store_keys(head_.sequence, head_.kv_head);
+        }
+    }
+
+    void read_key_gradients(Index j, Index end, float* dk, float* dv) {
+        pack_transposed(keys(p_.k, p_.D, j, end), size_.D, k_);
+        if (call_.dv.data != nullptr) {
+            reader_.spread(k_, size_.D);
+            reader_.products(f_, sums_, w_.a0 / w_.factor, size_.M);
+            add_transposed(reader_.out, size_.M, 1, dv);
+        }
+        if (call_.dk.data != nullptr) {
+            pack_transposed(keys(p_.v, p_.M, j, end), size_.M, v_);
+            gradient_reader_.read(w_, f_, sums_, size_, k_, v_, one_);
+            add_transposed(gradient_reader_.dx, size_.D, unit_, dk);
+        }
+    }
+
+    const Queries& queries_;
+    const BackwardCall& call_;
+    const Problem& p_;
+    const Sizes size_;
+    const Weights& w_;
+    const Features& f_;
+    float* dq_;
+    const Index sequence_number_;
+    const Head& head_;
+    const Index chunk_;
+    const FirstChunk first_;
+    const float unit_;  // what a product counts in sums whose scores leave `slope_factor` to the end
+    BlockGradients<Completed> blocks_;
+    Sums sums_;
+    Addends addends_;
+    Reader reader_;
+    GradientReader gradient_reader_;
+    Bf16 *values_, *phi_, *k_, *v_;
+    float one_[32];
+    bool anything_ = false;  // in the sums
+};
+
+template <bool Completed>
+void differentiate_head(const Queries& queries, const Weights& w, const Features& f, float* dq, Index number) {
+    Scratch scratch;
+    const Problem& p = queries.call.problem;
+    const Head one = head(p, number);
+    ChunkedGradient<Completed>(queries, w, f, dq, number / p.Hkv, one, scratch).run();
+}
+
+}  // namespace
+
+void chunked_backward(const BackwardCall& call) {
+    const Problem& p = call.problem;
+    Scratch scratch;
+    const Queries queries(call, scratch);
+    const Weights w(call);
+    const Features f(w, queries.size.D, scratch);
+    float* dq = call.dq.data == nullptr ? nullptr : scratch.take<float>(queries.count() * 32 * queries.size.D);
+    Index next = 0;
+    in_parallel(p.threads, [&](int thread, int threads) {
+        const Tiles tiles;
+        queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
+            queries.pack(number, one, h, first);
+        });
+        if (threads > 1) barrier();
+        for (Index n; (n = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < p.sequences * p.Hkv;)
+            w.completed ? differentiate_head<true>(queries, w, f, dq, n)
+                        : differentiate_head<false>(queries, w, f, dq, n);
+        if (threads > 1) barrier();
+        if (dq != nullptr)
+            queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
+                store_queries(dq + number * 32 * queries.size.D, 1, 0, queries.size.D, slope_factor(w),
+                              target(call.dq, one.batch, h, one.first_query, first, one.queries, p.D));
+            });
+    });
+}
+
+}  // namespace linattn::LINATTN_ISA

@@ -1,0 +1,67 @@
+// Sums over rows, in the layout that products read: what stands in for keys, and the gradients to it.
+#pragma once
+
+#include "quadratic/native/cpu.hpp"
+#include "quadratic/native/features.hpp"
+
+namespace linattn::LINATTN_ISA {
+
+// Rows as sums take them. For keys: k, v; for rows of queries: x = scale q, O' (README.md), whose row sums have the
+// gradient -delta.
+struct Summand {
+    const float* x;           // [D + 1][tile_rows]: x' = [1, x]
+    const float* v;           // [tile_rows][padded(M)]
+    const float* moment_x;    // [D + 1][tile_rows], and
+    const float* moment;      // [tile_rows][padded(D)]: their product is added to the moments
+    int rows;
+};
+
+// One head's sums of phi(x) v^T, and beside them the moments: sums of x' x^T, from which row sums are computed.
+// Features are cut into blocks that stay in the first-level cache while a chunk's rows meet them, columns into panels.
+class Sums {
+public:
+    // Floats that `memory` must hold.
+    static Index size(Index D, Index M);
+
+    Sums(Index D, Index M, float* memory) : D_(D), M_(M), data_(memory) {}
+
+    // Parts are what the members of a team share out: a block of features each; the last part is the moments.
+    Index parts() const { return blocks(feature_count(D_), block_features) + 1; }
+
+    void reset(Index part);
+    // From or to head `index` of a canonical state. Only the symmetric half of its kk takes part here; what was left
+    // out is added to what comes out, from the state that went in.
+    void load_state(Index part, const quadratic::State& state, Index index);
+    void store_state(Index part, const quadratic::State& state, Index index, const quadratic::State* went_in) const;
+
+    // Add weighted rows.
+    void add(Index part, const Summand& rows, const Weights& weights);
+    // acc [tile_rows][padded(M)] += weighted phi(x)^T S, for the part's features.
+    void read(Index part, const float* x, int rows, const Weights& weights, float* acc) const;
+    // l [tile_rows] += linear x.k_sum + square x^T kk x.
+    void read_moments(const float* x, const Weights& weights, float* l) const;
+    // dx [D + 1][tile_rows] += the gradient of read's sum with acc's gradient vt [M][tile_rows].
+    void add_gradient(Index part, const float* x, const float* vt, const Weights& weights, float* dx) const;
+    // dx += factor[lane] times the gradient of read_moments' l.
+    void add_moment_gradient(const float* x, const float* factor, const Weights& weights, float* dx) const;
+
+private:
+    static constexpr int block_features = 72;  // divisible by the rows of every micro-kernel
+
+    bool is_moments(Index part) const { return part + 1 == parts(); }
+    Index first(Index part) const { return part * block_features; }
+    Index last(Index part) const { return least(first(part) + block_features, feature_count(D_)); }
+    Index moment_rows() const { return blocks(D_ + 1, 4) * 4; }
+    float* block(Index part) const { return data_ + part * blocks(M_, panel) * panel * block_features; }
+    float* moment_row(Index a, Index e) const {
+        return block(parts() - 1) + (e / panel * moment_rows() + a) * panel + e % panel;
+    }
+    void moments_times(const float* x, float* product) const;
+
+    static constexpr Index panel = tile_rows;  // columns of a panel, whose lines lie as close together as a tile's
+
+    Index D_, M_;
+    float* data_;
+};
+
+}  // namespace linattn::LINATTN_ISA
