@@ -9,7 +9,7 @@
 #
 # PYTHON names the interpreter (python3), VENV the environment (.venv). NOVENV=1 installs nothing and runs PYTHON as it
 # is, for machines without a network that already have torch and pytest. ARGS goes to pytest, the crossover or
-# bench/gpu.py.
+# bench/gpu/command.py.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -41,7 +41,7 @@ bench: $(READY)
 	$(PY) -m pytest --benchmark $(ARGS)
 
 gpu: $(READY)
-	$(PY) bench/gpu.py $(if $(REHEARSE),--rehearse) $(ARGS)
+	$(PY) bench/gpu/command.py $(if $(REHEARSE),--rehearse) $(ARGS)
 
 # A folder of packages ahead of the environment's own. Triton 3.6's interpreter cannot count with numpy 2.4, and makes
 # scalars of arrays in a way that older ones warn of.

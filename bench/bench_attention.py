@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from linattn.bench.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SOFTMAX, Problem
+from linattn.bench.measuring.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SOFTMAX, Problem
 from linattn.bench.pytest_plugin import BenchmarkPlugin
 
 METHODS = (SOFTMAX, QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)

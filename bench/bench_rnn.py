@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linattn.bench import rnn_cases
-from linattn.bench.environment import describe
+from linattn.bench.measuring.environment import describe
 from linattn.bench.pytest_plugin import BenchmarkPlugin
 from linattn.bench.rnn_cases import CASES, Case, Result
 from linattn.testing import BUDGETS

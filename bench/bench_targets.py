@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from linattn.bench.cases import Problem
+from linattn.bench.measuring.cases import Problem
 from linattn.bench.pytest_plugin import BenchmarkPlugin
 from linattn.bench.targets import Target, methods_on, of_this_process
 

@@ -25,9 +25,9 @@ import torch
 
 import linattn
 from linattn import calibration, cost
-from linattn.bench.cases import DTYPES, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, Problem, prepare
-from linattn.bench.crossing import BRACKET, Crossing, find_crossing
-from linattn.bench.timing import side_by_side, summarise
+from linattn.bench.measuring.cases import DTYPES, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, Problem, prepare
+from linattn.bench.measuring.crossing import BRACKET, Crossing, find_crossing
+from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.environment import pick_device
 from linattn.errors import BackendError
 

@@ -20,8 +20,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from linattn.bench import growth, heat_map, plots, tables
-from linattn.bench.cases import DIRECTIONS, DTYPES, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
-from linattn.bench.results import Results
+from linattn.bench.measuring.cases import DIRECTIONS, DTYPES, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
+from linattn.bench.measuring.results import Results
 from linattn.bench.sweep import Plan, add_run_arguments, run_sweep, set_threads
 from linattn.environment import pick_device
 from linattn.errors import ArgumentError

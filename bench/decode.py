@@ -27,9 +27,9 @@ if __name__ == "__main__":
 import torch
 
 from linattn import drawing
-from linattn.bench.environment import describe
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.timing import summarise
 from linattn.bench.plots import DPI, require_matplotlib
-from linattn.bench.timing import summarise
 from linattn.environment import pick_device
 from linattn.errors import ArgumentError
 from linattn.files import write_json

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from linattn.bench.cases import QUADRATIC_DIRECT, SDPA, Method, Problem
-from linattn.bench.power_law import PowerLaw, fit_power_law
-from linattn.bench.results import Row
+from linattn.bench.measuring.cases import QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.measuring.power_law import PowerLaw, fit_power_law
+from linattn.bench.measuring.results import Row
 from linattn.bench.tables import Group, crossing_of, grouped
 from linattn.cost import crossover, flops
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import linattn
-from linattn.bench.cases import DTYPES
-from linattn.bench.environment import describe
+from linattn.bench.measuring.cases import DTYPES
+from linattn.bench.measuring.environment import describe
 from linattn.files import write_json
 from linattn.kernels.common.backend import INTERPRETED
 from linattn.kernels.quadratic.gpu import config

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
-from linattn.bench.environment import Environment
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
+from linattn.bench.measuring.environment import Environment
+from linattn.bench.measuring.results import Results, Row
 from linattn.bench.plots import STYLES, machine_of, new_figure, parts_of, title
-from linattn.bench.results import Results, Row
 from linattn.bench.tables import Group
 from linattn.drawing import save
 

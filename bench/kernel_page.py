@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linattn import drawing, kernel_report
-from linattn.bench.marked_tables import replaced
 from linattn.bench.plots import DPI, require_matplotlib
+from linattn.bench.report.marked_tables import replaced
 from linattn.files import write_text
 from linattn.kernel_report import ARCHITECTURES, OPERATIONS, Row
 

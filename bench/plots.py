@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from linattn import drawing
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
-from linattn.bench.crossing import Crossing
-from linattn.bench.environment import Environment
-from linattn.bench.results import Results, Row
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
+from linattn.bench.measuring.crossing import Crossing
+from linattn.bench.measuring.environment import Environment
+from linattn.bench.measuring.results import Results, Row
 from linattn.bench.tables import Group, crossing_of, grouped
 
 if TYPE_CHECKING:

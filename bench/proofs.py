@@ -19,13 +19,21 @@ from typing import Literal
 import torch
 
 from linattn.bench import tables
-from linattn.bench.accuracy import truth_of
-from linattn.bench.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem, prepare
-from linattn.bench.environment import describe
-from linattn.bench.measure import measure
-from linattn.bench.memory import MemoryProbe
-from linattn.bench.peers import PEERS
-from linattn.bench.results import Results, Row
+from linattn.bench.measuring.accuracy import truth_of
+from linattn.bench.measuring.cases import (
+    ELU_CHUNKED,
+    QUADRATIC_CHUNKED,
+    QUADRATIC_DIRECT,
+    SDPA,
+    Method,
+    Problem,
+    prepare,
+)
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.measure import measure
+from linattn.bench.measuring.memory import MemoryProbe
+from linattn.bench.measuring.peers import PEERS
+from linattn.bench.measuring.results import Results, Row
 from linattn.bench.sweep import add_run_arguments, set_threads
 from linattn.cost import Form
 from linattn.environment import pick_device

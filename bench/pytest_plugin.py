@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from linattn.bench import tables, targets
-from linattn.bench.cases import SDPA, Method, Problem
-from linattn.bench.environment import describe
-from linattn.bench.measure import affordable, measure
-from linattn.bench.memory import MemoryProbe
-from linattn.bench.regressions import wrong
-from linattn.bench.results import Results
+from linattn.bench.measuring.cases import SDPA, Method, Problem
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.measure import affordable, measure
+from linattn.bench.measuring.memory import MemoryProbe
+from linattn.bench.measuring.results import Results
+from linattn.bench.report.regressions import wrong
 from linattn.environment import pick_device
 
 QUICK_BUDGET_S, QUICK_LIMIT_S = 0.4, 0.6

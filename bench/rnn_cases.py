@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from linattn.bench.environment import Environment
-from linattn.bench.timing import side_by_side, summarise
+from linattn.bench.measuring.environment import Environment
+from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.dispatch import use_backend
 from linattn.files import write_json
 from linattn.rnn import LSTM, RNN, to_torch_state_dict

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linattn.bench.cases import (
+from linattn.bench.measuring.cases import (
     DIRECTIONS,
     ELU_CHUNKED,
     QUADRATIC_CHUNKED,
@@ -24,13 +24,13 @@ from linattn.bench.cases import (
     SDPA,
     Problem,
 )
-from linattn.bench.ceilings import Ceilings, Extent, calls_to_time, reached
-from linattn.bench.environment import describe
-from linattn.bench.measure import least_bytes, measure
+from linattn.bench.measuring.ceilings import Ceilings, Extent, calls_to_time, reached
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.measure import least_bytes, measure
+from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.timing import side_by_side
 from linattn.bench.plots import STYLES, Style, machine_of, new_figure, require_matplotlib, title
-from linattn.bench.results import Results, Row
 from linattn.bench.sweep import add_run_arguments, set_threads
-from linattn.bench.timing import side_by_side
 from linattn.drawing import save
 from linattn.environment import pick_device
 from linattn.errors import DataError

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linattn import cost, drawing
-from linattn.bench.marked_tables import replaced
 from linattn.bench.plots import DPI, require_matplotlib
+from linattn.bench.report.marked_tables import replaced
 from linattn.files import write_text
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from linattn.bench.cases import (
+from linattn.bench.growth import MethodGrowth, growth_of_methods
+from linattn.bench.measuring.cases import (
     ARGMAX,
     DTYPES,
     ELU_CHUNKED,
@@ -22,9 +23,8 @@ from linattn.bench.cases import (
     Method,
     Problem,
 )
-from linattn.bench.growth import MethodGrowth, growth_of_methods
+from linattn.bench.measuring.results import Results, Row
 from linattn.bench.plots import LEAST_MIB, log_axes, machine_of, new_figure, require_matplotlib, title
-from linattn.bench.results import Results, Row
 from linattn.bench.sweep import Plan, add_run_arguments, run_sweep, set_threads
 from linattn.bench.tables import grouped
 from linattn.drawing import save

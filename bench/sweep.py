@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from linattn.bench import tables
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem, takes
-from linattn.bench.crossing import refine
-from linattn.bench.environment import describe
-from linattn.bench.measure import affordable, measure, useful_gflops
-from linattn.bench.memory import MemoryProbe
-from linattn.bench.results import Results, Row, resume
-from linattn.bench.timing import MIN_ROUNDS, side_by_side
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem, takes
+from linattn.bench.measuring.crossing import refine
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.measure import affordable, measure, useful_gflops
+from linattn.bench.measuring.memory import MemoryProbe
+from linattn.bench.measuring.results import Results, Row, resume
+from linattn.bench.measuring.timing import MIN_ROUNDS, side_by_side
 from linattn.errors import ArgumentError
 from linattn.progress import Bar, progress
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
-from linattn.bench.crossing import Crossing, find_crossing
-from linattn.bench.results import Row
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.measuring.crossing import Crossing, find_crossing
+from linattn.bench.measuring.results import Row
 from linattn.cost import crossover
 
 HEADINGS = ("N", "method", "backend", "ms", "20-80 %", "SDPA/this", "GFLOP/s", "error", "peak MiB")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from linattn.bench.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
-from linattn.bench.results import Row
+from linattn.bench.measuring.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.measuring.results import Row
 
 FLEX = Method("FlexAttention", "quadratic", "direct", "flex")
 ONE_HEAD_SHARE = 0.75

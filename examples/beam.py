@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from linattn.bench.timing import side_by_side, summarise
+from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.examples import study
 from linattn.rnn import beam_search
 from linattn.rnn.beam import Step

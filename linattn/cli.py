@@ -37,7 +37,9 @@ COMMANDS = {
     ),
     "roofline": Command("linattn.bench.roofline", "measure the machine's limits and each kernel's place below them"),
     "peers": Command("linattn.bench.proofs", "prove what other implementations compute, and time them beside ours"),
-    "report": Command("linattn.bench.report", "one page of all results, the README's tables, and what became slower"),
+    "report": Command(
+        "linattn.bench.report.command", "one page of all results, the README's tables, and what became slower"
+    ),
     "calibrate": Command("linattn.bench.calibrate", "measure where the chunked form begins to pay, for later calls"),
     "train lm": Command("linattn.language", "train a character language model on a text file"),
     "train names": Command("linattn.rnn.train_names", "learn from which language a surname comes"),

@@ -9,7 +9,7 @@ import torch
 
 from linattn import calibration
 from linattn.bench import calibrate
-from linattn.bench.cases import Problem
+from linattn.bench.measuring.cases import Problem
 from linattn.cli import main
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from linattn.bench.crossing import find_crossing, refine
+from linattn.bench.measuring.crossing import find_crossing, refine
 
 SIZES = [128 * 2**i for i in range(8)]
 

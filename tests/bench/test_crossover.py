@@ -12,9 +12,9 @@ import pytest
 
 from linattn import cli
 from linattn.bench import crossover, heat_map, plots, sweep, tables
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
-from linattn.bench.environment import describe
-from linattn.bench.results import Results, Row
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.results import Results, Row
 from linattn.bench.sweep import Plan
 from linattn.environment import pick_device
 from linattn.errors import ArgumentError, MissingExtraError

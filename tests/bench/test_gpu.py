@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from linattn.bench import gpu, gpu_cases, peers
-from linattn.bench.cases import QUADRATIC_DIRECT, SDPA, Method, Problem
-from linattn.bench.gpu_cases import CHUNKED, DIRECT, FLASH, Comparison, Goal, value_of
-from linattn.bench.gpu_rows import Limits, broken, compare, judge_goals, rates, verdict
-from linattn.bench.gpu_stages import Outcomes
-from linattn.bench.stages import DONE, Record, Stage
+from linattn.bench.gpu import cases, command
+from linattn.bench.gpu.cases import CHUNKED, DIRECT, FLASH, Comparison, Goal, value_of
+from linattn.bench.gpu.rows import Limits, broken, compare, judge_goals, rates, verdict
+from linattn.bench.gpu.stages import DONE, Record, Stage
+from linattn.bench.gpu.tasks import Outcomes
+from linattn.bench.measuring import peers
+from linattn.bench.measuring.cases import QUADRATIC_DIRECT, SDPA, Method, Problem
 
 CPU = torch.device("cpu")
 LIMITS = Limits(copy_gb_s=100.0, matmul_tflops=1.0)
@@ -21,44 +22,44 @@ PROBLEM = Problem(40, 8, 8, H=2, is_causal=True, direction="training")
 
 
 def test_every_stage_has_its_function() -> None:
-    assert [stage.name for stage in gpu.STAGES] == list(gpu.RUNS)
+    assert [stage.name for stage in command.STAGES] == list(command.RUNS)
 
 
 def _stages_run(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[str]:
     started: list[str] = []
 
-    def run_stages(stages, command, record, **rest):
+    def run_stages(stages, command_of, record, **rest):
         started.extend(stage.name for stage in stages)
-        assert all(command(stage)[1].endswith("gpu.py") for stage in stages)
+        assert all(command_of(stage)[1].endswith("command.py") for stage in stages)
         return ["direct"] if "direct" in started else []
 
-    monkeypatch.setattr(gpu, "run_stages", run_stages)
-    monkeypatch.setattr(gpu, "prepare_environment", lambda rehearse: None)
-    status = gpu.main(["--rehearse", *words])
+    monkeypatch.setattr(command, "run_stages", run_stages)
+    monkeypatch.setattr(command, "prepare_environment", lambda rehearse: None)
+    status = command.main(["--rehearse", *words])
     assert status == (1 if "direct" in started else 0)
     return started
 
 
 def test_only_runs_what_is_named_and_missing_leaves_out_what_is_done(monkeypatch, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path))
-    assert _stages_run(monkeypatch, *out) == list(gpu.RUNS)
+    assert _stages_run(monkeypatch, *out) == list(command.RUNS)
     assert _stages_run(monkeypatch, "--only", "limits,decode", *out) == ["limits", "decode"]
     Record(tmp_path / "gpu.json").put("stages", "limits", {"state": DONE})
     Record(tmp_path / "gpu.json").put("stages", "decode", {"state": "cut off after 30 s"})
     assert _stages_run(monkeypatch, "--only", "limits,decode", "--missing", *out) == ["decode"]
     with pytest.raises(SystemExit):
-        gpu.main(["--rehearse", "--only", "decoding"])
+        command.main(["--rehearse", "--only", "decoding"])
 
 
 def test_a_stage_runs_in_its_own_process_and_writes_to_the_folder_alone(monkeypatch, tmp_path: Path) -> None:
     """The real thing, for the cheapest stage."""
-    results = Path(gpu.ROOT) / "bench" / "results"
+    results = Path(command.ROOT) / "bench" / "results"
     before = set(results.rglob("*"))
-    monkeypatch.setattr(gpu, "STAGES", (Stage("limits", "the limits", 120),))
-    monkeypatch.setattr(gpu, "PEERS", tmp_path / "no peers")
+    monkeypatch.setattr(command, "STAGES", (Stage("limits", "the limits", 120),))
+    monkeypatch.setattr(command, "PEERS", tmp_path / "no peers")
     for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "TRITON_INTERPRET"):  # prepare_environment sets them; put back after
         monkeypatch.setenv(name, "")
-    assert gpu.main(["--rehearse", "--only", "limits", "--out", str(tmp_path)]) == 0
+    assert command.main(["--rehearse", "--only", "limits", "--out", str(tmp_path)]) == 0
     found = Record(tmp_path / "gpu.json").load()
     assert found["stages"]["limits"]["state"] == DONE and found["limits"]["cpu"]["copy_gb_s"] > 0
     assert set(results.rglob("*")) == before
@@ -66,9 +67,9 @@ def test_a_stage_runs_in_its_own_process_and_writes_to_the_folder_alone(monkeypa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert gpu.main([]) == 2
+    assert command.main([]) == 2
     assert "REHEARSE=1" in capsys.readouterr().err
-    assert gpu.main(["--stage", "figures", "--out", str(tmp_path)]) == 0
+    assert command.main(["--stage", "figures", "--out", str(tmp_path)]) == 0
 
 
 def test_outcomes_of_tests_are_recorded_as_they_come(tmp_path: Path) -> None:
@@ -137,20 +138,20 @@ def test_limits_are_those_of_the_design() -> None:
     direct = rates(DIRECT, Problem(16384, 128, 128, 1, 16, "bf16", is_causal=True), 1.0, Limits(4300.0, 790.0))
     assert direct["TFLOP/s"] == pytest.approx(16 * 16384**2 * 256 / 1e9, rel=1e-3)
     # A feature map at D = 128 is bound by bandwidth: q, k, v and out once, in bf16.
-    elu = rates(gpu_cases.ELU, Problem(8192, 128, 128, 1, 96, "bf16", is_causal=True), 1.0, Limits(4300.0, 790.0))
+    elu = rates(cases.ELU, Problem(8192, 128, 128, 1, 96, "bf16", is_causal=True), 1.0, Limits(4300.0, 790.0))
     assert elu["bound"] == "bandwidth" and elu["GB/s"] == pytest.approx(4 * 96 * 8192 * 128 * 2 / 1e6)
 
 
 def test_every_goal_is_decided_by_a_row_of_its_own_comparison() -> None:
     tables = ("DIRECT_CASES", "CHUNKED_CASES", "FEATURE_MAP_CASES", "FLEX_CASES", "PEER_CASES", "FLA_CASES")
-    for comparison in (c for table in tables for c in getattr(gpu_cases, table)):
+    for comparison in (c for table in tables for c in getattr(cases, table)):
         for goal in comparison.goals:
             assert {goal.method, *goal.rivals} <= set(comparison.methods), f"{comparison.problem}: {goal}"
 
 
 def test_figures_are_drawn_from_the_file(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from linattn.bench.gpu_plots import draw_all
+    from linattn.bench.gpu.plots import draw_all
 
     record = Record(tmp_path / "gpu.json")
     assert draw_all(record, tmp_path) == []
@@ -166,5 +167,7 @@ def test_module_is_run_by_its_file() -> None:
     """As the stages do it: without the package installed or on the path."""
     import subprocess
 
-    done = subprocess.run([sys.executable, str(gpu.__file__), "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(command.__file__), "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "--rehearse" in done.stdout

@@ -8,9 +8,9 @@ import random
 import pytest
 
 from linattn.bench import growth
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
-from linattn.bench.power_law import STUDENT_975, fit_power_law
-from linattn.bench.results import Row
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
+from linattn.bench.measuring.power_law import STUDENT_975, fit_power_law
+from linattn.bench.measuring.results import Row
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 1.93, 2.0])

@@ -7,13 +7,21 @@ import sys
 import pytest
 import torch
 
-from linattn.bench import cases, peers, timing
-from linattn.bench import measure as measuring
-from linattn.bench.accuracy import judged_rows, truth_of
-from linattn.bench.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, SOFTMAX, Method, Problem
-from linattn.bench.measure import affordable, measure, useful_gflops
-from linattn.bench.memory import MemoryProbe
-from linattn.bench.results import Row
+from linattn.bench.measuring import cases, peers, timing
+from linattn.bench.measuring import measure as measuring
+from linattn.bench.measuring.accuracy import judged_rows, truth_of
+from linattn.bench.measuring.cases import (
+    ELU_CHUNKED,
+    QUADRATIC_CHUNKED,
+    QUADRATIC_DIRECT,
+    SDPA,
+    SOFTMAX,
+    Method,
+    Problem,
+)
+from linattn.bench.measuring.measure import affordable, measure, useful_gflops
+from linattn.bench.measuring.memory import MemoryProbe
+from linattn.bench.measuring.results import Row
 from linattn.errors import ArgumentError
 from linattn.kernels.common.backend import NATIVE_ABSENT
 from linattn.testing import BUDGETS

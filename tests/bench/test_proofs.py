@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from linattn import cli
-from linattn.bench import peers, proofs, timing
-from linattn.bench.peers import PEERS, Peer
+from linattn.bench import proofs
+from linattn.bench.measuring import peers, timing
+from linattn.bench.measuring.peers import PEERS, Peer
+from linattn.bench.measuring.results import Results
 from linattn.bench.proofs import Proof, prove
-from linattn.bench.results import Results
 
 CPU = torch.device("cpu")
 PLAIN = ("sdpa", "sdpa-math", "naive", "features-cumsum", "elu-cumsum")
@@ -99,7 +100,7 @@ def test_the_command_lists_all_and_measures_what_passed(tmp_path, monkeypatch, c
     for name, peer in {**few, **other}.items():
         monkeypatch.setitem(PEERS, name, peer)
     monkeypatch.setattr(timing, "WARM_UP_MS", 0.0)
-    monkeypatch.setattr("linattn.bench.memory._can_measure_cpu", lambda: False)
+    monkeypatch.setattr("linattn.bench.measuring.memory._can_measure_cpu", lambda: False)
     options = ["--length", "64", "--head-size", "8", "--heads", "1", "--budget", "0", "--device", "cpu"]
     assert cli.main(["peers", *options, "--out", str(tmp_path)]) == 0
     found = Results.load(tmp_path / "results.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from linattn.bench.results import Results
+from linattn.bench.measuring.results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 # With `python -m` the checkout is imported from, whatever is installed.

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from linattn import cli
-from linattn.bench import peers, timing
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
-from linattn.bench.environment import describe
-from linattn.bench.measure import measure
-from linattn.bench.regressions import committed_before, compare, log_slowdown
-from linattn.bench.results import Results, Row
-from linattn.bench.timing import summarise
+from linattn.bench.measuring import peers, timing
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.measure import measure
+from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.timing import summarise
+from linattn.bench.report.regressions import committed_before, compare, log_slowdown
 
 CPU = torch.device("cpu")
 MS = {SDPA: 10.0, QUADRATIC_DIRECT: 7.0, QUADRATIC_CHUNKED: 3.0}

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from linattn import cli
-from linattn.bench import marked_tables, page, report, roofline, summaries
-from linattn.bench.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
-from linattn.bench.ceilings import Extent
-from linattn.bench.environment import describe
+from linattn.bench import roofline
+from linattn.bench.gpu.stages import Record
+from linattn.bench.measuring.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
+from linattn.bench.measuring.ceilings import Extent
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.results import Results, Row
 from linattn.bench.proofs import Proof
-from linattn.bench.results import Results, Row
-from linattn.bench.stages import Record
+from linattn.bench.report import command as report
+from linattn.bench.report import marked_tables, page, summaries
 from linattn.environment import pick_device
 from linattn.errors import ArgumentError, DataError
 
@@ -226,7 +228,7 @@ def test_the_higher_ceiling_counts() -> None:
 def test_ceilings_and_kernels_are_measured_in_one_run(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(roofline, "EXTENTS", {"cpu": Extent(2**16, 32)})
     monkeypatch.setattr(roofline, "CEILINGS_S", 0.0)
-    monkeypatch.setattr("linattn.bench.timing.WARM_UP_MS", 0.0)
+    monkeypatch.setattr("linattn.bench.measuring.timing.WARM_UP_MS", 0.0)
     options = ["--length", "64", "--head-size", "16", "--heads", "1", "--budget", "0", "--device", "cpu"]
     assert cli.main(["roofline", *options, "--out", str(tmp_path)]) == 0
     found = Results.load(tmp_path / "results.json")

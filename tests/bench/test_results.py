@@ -11,9 +11,9 @@ import re
 import pytest
 import torch
 
-from linattn.bench.cases import QUADRATIC_CHUNKED, SDPA, Problem
-from linattn.bench.environment import describe, measured_sources
-from linattn.bench.results import Results, Row, resume
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, SDPA, Problem
+from linattn.bench.measuring.environment import describe, measured_sources
+from linattn.bench.measuring.results import Results, Row, resume
 from linattn.environment import device_slug
 from linattn.errors import DataError
 

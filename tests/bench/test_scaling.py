@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from linattn import cli
-from linattn.bench import memory, scaling, sweep, timing
-from linattn.bench.cases import ARGMAX, KERNEL_ATTENTION, Problem, takes
-from linattn.bench.environment import describe
-from linattn.bench.results import Results, Row
+from linattn.bench import scaling, sweep
+from linattn.bench.measuring import memory, timing
+from linattn.bench.measuring.cases import ARGMAX, KERNEL_ATTENTION, Problem, takes
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.results import Results, Row
 from linattn.bench.sweep import Plan
 from linattn.environment import pick_device
 

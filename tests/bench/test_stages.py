@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from linattn.bench.stages import DONE, Record, Stage, run_stages
+from linattn.bench.gpu.stages import DONE, Record, Stage, run_stages
 from linattn.errors import DataError
 
 ENDS = "pass"
@@ -55,7 +55,7 @@ def test_when_the_whole_time_is_spent_the_rest_is_not_started(tmp_path: Path) ->
 def test_what_a_stage_found_before_it_died_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     writes = (
-        f"from pathlib import Path; from linattn.bench.stages import Record; "
+        f"from pathlib import Path; from linattn.bench.gpu.stages import Record; "
         f"Record(Path({str(path)!r})).put('rows', 'first', 1); raise SystemExit(1)"
     )
     undone, _, _ = _run(tmp_path, {"a": writes})

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from linattn.bench import targets
-from linattn.bench.cases import QUADRATIC_DIRECT, SDPA, Method, Problem, attention_of
-from linattn.bench.results import Row
+from linattn.bench.measuring.cases import QUADRATIC_DIRECT, SDPA, Method, Problem, attention_of
+from linattn.bench.measuring.results import Row
 
 PROBLEM = Problem(4096, 64, 64, is_causal=True)
 

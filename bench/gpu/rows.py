@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import linattn
-from linattn.bench.accuracy import truth_of
-from linattn.bench.cases import DTYPES, Method, Problem, prepare
-from linattn.bench.ceilings import Extent, calls_to_time, reached
-from linattn.bench.gpu_cases import OURS, Comparison, Goal, value_of
-from linattn.bench.measure import least_bytes, useful_gflops
-from linattn.bench.timing import in_rounds, summarise
+from linattn.bench.gpu.cases import OURS, Comparison, Goal, value_of
+from linattn.bench.measuring.accuracy import truth_of
+from linattn.bench.measuring.cases import DTYPES, Method, Problem, prepare
+from linattn.bench.measuring.ceilings import Extent, calls_to_time, reached
+from linattn.bench.measuring.measure import least_bytes, useful_gflops
+from linattn.bench.measuring.timing import in_rounds, summarise
 from linattn.cost import flops
 from linattn.errors import BackendError
 

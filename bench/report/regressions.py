@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from linattn.bench.cases import DTYPES, SDPA, Problem
-from linattn.bench.results import Results, Row
+from linattn.bench.measuring.cases import DTYPES, SDPA, Problem
+from linattn.bench.measuring.results import Results, Row
 from linattn.errors import DataError
 from linattn.testing import BUDGETS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linattn.bench.gpu.stages import Record
 from linattn.bench.plots import new_figure
-from linattn.bench.stages import Record
 from linattn.drawing import save
 
 if TYPE_CHECKING:

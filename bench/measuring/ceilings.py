@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linattn.bench.cases import DTYPES
-from linattn.bench.timing import summarise
+from linattn.bench.measuring.cases import DTYPES
+from linattn.bench.measuring.timing import summarise
 
 COPY = "copy"
 

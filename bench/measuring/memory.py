@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 
 import linattn
-from linattn.bench.cases import DTYPES, Method, Problem, prepare
+from linattn.bench.measuring.cases import DTYPES, Method, Problem, prepare
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -82,7 +82,7 @@ class MemoryProbe:
                 "MALLOC_TRIM_THRESHOLD_": "65536",
             }
             self._worker = subprocess.Popen(
-                [sys.executable, "-m", "linattn.bench.memory", str(torch.get_num_threads())],
+                [sys.executable, "-m", "linattn.bench.measuring.memory", str(torch.get_num_threads())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

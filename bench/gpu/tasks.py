@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import linattn
-from linattn.bench import gpu_cases as cases
-from linattn.bench.cases import SDPA, Method, attention_of
-from linattn.bench.crossing import find_crossing
-from linattn.bench.environment import describe
-from linattn.bench.gpu_rows import Limits, broken, compare, judge_goals, measure_limits, verdict
-from linattn.bench.stages import Record
-from linattn.bench.timing import in_rounds, summarise
+from linattn.bench.gpu import cases
+from linattn.bench.gpu.rows import Limits, broken, compare, judge_goals, measure_limits, verdict
+from linattn.bench.gpu.stages import Record
+from linattn.bench.measuring.cases import SDPA, Method, attention_of
+from linattn.bench.measuring.crossing import find_crossing
+from linattn.bench.measuring.environment import describe
+from linattn.bench.measuring.timing import in_rounds, summarise
 from linattn.errors import BackendError
 from linattn.state import FeatureMapState, QuadraticState
 
 if TYPE_CHECKING:
     import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SEEDS_APART = 100_000
 
 
@@ -318,7 +318,7 @@ def sanitizer(run: Run) -> int:
 def figures(run: Run) -> int:
     """Draw what the file holds."""
     try:
-        from linattn.bench.gpu_plots import draw_all
+        from linattn.bench.gpu.plots import draw_all
 
         print("written: " + ", ".join(str(path) for path in draw_all(run.record, run.out)))
     except ImportError as absent:

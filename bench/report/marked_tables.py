@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from linattn.bench.results import Results
-from linattn.bench.summaries import section
+from linattn.bench.measuring.results import Results
+from linattn.bench.report.summaries import section
 from linattn.errors import DataError
 
 END = "<!-- end of table -->"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from linattn.bench import gpu_plots, page
-from linattn.bench.page import Section
-from linattn.bench.stages import Record
-from linattn.bench.summaries import Table
+from linattn.bench.gpu import plots
+from linattn.bench.gpu.stages import Record
+from linattn.bench.report import page
+from linattn.bench.report.page import Section
+from linattn.bench.report.summaries import Table
 
 RECORD = "gpu.json"
 
@@ -93,7 +94,7 @@ def _pictures(record: Record) -> list[str]:
     device = _machines(record.section("environment"))
     goals = {key: goal for key, goal in record.section("goals").items() if goal["measured"] is not None}
     sweeps = record.section("crossover")
-    drawn = [page.picture(gpu_plots.draw_goals(goals, device), "Goals and what was reached")] if goals else []
+    drawn = [page.picture(plots.draw_goals(goals, device), "Goals and what was reached")] if goals else []
     return drawn + (
-        [page.picture(gpu_plots.draw_sweeps(sweeps, device), "Crossover against the fastest softmax")] if sweeps else []
+        [page.picture(plots.draw_sweeps(sweeps, device), "Crossover against the fastest softmax")] if sweeps else []
     )

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from linattn.bench.accuracy import Truth, truth_of
-from linattn.bench.cases import DTYPES, SDPA, Method, Problem, backend_used, prepare
-from linattn.bench.memory import MemoryProbe
-from linattn.bench.results import Row
-from linattn.bench.timing import side_by_side, summarise
+from linattn.bench.measuring.accuracy import Truth, truth_of
+from linattn.bench.measuring.cases import DTYPES, SDPA, Method, Problem, backend_used, prepare
+from linattn.bench.measuring.memory import MemoryProbe
+from linattn.bench.measuring.results import Row
+from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.cost import Form, flops
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from linattn.bench import growth, proofs, roofline, scaling, tables, targets
-from linattn.bench.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
-from linattn.bench.crossing import Crossing
-from linattn.bench.results import Results, Row
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
+from linattn.bench.measuring.crossing import Crossing
+from linattn.bench.measuring.results import Results, Row
 from linattn.bench.tables import Group
 from linattn.cost import crossover
 from linattn.errors import unknown_name

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linattn.bench.cases import COEFFICIENTS, Method, Problem
+from linattn.bench.measuring.cases import COEFFICIENTS, Method, Problem
 from linattn.testing import TRUE_FEATURE_MAPS, relative_error, truth_attention
 
 ALL_ROWS_UP_TO = 1024

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from linattn.bench.cases import Method, Problem
+from linattn.bench.measuring.cases import Method, Problem
 from linattn.cost import Kernel, state_size
 
 Quantity = Literal["TFLOP/s", "ms", "speedup", "share of limit", "share of bandwidth", "GiB", "N*/D^2"]

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from linattn.bench import heat_map, marked_tables, page, plots, roofline, scaling
-from linattn.bench.gpu_section import RECORD, gpu_section
-from linattn.bench.page import Section
-from linattn.bench.regressions import Flag, committed_before, compare
-from linattn.bench.results import Results
-from linattn.bench.summaries import section
+from linattn.bench import heat_map, plots, roofline, scaling
+from linattn.bench.measuring.results import Results
+from linattn.bench.report import marked_tables, page
+from linattn.bench.report.gpu_section import RECORD, gpu_section
+from linattn.bench.report.page import Section
+from linattn.bench.report.regressions import Flag, committed_before, compare
+from linattn.bench.report.summaries import section
 from linattn.errors import DataError
 from linattn.files import write_text
 

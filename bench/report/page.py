@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
-from linattn.bench.summaries import Table
+from linattn.bench.report.summaries import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,13 +1,13 @@
 """`make gpu`: everything that has to be measured on a GPU, in one command and under 9 minutes.
 
-    python bench/gpu.py                          all stages, most important first
-    python bench/gpu.py --only direct,chunked    some of them; what the others found before stays in the file
-    python bench/gpu.py --missing                only what the file lacks
-    python bench/gpu.py --rehearse               the same on the CPU, in Triton's interpreter, at tiny sizes
-    python bench/gpu.py --only figures --out bench/results/DEVICE    anywhere, from the file
+    python bench/gpu/command.py                          all stages, most important first
+    python bench/gpu/command.py --only direct,chunked    some of them; what the others found before stays in the file
+    python bench/gpu/command.py --missing                only what the file lacks
+    python bench/gpu/command.py --rehearse               the same on the CPU, in Triton's interpreter, at tiny sizes
+    python bench/gpu/command.py --only figures --out bench/results/DEVICE    anywhere, from the file
 
 It needs torch, Triton and, for one stage, pytest, and no network; pytest-xdist makes that stage faster. Every finding
-is in OUT/gpu.json as soon as it is made. Each stage (gpu_stages.py) is a process of its own with a time limit; the exit
+is in OUT/gpu.json as soon as it is made. Each stage (tasks.py) is a process of its own with a time limit; the exit
 status is 1 if one of them failed, was cut off or not reached. A goal that is missed fails nothing: it stays in the
 table.
 """
@@ -24,12 +24,12 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from linattn.bench.gpu_stages import ROOT, RUNS, Run
-from linattn.bench.stages import DONE, Record, Stage, run_stages
+from linattn.bench.gpu.stages import DONE, Record, Stage, run_stages
+from linattn.bench.gpu.tasks import ROOT, RUNS, Run
 from linattn.environment import device_slug
 from linattn.errors import LinattnError, unknown_name
 
