@@ -49,6 +49,7 @@ SYMBOLS = 64  # different keys, and as many values
 NOTHING = 2 * SYMBOLS
 TOKENS_A_STEP = 2048
 TEST_SEQUENCES = 128
+RUNS_NAME = "runs.json"  # of all runs together
 TEST_SEED = 10_000  # far from the seeds to train with
 KERNELS = (
     "softmax",
@@ -219,13 +220,19 @@ def state_bytes(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int
     )
 
 
-def failed(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> list[str]:
-    """Runs that learned next to nothing where another seed of the same model learned: training failed, not memory."""
+def learned(accuracy: float, cell: Cell) -> bool:
+    """Clearly more than naming any of the values shown, which is the plateau that training has to leave first."""
+    return accuracy > 1.5 / cell.pairs
+
+
+def untrained(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> list[str]:
+    """Kernels and head sizes with the number of seeds that never left the plateau: they say nothing of memory."""
     names = []
     for kernel in kernels:
         for D in sizes:
             found = accuracies(results, kernel, D, CELLS[0])
-            names += [f"{kernel} D={D} ({100 * one:.0f} %)" for one in found if one < max(found) / 2]
+            lost = sum(not learned(one, CELLS[0]) for one in found)
+            names += [f"{kernel} D={D} ({lost} of {len(found)})"] if lost else []
     return names
 
 
@@ -240,37 +247,41 @@ def table(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: S
             rows.append((kernel, D, state, *(100 * max(seeds) for seeds in found), others))
     hardest = "{}/{}".format(*CELLS[-1])
     header = ("kernel", "D", f"KiB at N={CELLS[-1].length}", *(f"{P}/{N}" for P, N in CELLS), f"{hardest}, other seeds")
-    lost = ", ".join(failed(results, kernels, sizes)) or "none"
+    lost = ", ".join(untrained(results, kernels, sizes)) or "none"
     return (
         f"Accuracy (%) by pairs/length, best seed\n{text_table(header, rows)}\n\n"
-        f"runs that hardly learned where another seed did ({CELLS[0].pairs} pairs in {CELLS[0].length} tokens): {lost}"
+        f"seeds that do no better than name any of the values shown ({CELLS[0].pairs}/{CELLS[0].length}): {lost}"
     )
 
 
 def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> Figure:
     """Accuracy against state size, one panel a difficulty: more pairs to the right, longer sequences below.
 
-    Lines join the best seeds, since what a state can hold is asked; pale dots are the other seeds.
+    Lines join the best seeds, since what a state can hold is asked; pale dots are the other seeds, crosses models of
+    which no seed left the plateau.
     """
     lengths = sorted({cell.length for cell in CELLS})
     figure = study.new_figure(13, 10)
     grid = figure.subplots(len(lengths), len(CELLS) // len(lengths), sharex=True, sharey=True, squeeze=False)
     for axes, cell in zip(grid.flat, CELLS, strict=True):
         for index, kernel in enumerate(kernels):
-            color, hybrid = COLORS[index % len(COLORS)], "," in kernel
-            seeds = {state_bytes(results, kernel, D, cell) / 1024: accuracies(results, kernel, D, cell) for D in sizes}
+            color = COLORS[index % len(COLORS)]
+            points = sorted((state_bytes(results, kernel, D, cell) / 1024, D) for D in sizes)
+            found = {size: sorted(accuracies(results, kernel, D, cell)) for size, D in points}
             axes.plot(
-                sorted(seeds),
-                [100 * max(seeds[size]) for size in sorted(seeds)],
-                marker="s" if hybrid else "o",
-                linestyle="--" if hybrid else "-",
+                list(found),
+                [100 * seeds[-1] for seeds in found.values()],
+                linestyle="--" if "," in kernel else "-",
                 color=color,
-                markersize=4,
                 label=kernel.replace(",", " + "),
             )
-            for size, found in seeds.items():
-                others = [100 * one for one in sorted(found)[:-1]]
-                axes.plot([size] * len(others), others, ".", color=color, alpha=0.4)
+            for size, D in points:
+                trained = learned(max(accuracies(results, kernel, D, CELLS[0])), CELLS[0])
+                axes.plot(
+                    size, 100 * found[size][-1], "o" if trained else "x", color=color, markersize=4 if trained else 6
+                )
+                for one in found[size][:-1]:
+                    axes.plot(size, 100 * one, ".", color=color, alpha=0.4)
         axes.set(xscale="log", ylim=(-3, 103), title=f"{cell.pairs} pairs in {cell.length} tokens")
         axes.grid(alpha=0.3)
     for axes in grid[:, 0]:
@@ -278,7 +289,8 @@ def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Se
     for axes in grid[-1]:
         axes.set_xlabel("state of both layers (KiB)")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", title="kernel")
+    figure.legend(handles, labels, loc="outside right center", title="kernel")
+    figure.suptitle("Lines: best seed; pale dots: other seeds; crosses: no seed does better than naming a value shown")
     return figure
 
 
@@ -287,6 +299,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     study.add_common_arguments(parser, "recall")
     parser.add_argument("--seeds", type=whole, default=2, help="runs with seeds from --seed on (%(default)s)")
     parser.add_argument("--steps", type=whole, default=1000, help="of training for each run (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate (%(default)s)")
     parser.add_argument(
         "--kernels", type=lambda text: text.split(), default=list(KERNELS), help="separated by spaces (all)"
     )
@@ -304,13 +317,14 @@ def run(args: argparse.Namespace) -> int:
     study.require_matplotlib()
     device = pick_device(args.device)
     plan = {
-        f"{kernel.replace(',', '-')}-D{D}-seed{seed}": Settings(kernel, D, seed, args.steps)
+        f"{kernel.replace(',', '-')}-D{D}-seed{seed}": Settings(kernel, D, seed, args.steps, lr=args.lr)
         for seed in range(args.seed, args.seed + args.seeds)
         for kernel in args.kernels
         for D in args.sizes
     }
     runs = {name: asdict(settings) for name, settings in plan.items()}
     found = sweep(runs, args.out, lambda name, folder: train(plan[name], folder, device))
+    write_json(args.out / RUNS_NAME, found)
     results = list(found.values())
     text = table(results, args.kernels, args.sizes)
     text += f"\n\n{len(results)} runs, {sum(r['seconds'] for r in results) / 60:.0f} minutes of training"

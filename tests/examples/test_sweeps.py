@@ -108,18 +108,18 @@ def test_the_recall_study_goes_on_where_it_was_interrupted(
     assert all(0 <= share <= 1 for share in results["accuracy"].values())
 
 
-def test_a_run_that_did_not_learn_is_named_and_does_not_count_as_forgetting() -> None:
+def test_a_run_that_never_left_the_plateau_is_named_and_does_not_count_as_forgetting() -> None:
     def found(D: int, seed: int, accuracy: float) -> dict[str, Any]:
         shares = {f"{cell.pairs} of {cell.length}": accuracy for cell in CELLS}
         settings = {"kernel": "elu+1", "head_dim": D, "seed": seed}
         return {"settings": settings, "accuracy": shares, "state_bytes": {str(cell.length): D for cell in CELLS}}
 
     results = [found(8, 0, 0.5), found(8, 1, 0.45), found(16, 0, 0.04), found(16, 1, 0.9)]
-    assert recall.failed(results, ["elu+1"], [8, 16]) == ["elu+1 D=16 (4 %)"]
-    assert "elu+1 D=16 (4 %)" in recall.table(results, ["elu+1"], [8, 16])
+    assert recall.untrained(results, ["elu+1"], [8, 16]) == ["elu+1 D=16 (1 of 2)"]
+    assert "elu+1 D=16 (1 of 2)" in recall.table(results, ["elu+1"], [8, 16])
     assert [claim.measured for claim in recall.claims_of(results, ["elu+1"], [8, 16])] == pytest.approx([0.5, 0.4])
     lines = recall.draw(results, ["elu+1"], [8, 16]).axes[0].get_lines()
-    assert [list(line.get_ydata()) for line in lines] == [[50.0, 90.0], [45.0], [4.0]]
+    assert [list(line.get_ydata()) for line in lines] == [[50, 90], [50], [45], [90], [4]]
 
 
 def test_recall_is_learned_by_softmax(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
