@@ -35,7 +35,7 @@ from linattn.autoencoders.principal import principal_components
 from linattn.autoencoders.repeats import batching_pays
 from linattn.autoencoders.sets import SampleSet, check_labels
 from linattn.autoencoders.settings import OBJECTIVES, Settings
-from linattn.autoencoders.side_by_side import side_by_side
+from linattn.side_by_side import side_by_side
 from linattn.environment import describe
 from linattn.errors import ArgumentError
 from linattn.files import write_json, write_text

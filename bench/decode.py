@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/decode"), help="folder for results (%(default)s)")
     parser.add_argument("--kernels", default=",".join(KERNELS), help="separated by commas (%(default)s)")
     parser.add_argument("--longest", type=int, default=100_000, metavar="N", help="last position (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=90.0, help="for each kernel (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=150.0, help="for each kernel (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--dim", type=int, default=128, help="width of the model (%(default)s)")
     parser.add_argument("--heads", type=int, default=2, help="(%(default)s)")

@@ -16,10 +16,12 @@ Source: Arora et al. 2023, "Zoology: Measuring and improving recall in efficient
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -163,6 +165,7 @@ def train(settings: Settings, folder: Path, device: torch.device) -> bool:
         TrainingConfig(steps=settings.steps, learning_rate=settings.lr, validate_every=max(1, settings.steps // 4)),
         folder=folder,
         settings=asdict(settings),
+        show_progress=False,  # several runs share the terminal
     )
     path = folder / CHECKPOINT_NAME
     if path.is_file():
@@ -181,6 +184,11 @@ def train(settings: Settings, folder: Path, device: torch.device) -> bool:
     }
     write_json(folder / RESULTS_NAME, results, indent=2)
     return True
+
+
+def train_one(plan: Mapping[str, Settings], device: torch.device, name: str, folder: Path) -> bool:
+    """The run of that name."""
+    return train(plan[name], folder, device)
 
 
 def accuracies(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int, cell: Cell) -> list[float]:
@@ -310,6 +318,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="head sizes D, separated by commas (8,16,32,64)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+    parser.add_argument(
+        "--workers", type=whole, default=os.cpu_count() or 1, help="processes side by side (%(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -323,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
         for D in args.sizes
     }
     runs = {name: asdict(settings) for name, settings in plan.items()}
-    found = sweep(runs, args.out, lambda name, folder: train(plan[name], folder, device))
+    found = sweep(runs, args.out, partial(train_one, plan, device), args.workers)
     write_json(args.out / RUNS_NAME, found)
     results = list(found.values())
     text = table(results, args.kernels, args.sizes)

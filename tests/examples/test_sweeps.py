@@ -83,7 +83,7 @@ def test_the_recall_study_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(recall, "TOKENS_A_STEP", 256)
     monkeypatch.setattr(recall, "TEST_SEQUENCES", 8)
     words = ["study", "recall", "--out", str(tmp_path), "--kernels", "softmax elu+1", "--sizes", "8", "--seeds", "1"]
-    words += ["--steps", "8", "--device", "cpu"]
+    words += ["--steps", "8", "--device", "cpu", "--workers", "1"]
     real, steps = recall.draw_sequences, []
 
     def interrupt(cell: Cell, count: int, *, seed: int, step: int) -> Any:
@@ -106,6 +106,13 @@ def test_the_recall_study_goes_on_where_it_was_interrupted(
     results = json.loads((tmp_path / "elu+1-D8-seed0" / "results.json").read_text())
     assert set(results["accuracy"]) == {f"{cell.pairs} of {cell.length}" for cell in CELLS}
     assert all(0 <= share <= 1 for share in results["accuracy"].values())
+
+
+def test_recall_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["study", "recall", "--out", str(tmp_path), "--kernels", "elu+1", "--sizes", "8", "--steps", "2"]
+    assert cli.main([*words, "--device", "cpu", "--workers", "2"]) == 0
+    assert set(json.loads((tmp_path / "runs.json").read_text())) == {"elu+1-D8-seed0", "elu+1-D8-seed1"}
+    assert "2 of 2 runs" in capsys.readouterr().err
 
 
 def test_a_run_that_never_left_the_plateau_is_named_and_does_not_count_as_forgetting() -> None:
@@ -171,7 +178,7 @@ def test_the_language_model_study_goes_on_where_it_was_interrupted(
     printed = capsys.readouterr().out
     assert "4 runs of 20 steps of 128 characters" in printed
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
-    claim = json.loads((tmp_path / "out" / "result.json").read_text())["claims"][0]
+    claim = json.loads((tmp_path / "out" / "result.json").read_text())["claims"][-1]
     runs = [json.loads((tmp_path / "out" / name / "results.json").read_text()) for name in names]
     leads = [run["trigram_validation_loss"] - run["validation_loss"] for run in runs]
     assert claim["measured"] == pytest.approx(min(leads))
