@@ -35,12 +35,12 @@ from linattn.autoencoders.principal import principal_components
 from linattn.autoencoders.repeats import batching_pays
 from linattn.autoencoders.sets import SampleSet, check_labels
 from linattn.autoencoders.settings import OBJECTIVES, Settings
-from linattn.side_by_side import side_by_side
 from linattn.environment import describe
 from linattn.errors import ArgumentError
 from linattn.files import write_json, write_text
 from linattn.options import whole
 from linattn.progress import progress
+from linattn.side_by_side import side_by_side
 from linattn.text_table import text_table
 
 MODELS = ("linear", "relu")
