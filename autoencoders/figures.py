@@ -29,19 +29,6 @@ def size_colours(sizes: Sequence[int]) -> dict[int, tuple[float, ...]]:
     return {k: colormaps["viridis"](0.85 * i / max(1, len(ordered) - 1)) for i, k in enumerate(ordered)}
 
 
-def log_scale(axes: Axes) -> None:
-    """A logarithmic y axis whose ticks read 0.1, 20, 60, 100 rather than powers of ten."""
-    from matplotlib.ticker import LogFormatter
-
-    class Plain(LogFormatter):
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(Plain())
-    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
-
-
 def shared_legend(figure: Figure, columns: int) -> None:
     """One legend below all panels, with everything that any of them shows."""
     found: dict[Any, Any] = {}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from linattn.autoencoders.autoencoder import Autoencoder
 from linattn.autoencoders.experiment import Experiment
-from linattn.autoencoders.figures import GREY, OBJECTIVE_COLOURS, band, log_scale, new_figure
+from linattn.autoencoders.figures import GREY, OBJECTIVE_COLOURS, band, new_figure
 from linattn.autoencoders.patches import PatchAutoencoder
 from linattn.autoencoders.principal import principal_components
-from linattn.drawing import save
+from linattn.drawing import log_scale, save
 from linattn.training import Record
 
 if TYPE_CHECKING:

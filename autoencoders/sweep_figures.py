@@ -10,12 +10,11 @@ from linattn.autoencoders.figures import (
     GREY,
     OBJECTIVE_COLOURS,
     band,
-    log_scale,
     new_figure,
     shared_legend,
     size_colours,
 )
-from linattn.drawing import save
+from linattn.drawing import log_scale, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

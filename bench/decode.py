@@ -168,7 +168,8 @@ def draw(found: dict[str, Any]) -> Figure:
     left.set(ylabel="time of a token (ms; median, 20 to 80 %)", title="Time")
     right.set(ylabel="memory held by the cache (MiB)", title="Memory")
     for axes in (left, right):
-        axes.set(xscale="log", yscale="log", xlabel="position (tokens decoded)")
+        drawing.log_scale(axes)
+        axes.set(xscale="log", xlabel="position (tokens decoded)")
         axes.grid(alpha=0.3, which="both")
     left.legend()
     sizes, machine = found["settings"], found["environment"]

@@ -9,6 +9,7 @@ from linattn.errors import DataError, MissingExtraError
 from linattn.files import atomic_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -34,3 +35,16 @@ def save(figure: Figure, path: Path, *, dpi: float | None = None) -> None:
             figure.savefig(file, format="png", dpi="figure" if dpi is None else dpi)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error}; accepted: a folder to write") from error
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis whose ticks read 0.1, 20, 60, 100 rather than powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
