@@ -47,24 +47,10 @@ void direct_backward(const BackwardCall& call) {
     const Index heads = p.sequences * p.Hkv, segments = count_segments(heads, usable_threads(p.threads));
     const Index apart = queries.count() * 32 * D;
     float* dq = want_dq ? scratch.take<float>(segments * apart) : nullptr;
-    Index next = 0;
-    in_parallel(p.threads, [&](int thread, int threads) {
-        const Tiles tiles;
-        queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
-            queries.pack(number, one, h, first);
-        });
-        if (threads > 1) barrier();
-        for (Index task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < heads * segments;) {
-            const Index head = task / segments, segment = task % segments;
-            const auto work = w.completed ? differentiate_head<true> : differentiate_head<false>;
-            work(queries, w, want_dq ? dq + segment * apart : nullptr, head / p.Hkv, head % p.Hkv, segment, segments);
-        }
-        if (threads > 1) barrier();
-        if (want_dq)
-            queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
-                store_queries(dq + number * 32 * D, segments, apart, D, slope_factor(w),
-                              target(call.dq, one.batch, h, one.first_query, first, one.queries, p.D));
-            });
+    const auto work = w.completed ? differentiate_head<true> : differentiate_head<false>;
+    differentiate(queries, w, dq, segments, apart, heads * segments, [&](Index task) {
+        const Index head = task / segments, segment = task % segments;
+        work(queries, w, want_dq ? dq + segment * apart : nullptr, head / p.Hkv, head % p.Hkv, segment, segments);
     });
 }
 

@@ -240,23 +240,8 @@ void chunked_backward(const BackwardCall& call) {
     const Weights w(call);
     const Features f(w, queries.size.D, scratch);
     float* dq = call.dq.data == nullptr ? nullptr : scratch.take<float>(queries.count() * 32 * queries.size.D);
-    Index next = 0;
-    in_parallel(p.threads, [&](int thread, int threads) {
-        const Tiles tiles;
-        queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
-            queries.pack(number, one, h, first);
-        });
-        if (threads > 1) barrier();
-        for (Index n; (n = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < p.sequences * p.Hkv;)
-            w.completed ? differentiate_head<true>(queries, w, f, dq, n)
-                        : differentiate_head<false>(queries, w, f, dq, n);
-        if (threads > 1) barrier();
-        if (dq != nullptr)
-            queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
-                store_queries(dq + number * 32 * queries.size.D, 1, 0, queries.size.D, slope_factor(w),
-                              target(call.dq, one.batch, h, one.first_query, first, one.queries, p.D));
-            });
-    });
+    const auto work = w.completed ? differentiate_head<true> : differentiate_head<false>;
+    differentiate(queries, w, dq, 1, 0, p.sequences * p.Hkv, [&](Index head) { work(queries, w, f, dq, head); });
 }
 
 }  // namespace linattn::LINATTN_ISA

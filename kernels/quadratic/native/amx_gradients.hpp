@@ -332,4 +332,28 @@ inline void store_queries(const float* dq, Index segments, Index apart, int D, f
         }
 }
 
+// The backward pass from end to end: queries are packed, tasks are done as threads come free, each adding to the dq of
+// its segment, and the segments' dq, `apart` floats from one to the next, are put together.
+template <class Work>
+void differentiate(const Queries& queries, const Weights& w, const float* dq, Index segments, Index apart, Index tasks,
+                   const Work& work) {
+    const Problem& p = queries.call.problem;
+    const int D = queries.size.D;
+    Index next = 0;
+    in_parallel(p.threads, [&](int thread, int threads) {
+        const Tiles tiles;
+        queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
+            queries.pack(number, one, h, first);
+        });
+        if (threads > 1) barrier();
+        for (Index task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) work(task);
+        if (threads > 1) barrier();
+        if (dq != nullptr)
+            queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
+                store_queries(dq + number * 32 * D, segments, apart, D, slope_factor(w),
+                              target(queries.call.dq, one.batch, h, one.first_query, first, one.queries, p.D));
+            });
+    });
+}
+
 }  // namespace linattn::LINATTN_ISA

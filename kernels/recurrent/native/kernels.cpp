@@ -133,6 +133,19 @@ void read_state(const Block& block, const float* from, float* to) {
             unpack_row(from + (block.first + r) * block.H, block.H, 1, to + r * block.Hp);
 }
 
+// What goes from step to step, padded: the state and the sums of the gates, or the gradients of both.
+struct Carried {
+    float *h, *c, *z;
+};
+
+Carried carried(const Block& block, Scratch& scratch, const float* h, const float* c) {
+    const Carried made{scratch.take<float>(block.rows * block.Hp), scratch.take<float>(block.rows * block.Hp),
+                       scratch.take<float>(block.rows * block.G * block.Hp)};
+    read_state(block, h, made.h);
+    read_state(block, c, made.c);
+    return made;
+}
+
 void write_state(const Block& block, const float* from, float* to) {
     for (int r = 0; r < block.rows; ++r)
         __builtin_memcpy(to + (block.first + r) * block.H, from + r * block.Hp, sizeof(float) * block.H);
@@ -192,11 +205,7 @@ template <Cell cell>
 void forward_block(const ForwardCall& call, const Block& block, const float* packed) {
     Scratch scratch;
     const Index G = block.G, H = block.H, Hp = block.Hp, wide = G * Hp;
-    float* h = scratch.take<float>(block.rows * Hp);
-    float* c = scratch.take<float>(block.rows * Hp);
-    float* z = scratch.take<float>(block.rows * wide);
-    read_state(block, call.h0, h);
-    read_state(block, call.c0, c);
+    const auto [h, c, z] = carried(block, scratch, call.h0, call.c0);
     const Index steps = block.last_step();
     for (Index t = 0; t < steps; ++t) {
         for (int r = 0; r < block.rows; ++r) {
@@ -275,11 +284,7 @@ template <Cell cell>
 void backward_block(const BackwardCall& call, const Block& block, const float* packed) {
     Scratch scratch;
     const Index G = block.G, H = block.H, Hp = block.Hp, wide = G * Hp;
-    float* dh = scratch.take<float>(block.rows * Hp);
-    float* dc = scratch.take<float>(block.rows * Hp);
-    float* dz = scratch.take<float>(block.rows * wide);
-    read_state(block, call.dlast_h, dh);
-    read_state(block, call.dlast_c, dc);
+    const auto [dh, dc, dz] = carried(block, scratch, call.dlast_h, call.dlast_c);
     const Index steps = block.last_step();
     for (int r = 0; r < block.rows; ++r)
         clear(call.dprojected + G * block.at(r, steps), (call.T - steps) * G * H);
