@@ -226,6 +226,19 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_the_same(
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_pinned_table_of_the_synthetic_set(tmp_path: Path) -> None:
+    """The whole set and training, one repeat. At k = 5 chance decides which of the equal directions are found."""
+    words = ("--k", 5, 20, 100, 500, "--models", "linear", "--objectives", "vanilla", "--repeats", 1, "--workers", 2)
+    assert call("sweep", "ae", "--set", "synthetic", *words, "--out", tmp_path, "--no-figure") == 0
+    found = {int(row["k"]): row for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())}
+    losses = {k: float(row["training"]) for k, row in found.items()}
+    accuracies = {k: float(row["probe %"]) for k, row in found.items()}
+    assert losses[5] == pytest.approx(229.8, rel=0.01) and losses[20] == pytest.approx(79.9, rel=0.01)
+    assert losses[100] <= 0.6 and losses[500] <= 0.005
+    assert 55 < accuracies[5] < 80
+    assert [accuracies[k] for k in (20, 100, 500)] == pytest.approx([98.3, 98.0, 98.4], abs=1)
+
+
 def test_processes_side_by_side_find_what_one_finds(own: Path, tmp_path: Path) -> None:
     options = ("sweep", "ae", "--set", "file", "--data", own, *SWEEP, "--models", "linear", "--objectives", "masked")
     assert call(*options, "--out", tmp_path / "one") == 0
