@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <stdexcept>
 
 #include "machine.hpp"
 
@@ -40,12 +39,18 @@ Capability best() {
 Capability chosen() {
     const char* asked = std::getenv("LINATTN_CPU_CAPABILITY");
     if (asked == nullptr || *asked == '\0') return best();
-    for (Capability one : all)
-        if (std::string(asked) == name(one) && runs(one)) return one;
+    bool known = false;
+    for (Capability one : all) {
+        if (std::string(asked) != name(one)) continue;
+        if (runs(one)) return one;
+        known = true;
+    }
     std::string accepted;
     for (const std::string& one : capabilities()) accepted += (accepted.empty() ? "" : ", ") + one;
-    throw std::invalid_argument("LINATTN_CPU_CAPABILITY must be one that this machine has (" + accepted +
-                                "); given: " + asked);
+    const std::string message =
+        "LINATTN_CPU_CAPABILITY must be one that this machine has (" + accepted + "); given: " + asked;
+    if (known) throw MissingInstructionSet(message);
+    throw std::invalid_argument(message);
 }
 
 }  // namespace

@@ -2,17 +2,24 @@
 // names.
 #pragma once
 
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace linattn {
+
+// The variable names a set that is compiled in and that this machine lacks.
+class MissingInstructionSet : public std::invalid_argument {
+public:
+    using std::invalid_argument::invalid_argument;
+};
 
 // In order: each one also has everything before it. portable: 128-bit vectors of the base architecture (SSE2, NEON).
 // amx: AVX-512 throughout, and bf16 products by tiles.
 enum class Capability { portable, avx2, avx512, amx };
 
 // What the process computes with. Read once, at the first call. Throws std::invalid_argument when the variable names
-// something unknown or something this machine lacks.
+// something unknown, MissingInstructionSet when it names something this machine lacks.
 Capability capability();
 
 const char* name(Capability capability);

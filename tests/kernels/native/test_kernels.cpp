@@ -9,6 +9,7 @@
 
 #include "common/native/capability.hpp"
 #include "feature_map/native/cpu.hpp"
+#include "program.hpp"
 #include "quadratic/native/cpu.hpp"
 #include "truth.hpp"
 
@@ -77,21 +78,26 @@ std::string feature_map_call(Case& c) {
     return run(c, {0, 1, 0, options.map}, options, forward, backward);
 }
 
-}  // namespace
-
-int main(int count, char** words) {
-    const unsigned calls = count > 1 ? static_cast<unsigned>(std::atoi(words[1])) : 60;
-    const unsigned first = count > 2 ? static_cast<unsigned>(std::atoi(words[2])) : 0;
-    int failures = 0;
+// How many calls are wrong.
+int count_wrong(unsigned calls, unsigned first) {
+    int wrong = 0;
     for (unsigned seed = first; seed < first + calls; ++seed) {
         for (const bool quadratic : {true, false}) {
             test::Case c(seed);
             const std::string why = quadratic ? quadratic_call(c) : feature_map_call(c);
             if (why.empty()) continue;
-            ++failures;
+            ++wrong;
             std::printf("seed %u, %s: wrong:%s\n", seed, quadratic ? "quadratic" : "feature map", why.c_str());
         }
     }
-    std::printf("%s: %u calls of each op, %d wrong\n", linattn::name(linattn::capability()), calls, failures);
-    return failures == 0 ? 0 : 1;
+    std::printf("%s: %u calls of each op, %d wrong\n", linattn::name(linattn::capability()), calls, wrong);
+    return wrong;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    const unsigned calls = count > 1 ? static_cast<unsigned>(std::atoi(words[1])) : 60;
+    const unsigned first = count > 2 ? static_cast<unsigned>(std::atoi(words[2])) : 0;
+    return test::exit_status([&] { return count_wrong(calls, first); });
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/native/capability.hpp"
+#include "program.hpp"
 #include "recurrent/native/cpu.hpp"
 
 namespace {
@@ -152,12 +153,17 @@ int failures_of(unsigned seed) {
     return failures;
 }
 
+// How many calls are wrong.
+int count_wrong(unsigned calls) {
+    int wrong = 0;
+    for (unsigned seed = 0; seed < calls; ++seed) wrong += failures_of(seed) > 0;
+    std::printf("%s: %u calls, %d wrong\n", linattn::name(linattn::capability()), calls, wrong);
+    return wrong;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
     const unsigned calls = count > 1 ? static_cast<unsigned>(std::atoi(words[1])) : 60;
-    int wrong_calls = 0;
-    for (unsigned seed = 0; seed < calls; ++seed) wrong_calls += failures_of(seed) > 0;
-    std::printf("%s: %u calls, %d wrong\n", linattn::name(linattn::capability()), calls, wrong_calls);
-    return wrong_calls == 0 ? 0 : 1;
+    return test::exit_status([&] { return count_wrong(calls); });
 }

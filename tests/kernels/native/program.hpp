@@ -1,0 +1,29 @@
+// How the test programs end.
+#pragma once
+
+#include <cstdio>
+#include <exception>
+
+#include "common/native/capability.hpp"
+
+namespace test {
+
+constexpr int failed = 1, skipped = 77;  // CMakeLists.txt: SKIP_RETURN_CODE
+
+// The exit status of a program that computes `wrong()`, the number of wrong calls: skipped where the machine lacks the
+// instruction set that is asked for, failed where something is wrong or an error comes out.
+template <class Wrong>
+int exit_status(const Wrong& wrong) {
+    try {
+        linattn::capability();
+        return wrong() == 0 ? 0 : failed;
+    } catch (const linattn::MissingInstructionSet& missing) {
+        std::printf("skipped: %s\n", missing.what());
+        return skipped;
+    } catch (const std::exception& error) {
+        std::printf("failed: %s\n", error.what());
+        return failed;
+    }
+}
+
+}  // namespace test
