@@ -9,11 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "common/native/capability.hpp"
-#include "common/native/machine.hpp"
-#include "common/native/problem.hpp"
-#include "feature_map/native/cpu.hpp"
-#include "quadratic/native/cpu.hpp"
+#include "common/native/attention_problem.hpp"
+#include "common/native/cpu_features.hpp"
+#include "common/native/isa.hpp"
+#include "feature_map/native/feature_map.hpp"
+#include "quadratic/native/quadratic.hpp"
 #include "recurrent/native/bindings.hpp"
 
 namespace nb = nanobind;
@@ -68,16 +68,32 @@ T* pointer(Index address) {
     return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
 }
 
-linattn::Rows rows(const Tensor& t) { return {pointer<void>(t[0]), t[1], t[2], t[3]}; }
+linattn::TensorView rows(const Tensor& t) { return {pointer<void>(t[0]), t[1], t[2], t[3]}; }
 
 // kernels/common/cpu.py calls this, and keeps the tensors alive.
-void make_problem(linattn::Problem* self, int dtype, const std::array<Index, 7>& sizes, const Tensor& q,
+void make_problem(linattn::AttentionProblem* self, int dtype, const std::array<Index, 7>& sizes, const Tensor& q,
                   const Tensor& k, const Tensor& v, Index key_mask, Index cu_seqlens, Index sequences, bool is_causal,
                   Index q_offset, double scale, bool normalize, int threads) {
     const auto [B, H, Hkv, Tq, Tk, D, M] = sizes;
-    new (self) linattn::Problem{static_cast<linattn::Dtype>(dtype), B, H, Hkv, Tq, Tk, D, M, rows(q), rows(k), rows(v),
-                                pointer<bool>(key_mask), pointer<Index>(cu_seqlens), sequences, is_causal, q_offset,
-                                static_cast<float>(scale), normalize, threads};
+    new (self) linattn::AttentionProblem{static_cast<linattn::Dtype>(dtype),
+                                         B,
+                                         H,
+                                         Hkv,
+                                         Tq,
+                                         Tk,
+                                         D,
+                                         M,
+                                         rows(q),
+                                         rows(k),
+                                         rows(v),
+                                         pointer<bool>(key_mask),
+                                         pointer<Index>(cu_seqlens),
+                                         sequences,
+                                         is_causal,
+                                         q_offset,
+                                         static_cast<float>(scale),
+                                         normalize,
+                                         threads};
 }
 
 void make_quadratic_options(linattn::quadratic::Options* self, double c0, double c1, double c2, int form, Index chunk) {
@@ -109,24 +125,30 @@ private:
 
 // The functions `<op>_forward` and `<op>_backward`.
 template <class Options, class State>
-void define(nb::module_& module, const std::string& op, void (*forward)(const linattn::ForwardCallOf<Options, State>&),
-            void (*backward)(const linattn::BackwardCallOf<Options, State>&)) {
-    using linattn::Problem;
+void define(nb::module_& module, const std::string& op,
+            void (*forward)(const linattn::AttentionForwardCall<Options, State>&),
+            void (*backward)(const linattn::AttentionBackwardCall<Options, State>&)) {
+    using linattn::AttentionProblem;
     module.def((op + "_forward").c_str(),
-               [forward](const Problem& problem, const Options& options, const Tensor& out, Index l,
+               [forward](const AttentionProblem& problem, const Options& options, const Tensor& out, Index l,
                          const Addresses& before, const Addresses& after) {
                    const Given<State> first(before), last(after);
                    const nb::gil_scoped_release released;
                    forward({{options, problem, rows(out), pointer<float>(l), first.get()}, last.get()});
                });
     module.def((op + "_backward").c_str(),
-               [backward](const Problem& problem, const Options& options, const Tensor& out, Index l,
+               [backward](const AttentionProblem& problem, const Options& options, const Tensor& out, Index l,
                           const Addresses& before, const Tensor& dout, const Tensor& dq, const Tensor& dk,
                           const Tensor& dv, const Addresses& dafter, const Addresses& dbefore) {
                    const Given<State> first(before), dlast(dafter), dfirst(dbefore);
                    const nb::gil_scoped_release released;
                    backward({{options, problem, rows(out), pointer<float>(l), first.get()},
-                             rows(dout), rows(dq), rows(dk), rows(dv), dlast.get(), dfirst.get()});
+                             rows(dout),
+                             rows(dq),
+                             rows(dk),
+                             rows(dv),
+                             dlast.get(),
+                             dfirst.get()});
                });
 }
 
@@ -134,17 +156,18 @@ void define(nb::module_& module, const std::string& op, void (*forward)(const li
 
 NB_MODULE(_native, module) {
     module.doc() = "Native part of linattn: the CPU kernels, and what there is to know about the machine.";
-    module.def("capability", [] { return linattn::name(linattn::capability()); },
-               "The instruction set that kernels run on: LINATTN_CPU_CAPABILITY, or the best that this machine has.");
-    module.def("capabilities", &linattn::capabilities, "What LINATTN_CPU_CAPABILITY accepts on this machine.");
-    nb::class_<linattn::Problem>(module, "Problem", "An attention call, as every op takes it.")
+    module.def(
+        "capability", [] { return linattn::isa_name(linattn::selected_isa()); },
+        "The instruction set that kernels run on: LINATTN_CPU_CAPABILITY, or the best that this machine has.");
+    module.def("capabilities", &linattn::supported_isas, "What LINATTN_CPU_CAPABILITY accepts on this machine.");
+    nb::class_<linattn::AttentionProblem>(module, "Problem", "An attention call, as every op takes it.")
         .def("__init__", &make_problem);
     nb::class_<linattn::quadratic::Options>(module, "QuadraticOptions").def("__init__", &make_quadratic_options);
     nb::class_<linattn::feature_map::Options>(module, "FeatureMapOptions").def("__init__", &make_feature_map_options);
     define(module, "quadratic", linattn::quadratic::forward, linattn::quadratic::backward);
     define(module, "feature_map", linattn::feature_map::forward, linattn::feature_map::backward);
     linattn::recurrent::define(module);
-    module.def("instruction_sets", &linattn::instruction_sets,
+    module.def("instruction_sets", &linattn::cpu_features,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");
     module.def("build_info", &build_info,

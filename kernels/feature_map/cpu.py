@@ -1,4 +1,4 @@
-"""Feature-map attention by the native C++ kernels (native/cpu.hpp): CPU tensors in fp32, bf16 and fp16."""
+"""Feature-map attention by the native C++ kernels (native/feature_map.hpp): CPU tensors in fp32, bf16 and fp16."""
 
 from __future__ import annotations
 

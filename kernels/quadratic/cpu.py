@@ -1,4 +1,4 @@
-"""Quadratic-kernel attention by the native C++ kernels (native/cpu.hpp): CPU tensors in fp32, bf16 and fp16."""
+"""Quadratic-kernel attention by the native C++ kernels (native/quadratic.hpp): CPU tensors in fp32, bf16 and fp16."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# h_t = act(z_t), or an LSTM; z_t = projected_t + W_h h_{t-1}. The order is that of `Cell` in native/cpu.hpp.
+# h_t = act(z_t), or an LSTM; z_t = projected_t + W_h h_{t-1}. The order is that of `Cell` in native/recurrent.hpp.
 CELLS = ("tanh", "relu", "identity", "lstm")
 
 

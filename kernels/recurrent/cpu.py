@@ -1,4 +1,4 @@
-"""The recurrence by the native C++ kernels (native/cpu.hpp): CPU tensors in fp32."""
+"""The recurrence by the native C++ kernels (native/recurrent.hpp): CPU tensors in fp32."""
 
 from __future__ import annotations
 

@@ -18,20 +18,20 @@ namespace linattn::LINATTN_ISA {
 constexpr int tile = 512;  // elements of bf16
 
 // Configures the calling thread's tiles; releases them at the end of the scope, for everyone who saves registers.
-class Tiles {
+class TileConfiguration {
 public:
-    Tiles() {
+    TileConfiguration() {
         struct alignas(64) {
             std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
             std::uint16_t bytes_per_row[16] = {};
             std::uint8_t rows[16] = {};
-        } configuration;
-        for (int t = 0; t < 8; ++t) configuration.bytes_per_row[t] = 64, configuration.rows[t] = 16;
-        asm volatile("ldtilecfg %0" ::"m"(configuration));
+        } layout;
+        for (int t = 0; t < 8; ++t) layout.bytes_per_row[t] = 64, layout.rows[t] = 16;
+        asm volatile("ldtilecfg %0" ::"m"(layout));
     }
-    ~Tiles() { asm volatile("tilerelease"); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
+    ~TileConfiguration() { asm volatile("tilerelease"); }
+    TileConfiguration(const TileConfiguration&) = delete;
+    TileConfiguration& operator=(const TileConfiguration&) = delete;
 };
 
 // stride: bytes from row to row; 0 repeats one row.
@@ -48,7 +48,7 @@ LINATTN_INLINE void multiply_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// Tiles 0 to 3 are a block of 32 x 32 floats: 0 1 over 2 3.
+// TileConfiguration 0 to 3 are a block of 32 x 32 floats: 0 1 over 2 3.
 LINATTN_INLINE void zero_block() {
     asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
 }
@@ -82,8 +82,8 @@ LINATTN_INLINE void multiply_block(const Bf16* a0, const Bf16* a1, const Bf16* b
 LINATTN_INLINE __m512i load_words(const void* p) { return _mm512_loadu_si512(p); }
 LINATTN_INLINE void store_words(void* p, __m512i x) { _mm512_storeu_si512(p, x); }
 
-// 32 elements, `low` first, rounded to nearest even.
-LINATTN_INLINE __m512i rounded(Vec low, Vec high) {
+// 32 elements, `low` first, round_to_bf16 to nearest even.
+LINATTN_INLINE __m512i round_to_bf16(Vec low, Vec high) {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 LINATTN_INLINE __mmask32 first_bits(Index n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
@@ -131,7 +131,7 @@ LINATTN_INLINE void transpose_tile(const Bf16* from, Bf16* to) {
 // ---- packing ----
 
 // 32 rows to be packed, of `width` elements; those that do not exist or do not count read as zeros, whatever they hold.
-struct Strip {
+struct StripView {
     const Bf16* data;
     Index stride;
     int width;
@@ -143,14 +143,14 @@ struct Strip {
     }
 };
 
-// Rows as A tiles of X: [columns / 32][2][tile].
-LINATTN_INLINE void pack_rows(const Strip& x, int columns, Bf16* to) {
+// TensorView as A tiles of X: [columns / 32][2][tile].
+LINATTN_INLINE void pack_rows(const StripView& x, int columns, Bf16* to) {
     for (int c = 0; c < columns; c += 32)
         for (int r = 0; r < 32; ++r, to += 32) store_words(to, x.row(r, c));
 }
 
-// Rows as B tiles of X^T: [2][columns / 32][tile].
-LINATTN_INLINE void pack_transposed(const Strip& x, int columns, Bf16* to) {
+// TensorView as B tiles of X^T: [2][columns / 32][tile].
+LINATTN_INLINE void pack_transposed(const StripView& x, int columns, Bf16* to) {
     for (int r0 = 0; r0 < 32; r0 += 16)
         for (int c = 0; c < columns; c += 32, to += tile) {
             __m512i words[16];
@@ -162,8 +162,8 @@ LINATTN_INLINE void pack_transposed(const Strip& x, int columns, Bf16* to) {
         }
 }
 
-// Rows as B tiles of X: [columns / 16][tile].
-LINATTN_INLINE void pack_pairs(const Strip& x, int columns, Bf16* to) {
+// TensorView as B tiles of X: [columns / 16][tile].
+LINATTN_INLINE void pack_pairs(const StripView& x, int columns, Bf16* to) {
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));

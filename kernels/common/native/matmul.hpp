@@ -47,7 +47,7 @@ LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, floa
 #pragma GCC unroll 2
     for (int t = 0; t < terms; ++t) {
         const Product& p = products[t];
-        const Index n = most<Index>(0, least(p.n, p.seen + r + R - 1));
+        const Index n = max<Index>(0, min(p.n, p.seen + r + R - 1));
         multiply_add(acc, p.a + r * p.row, p.row, p.step, p.b + j, p.stride, static_cast<int>(n));
     }
     float* const to = c + r * c_stride + j;
@@ -75,7 +75,7 @@ LINATTN_INLINE void compute_panel(const Product (&products)[terms], int rows, fl
 
 template <int terms>
 LINATTN_INLINE void compute_panels(const Product (&products)[terms], int rows, Index columns, float* c, Index c_stride,
-                                    bool add) {
+                                   bool add) {
     Index j = 0;
     for (; j + widest * width <= columns; j += widest * width)
         compute_panel<widest>(products, rows, c, c_stride, j, add);

@@ -1,4 +1,4 @@
-// Rows of tensors as the matrix products read them, fp32 padded with zeros, and finished rows on their way back.
+// TensorView of tensors as the matrix products read them, fp32 padded with zeros, and finished rows on their way back.
 #pragma once
 
 #include <utility>
@@ -9,12 +9,9 @@ namespace linattn::LINATTN_ISA {
 
 constexpr int key_block = 64;  // keys of one tile of scores
 
-LINATTN_INLINE Index blocks(Index n, Index size) { return (n + size - 1) / size; }
-LINATTN_INLINE Index padded(Index n) { return blocks(n, width) * width; }
-
 // Call body(x) with x of the element type that a dtype names.
 template <class Body>
-LINATTN_INLINE void with_element(Dtype dtype, const Body& body) {
+LINATTN_INLINE void dispatch_dtype(Dtype dtype, const Body& body) {
     switch (dtype) {
         case Dtype::fp32: return body(float{});
         case Dtype::bf16: return body(Bf16{});
@@ -22,29 +19,29 @@ LINATTN_INLINE void with_element(Dtype dtype, const Body& body) {
     }
 }
 
-// Rows t, t + 1, ... of head h of batch element b. Row r begins `r * stride` elements after `data`.
-struct HeadRows {
+// TensorView t, t + 1, ... of head h of batch element b. Row r begins `r * stride` elements after `data`.
+struct RowView {
     void* data;
     Index stride;
     Dtype dtype;
 };
 
-LINATTN_INLINE HeadRows head_rows(const Rows& tensor, Dtype dtype, Index b, Index h, Index t) {
+LINATTN_INLINE RowView row_view(const TensorView& tensor, Dtype dtype, Index b, Index h, Index t) {
     const Index offset = b * tensor.stride_b + h * tensor.stride_h + t * tensor.stride_t;
     const Index size = dtype == Dtype::fp32 ? 4 : 2;
     return {static_cast<char*>(tensor.data) + offset * size, tensor.stride_t, dtype};
 }
 
 // Ask for a row that will be packed soon: the hardware's own prefetching stops at every page.
-LINATTN_INLINE void prefetch_row(const HeadRows& from, Index r, Index n) {
+LINATTN_INLINE void prefetch_row(const RowView& from, Index r, Index n) {
     const Index size = from.dtype == Dtype::fp32 ? 4 : 2;
     const char* row = static_cast<const char*>(from.data) + r * from.stride * size;
     for (Index i = 0; i < n * size; i += 64) __builtin_prefetch(row + i);
 }
 
-// to[0 .. padded(n)) = factor * from[0 .. n), then zeros.
+// to[0 .. round_up<width>(n)) = factor * from[0 .. n), then zeros.
 template <class T>
-LINATTN_INLINE void unpack_row(const T* from, Index n, float factor, float* to) {
+LINATTN_INLINE void load_row(const T* from, Index n, float factor, float* to) {
     Index i = 0;
     for (; i + width <= n; i += width) store(to + i, factor * load(from + i));
     if (i < n) store(to + i, factor * load_first(from + i, static_cast<int>(n - i)));
@@ -52,15 +49,15 @@ LINATTN_INLINE void unpack_row(const T* from, Index n, float factor, float* to) 
 
 LINATTN_INLINE void clear(float* to, Index n) { __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(float)); }
 
-// to[r][0 .. padded(n)) = factor * row r for r < count, zeros up to row `rows` and where keep[r] is false: whatever a
-// row that does not count holds, NaN included, goes no further. keep may be null.
-inline void pack_rows(const HeadRows& from, Index count, Index n, float factor, const bool* keep, Index rows,
+// to[r][0 .. round_up<width>(n)) = factor * row r for r < count, zeros up to row `rows` and where keep[r] is false:
+// whatever a row that does not count holds, NaN included, goes no further. keep may be null.
+inline void pack_rows(const RowView& from, Index count, Index n, float factor, const bool* keep, Index rows,
                       float* to) {
-    const Index stride = padded(n);
-    with_element(from.dtype, [&]<class T>(T) {
+    const Index stride = round_up<width>(n);
+    dispatch_dtype(from.dtype, [&]<class T>(T) {
         for (Index r = 0; r < count; ++r) {
             if (keep == nullptr || keep[r])
-                unpack_row(static_cast<const T*>(from.data) + r * from.stride, n, factor, to + r * stride);
+                load_row(static_cast<const T*>(from.data) + r * from.stride, n, factor, to + r * stride);
             else
                 clear(to + r * stride, stride);
         }
@@ -69,7 +66,7 @@ inline void pack_rows(const HeadRows& from, Index count, Index n, float factor, 
 }
 
 template <int... I>
-LINATTN_INLINE Vec interleaved(Vec a, Vec b, int from, std::integer_sequence<int, I...>) {
+LINATTN_INLINE Vec interleave(Vec a, Vec b, int from, std::integer_sequence<int, I...>) {
     return from == 0 ? __builtin_shufflevector(a, b, (I / 2 + I % 2 * width)...)
                      : __builtin_shufflevector(a, b, ((I + width) / 2 + I % 2 * width)...);
 }
@@ -82,8 +79,8 @@ LINATTN_INLINE void transpose(Vec (&square)[width]) {
         Vec next[width];
 #pragma GCC unroll 16
         for (int i = 0; i < width / 2; ++i) {
-            next[2 * i] = interleaved(square[i], square[i + width / 2], 0, lanes);
-            next[2 * i + 1] = interleaved(square[i], square[i + width / 2], 1, lanes);
+            next[2 * i] = interleave(square[i], square[i + width / 2], 0, lanes);
+            next[2 * i + 1] = interleave(square[i], square[i + width / 2], 1, lanes);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < width; ++i) square[i] = next[i];
@@ -92,12 +89,12 @@ LINATTN_INLINE void transpose(Vec (&square)[width]) {
 
 // to[i][c] = factor * row c at i, for i < n and c < key_block; zeros from row `count` <= key_block on and where keep[c]
 // is false. keep may be null.
-inline void pack_transposed(const HeadRows& from, Index count, Index n, float factor, const bool* keep, float* to) {
-    with_element(from.dtype, [&]<class T>(T) {
+inline void pack_transposed(const RowView& from, Index count, Index n, float factor, const bool* keep, float* to) {
+    dispatch_dtype(from.dtype, [&]<class T>(T) {
         const T* rows = static_cast<const T*>(from.data);
         for (Index c = 0; c < key_block; c += width) {
             for (Index i = 0; i < n; i += width) {
-                const int left = static_cast<int>(least<Index>(width, n - i));
+                const int left = static_cast<int>(min<Index>(width, n - i));
                 Vec square[width];
 #pragma GCC unroll 16
                 for (int a = 0; a < width; ++a) {
@@ -115,8 +112,8 @@ inline void pack_transposed(const HeadRows& from, Index count, Index n, float fa
 }
 
 // Row r of `to` = factor * from[0 .. n).
-LINATTN_INLINE void store_row(const float* from, Index n, float factor, const HeadRows& to, Index r) {
-    with_element(to.dtype, [&]<class T>(T) {
+LINATTN_INLINE void store_row(const float* from, Index n, float factor, const RowView& to, Index r) {
+    dispatch_dtype(to.dtype, [&]<class T>(T) {
         T* row = static_cast<T*>(to.data) + r * to.stride;
         Index i = 0;
         for (; i + width <= n; i += width) store(row + i, factor * load(from + i));
@@ -127,7 +124,7 @@ LINATTN_INLINE void store_row(const float* from, Index n, float factor, const He
 // Row r of `to` = from[0 .. n) / l, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation.
 // Divided by one reciprocal and corrected by the remainder, which is as exact as a division and far from as slow;
 // divided indeed where the reciprocal leaves the normal numbers.
-LINATTN_INLINE void store_quotient(const float* from, Index n, float l, const HeadRows& to, Index r) {
+LINATTN_INLINE void store_quotient(const float* from, Index n, float l, const RowView& to, Index r) {
     const bool ordinary = l > 1e-30f && l < 1e30f;
     const float divisor = l <= 0 ? __builtin_inff() : l, reciprocal = 1 / divisor;
     const auto divided = [&](Vec x) {
@@ -135,7 +132,7 @@ LINATTN_INLINE void store_quotient(const float* from, Index n, float l, const He
         const Vec about = x * reciprocal;
         return about + (x - about * divisor) * reciprocal;
     };
-    with_element(to.dtype, [&]<class T>(T) {
+    dispatch_dtype(to.dtype, [&]<class T>(T) {
         T* row = static_cast<T*>(to.data) + r * to.stride;
         Index i = 0;
         for (; i + width <= n; i += width) store(row + i, divided(load(from + i)));

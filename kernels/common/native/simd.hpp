@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "problem.hpp"
+#include "attention_problem.hpp"
 
 #if !defined(LINATTN_ISA) || !defined(LINATTN_WIDTH) || !defined(LINATTN_ACCUMULATORS)
 #error "simd.hpp is for sources that are compiled once for each instruction set"
@@ -37,12 +37,23 @@ struct Fp16 {
 };
 
 template <class T>
-LINATTN_INLINE T least(T a, T b) {
+LINATTN_INLINE T min(T a, T b) {
     return b < a ? b : a;
 }
 template <class T>
-LINATTN_INLINE T most(T a, T b) {
+LINATTN_INLINE T max(T a, T b) {
     return a < b ? b : a;
+}
+
+template <class T>
+LINATTN_INLINE T clamp(T x, T low, T high) {
+    return max(low, min(x, high));
+}
+
+LINATTN_INLINE Index ceil_div(Index n, Index size) { return (n + size - 1) / size; }
+template <int multiple, class T>
+LINATTN_INLINE T round_up(T n) {
+    return (n + multiple - 1) / multiple * multiple;
 }
 
 LINATTN_INLINE Vec splat(float x) { return Vec{} + x; }

@@ -23,8 +23,8 @@ void watch_for_forks() {
 #endif
 }
 
-constexpr int patience = 4000;     // turns that a thread waits for its team before it lets others run
-constexpr int largest_team = 8;    // beyond it, members of one team would have too little work between two meetings
+constexpr int spin_limit = 4000;  // turns that a thread waits for its team before it lets others run
+constexpr int largest_team = 8;   // beyond it, members of one team would have too little work between two meetings
 
 // A block beyond the largest is given back when nothing uses it: one very long call must not hold its memory for ever.
 constexpr std::size_t alignment = 64, smallest_block = std::size_t{1} << 20, largest_kept = std::size_t{1} << 26;
@@ -71,7 +71,7 @@ int usable_threads(int asked) {
 struct alignas(64) Team::Meeting {
     std::atomic<int> arrived{0}, round{0};
     std::atomic<Index> next{0};
-    void* shared = nullptr;
+    void* address = nullptr;
 };
 
 void Team::wait() {
@@ -84,18 +84,18 @@ void Team::wait() {
     }
     // The others come soon, unless they have to share a core with this thread.
     for (int turns = 0; meeting_->round.load(std::memory_order_acquire) == round; ++turns)
-        if (turns >= patience) std::this_thread::yield();
+        if (turns >= spin_limit) std::this_thread::yield();
 }
 
-void* Team::shared(void* mine) {
-    if (member == 0) meeting_->shared = mine;
+void* Team::broadcast(void* mine) {
+    if (member == 0) meeting_->address = mine;
     wait();
-    void* given = meeting_->shared;
+    void* given = meeting_->address;
     wait();  // before the next is given
     return given;
 }
 
-Teams::Teams(int threads, Index tasks) : threads_(threads), teams_(threads), tasks_(tasks) {
+TeamSchedule::TeamSchedule(int threads, Index tasks) : threads_(threads), teams_(threads), tasks_(tasks) {
     const Index rounds = (tasks + threads - 1) / threads;
     if (tasks < threads)
         teams_ = tasks > 0 ? static_cast<int>(tasks) : 1;
@@ -104,14 +104,14 @@ Teams::Teams(int threads, Index tasks) : threads_(threads), teams_(threads), tas
     meetings_ = new Team::Meeting[teams_];
 }
 
-Teams::~Teams() { delete[] meetings_; }
+TeamSchedule::~TeamSchedule() { delete[] meetings_; }
 
 // As many threads in each, give or take one.
-int Teams::team_of(int thread) const {
+int TeamSchedule::team_of(int thread) const {
     return static_cast<int>((static_cast<Index>(thread) + 1) * teams_ - 1) / threads_;
 }
 
-Team Teams::team(int thread) const {
+Team TeamSchedule::team(int thread) const {
     const int mine = team_of(thread);
     int first = thread, last = thread;
     while (first > 0 && team_of(first - 1) == mine) --first;
@@ -119,7 +119,7 @@ Team Teams::team(int thread) const {
     return {meetings_ + mine, thread - first, last - first + 1};
 }
 
-Index Teams::next(int thread, Index done) {
+Index TeamSchedule::next(int thread, Index done) {
     const bool single = teams_ == threads_;
     const Index task = single ? meetings_[0].next.fetch_add(1) : team_of(thread) + done * teams_;
     return task < tasks_ ? task : -1;
@@ -133,7 +133,7 @@ Scratch::~Scratch() {
     if (arena.current == 0 && arena.used == 0) arena.shrink(largest_kept);
 }
 
-void* Scratch::take_bytes(std::size_t bytes) {
+void* Scratch::allocate_bytes(std::size_t bytes) {
     bytes = (bytes + alignment - 1) / alignment * alignment;
     Arena& a = arena;
     while (a.current < a.blocks.size() && a.used + bytes > a.blocks[a.current].size) {

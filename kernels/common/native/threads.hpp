@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "problem.hpp"
+#include "attention_problem.hpp"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -18,7 +18,7 @@ int usable_threads(int asked);
 
 // Call work(thread, threads) once in each of `threads` threads. No exception may leave `work`.
 template <class Work>
-void in_parallel(int asked, const Work& work) {
+void run_parallel(int asked, const Work& work) {
     const int threads = usable_threads(asked);
     if (threads == 1) {
         work(0, 1);
@@ -48,7 +48,7 @@ public:
     void wait();
 
     // What the first member gives.
-    void* shared(void* mine);
+    void* broadcast(void* mine);
 
     const int member, size;
 
@@ -59,12 +59,12 @@ private:
 // Tasks handed out to teams of a region's threads. Fewer tasks than threads: a team each. More: teams of one thread,
 // which take the next task when they are done, or one team of all for each task in turn where the last round of single
 // threads would leave many without work.
-class Teams {
+class TeamSchedule {
 public:
-    Teams(int threads, Index tasks);
-    ~Teams();
-    Teams(const Teams&) = delete;
-    Teams& operator=(const Teams&) = delete;
+    TeamSchedule(int threads, Index tasks);
+    ~TeamSchedule();
+    TeamSchedule(const TeamSchedule&) = delete;
+    TeamSchedule& operator=(const TeamSchedule&) = delete;
 
     Team team(int thread) const;
     // The team's next task, or -1. `done` counts the team's tasks so far.
@@ -80,10 +80,10 @@ private:
 
 // Call work(task, team) for each of `tasks` tasks, in teams of at most `asked` threads together.
 template <class Work>
-void in_teams(int asked, Index tasks, const Work& work) {
-    Teams* teams = nullptr;
-    in_parallel(asked, [&](int thread, int threads) {
-        if (thread == 0) teams = new Teams(threads, tasks);
+void run_in_teams(int asked, Index tasks, const Work& work) {
+    TeamSchedule* teams = nullptr;
+    run_parallel(asked, [&](int thread, int threads) {
+        if (thread == 0) teams = new TeamSchedule(threads, tasks);
         if (threads > 1) barrier();
         Team team = teams->team(thread);
         Index done = 0;
@@ -95,7 +95,7 @@ void in_teams(int asked, Index tasks, const Work& work) {
 // Numbers 0, 1, ... to whoever comes first.
 class Queue {
 public:
-    __attribute__((always_inline)) std::int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+    __attribute__((always_inline)) std::int64_t pop() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
 
 private:
     std::int64_t next_ = 0;
@@ -111,12 +111,12 @@ public:
     Scratch& operator=(const Scratch&) = delete;
 
     template <class T>
-    __attribute__((always_inline)) T* take(std::size_t count) {
-        return static_cast<T*>(take_bytes(count * sizeof(T)));
+    __attribute__((always_inline)) T* allocate(std::size_t count) {
+        return static_cast<T*>(allocate_bytes(count * sizeof(T)));
     }
 
 private:
-    void* take_bytes(std::size_t bytes);
+    void* allocate_bytes(std::size_t bytes);
     std::size_t blocks_before_, used_before_;
 };
 

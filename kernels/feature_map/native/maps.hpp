@@ -2,11 +2,11 @@
 #pragma once
 
 #include "common/native/packing.hpp"
-#include "feature_map/native/cpu.hpp"
+#include "feature_map/native/feature_map.hpp"
 
-namespace linattn::LINATTN_ISA {
+namespace linattn::LINATTN_ISA::feature_map {
 
-using feature_map::Map;
+using linattn::feature_map::Map;
 
 template <Map map>
 LINATTN_INLINE Vec phi(Vec x) {
@@ -28,8 +28,8 @@ LINATTN_INLINE Vec slope(Vec x) {
 
 // Call body.operator()<map, T>() for the map and the element type of a call.
 template <class Body>
-LINATTN_INLINE void with_map(Map map, Dtype dtype, const Body& body) {
-    with_element(dtype, [&]<class T>(T) {
+LINATTN_INLINE void dispatch_map(Map map, Dtype dtype, const Body& body) {
+    dispatch_dtype(dtype, [&]<class T>(T) {
         switch (map) {
             case Map::identity: return body.template operator()<Map::identity, T>();
             case Map::elu_plus_one: return body.template operator()<Map::elu_plus_one, T>();
@@ -40,12 +40,12 @@ LINATTN_INLINE void with_map(Map map, Dtype dtype, const Body& body) {
     });
 }
 
-// to[r][0 .. padded(n)) = factor * phi(row r) for r < count, zeros behind n, up to row `rows`, and where keep[r] is
-// false: a padding may hold anything, and phi(0) is not 0. keep may be null.
-inline void pack_features(Map map, const HeadRows& from, Index count, Index n, float factor, const bool* keep,
+// to[r][0 .. round_up<width>(n)) = factor * phi(row r) for r < count, zeros behind n, up to row `rows`, and where
+// keep[r] is false: a padding may hold anything, and phi(0) is not 0. keep may be null.
+inline void pack_features(Map map, const RowView& from, Index count, Index n, float factor, const bool* keep,
                           Index rows, float* to) {
-    const Index stride = padded(n);
-    with_map(map, from.dtype, [=]<Map m, class T>() {
+    const Index stride = round_up<width>(n);
+    dispatch_map(map, from.dtype, [=]<Map m, class T>() {
         for (Index r = 0; r < count; ++r) {
             const T* row = static_cast<const T*>(from.data) + r * from.stride;
             float* features = to + r * stride;
@@ -65,16 +65,16 @@ inline void pack_features(Map map, const HeadRows& from, Index count, Index n, f
 }
 
 // Row r of `to` = factor * gradient[r] * slope(row r of `at`), and 0 where keep[r] is false. keep may be null.
-inline void store_pulled_back(Map map, const float* gradient, const HeadRows& at, Index count, Index n, float factor,
-                              const bool* keep, const HeadRows& to) {
-    const Index stride = padded(n);
-    with_map(map, at.dtype, [=]<Map m, class T>() {
+inline void store_pulled_back(Map map, const float* gradient, const RowView& at, Index count, Index n, float factor,
+                              const bool* keep, const RowView& to) {
+    const Index stride = round_up<width>(n);
+    dispatch_map(map, at.dtype, [=]<Map m, class T>() {
         for (Index r = 0; r < count; ++r) {
             const T* x = static_cast<const T*>(at.data) + r * at.stride;
             T* row = static_cast<T*>(to.data) + r * to.stride;
             const bool counts = keep == nullptr || keep[r];
             for (Index i = 0; i < n; i += width) {
-                const int left = static_cast<int>(least<Index>(width, n - i));
+                const int left = static_cast<int>(min<Index>(width, n - i));
                 const Vec given = left == width ? load(x + i) : load_first(x + i, left);
                 const Vec pulled = counts ? factor * load(gradient + r * stride + i) * slope<m>(given) : Vec{};
                 if (left == width)
@@ -86,4 +86,4 @@ inline void store_pulled_back(Map map, const float* gradient, const HeadRows& at
     });
 }
 
-}  // namespace linattn::LINATTN_ISA
+}  // namespace linattn::LINATTN_ISA::feature_map

@@ -1,57 +1,53 @@
+#include "quadratic/native/amx_chunk_output.hpp"
+#include "quadratic/native/amx_chunk_schedule.hpp"
 #include "quadratic/native/amx_chunked.hpp"
-#include "quadratic/native/amx_chunks.hpp"
-#include "quadratic/native/amx_gradients.hpp"
-#include "quadratic/native/amx_readers.hpp"
+#include "quadratic/native/amx_score_gradients.hpp"
 
-namespace linattn::LINATTN_ISA {
+namespace linattn::LINATTN_ISA::quadratic {
 
-using quadratic::BackwardCall;
+using linattn::quadratic::BackwardCall;
 
 namespace {
 
 constexpr Index strips_at_once = 16;  // that are added to the sums together
 
-// One key head of one sequence. Downhill, rows learn from the sums over the keys before their chunk; uphill, keys learn
-// from sums over the rows after theirs, which have the same form: queries instead of keys, dO' instead of values.
+// One key head of one sequence. Downhill, rows learn from the sums over the keys before their chunk; key_pass, keys
+// learn from sums over the rows after theirs, which have the same form: queries instead of keys, dO' instead of values.
 template <bool Completed>
-class ChunkedGradient {
+class ChunkedBackward {
 public:
     // dq: [H][strips][D][32] as in BlockGradients, or null if it is not wanted.
-    ChunkedGradient(const Queries& queries, const Weights& w, const Features& f, float* dq, Index sequence_number,
-                    const Head& head, Scratch& scratch)
+    ChunkedBackward(const PackedQueries& queries, const ScorePolynomial& w, const FeatureTable& f, float* dq,
+                    Index sequence_number, const KeyHead& head, Scratch& scratch)
         : queries_(queries), call_(queries.call), p_(call_.problem), size_(queries.size), w_(w), f_(f), dq_(dq),
           sequence_number_(sequence_number), head_(head), chunk_(chunk_length(call_)), first_(head, chunk_),
-          unit_(w.factor / slope_factor(w)), blocks_(queries, w, dq, scratch),
-          sums_(f, size_, true, true, scratch), addends_(size_.D, 32 * strips_at_once, scratch),
-          reader_(size_, scratch),
-          gradient_reader_(size_, scratch) {
-        values_ = scratch.take<Bf16>(32 * strips_at_once * size_.M);
-        phi_ = scratch.take<Bf16>(2 * 32 * rows_of_a_product);
-        k_ = scratch.take<Bf16>(32 * size_.D);
-        v_ = scratch.take<Bf16>(32 * size_.M);
+          unit_(w.factor / slope_factor(w)), blocks_(queries, w, dq, scratch), sums_(f, size_, true, true, scratch),
+          addends_(size_.D, 32 * strips_at_once, scratch), reader_(size_, scratch), gradient_reader_(size_, scratch) {
+        values_ = scratch.allocate<Bf16>(32 * strips_at_once * size_.M);
+        phi_ = scratch.allocate<Bf16>(2 * 32 * rows_of_a_product);
+        k_ = scratch.allocate<Bf16>(32 * size_.D);
+        v_ = scratch.allocate<Bf16>(32 * size_.M);
         for (float& x : one_) x = 1;
     }
 
     void run() {
-        if (dq_ != nullptr) downhill();
-        if (call_.dk.data != nullptr || call_.dv.data != nullptr || dq_ != nullptr) uphill();
+        if (dq_ != nullptr) query_pass();
+        if (call_.dk.data != nullptr || call_.dv.data != nullptr || dq_ != nullptr) key_pass();
     }
 
 private:
     // Chunk c: keys [begin(c), begin(c + 1)), and the strips of queries whose last key is among them.
     bool in_chunks() const { return p_.is_causal && first_.enough; }
-    Index chunks() const {
-        return in_chunks() ? 1 + (head_.sequence.keys - first_.end + chunk_ - 1) / chunk_ : 1;
-    }
+    Index chunks() const { return in_chunks() ? 1 + (head_.sequence.keys - first_.end + chunk_ - 1) / chunk_ : 1; }
     Index begin(Index c) const {
         const Index keys = head_.sequence.keys;
-        return c == 0 ? 0 : in_chunks() ? least(first_.end + (c - 1) * chunk_, keys) : keys;
+        return c == 0 ? 0 : in_chunks() ? min(first_.end + (c - 1) * chunk_, keys) : keys;
     }
     Index strips() const { return (head_.sequence.queries + 31) / 32; }
     Index first_strip(Index c) const {
         if (c == 0) return 0;
         if (c == chunks()) return strips();
-        return most<Index>(0, least((begin(c) - p_.q_offset) / 32, strips()));
+        return max<Index>(0, min((begin(c) - p_.q_offset) / 32, strips()));
     }
     // Whether rows read sums over keys of their own chunk, there being no order.
     bool reads_everything() const { return !p_.is_causal && first_.enough; }
@@ -65,21 +61,21 @@ private:
 
     void clear() {
         sums_.clear_steps(0, f_.steps, size_.M);
-        sums_.clear_small(size_);
+        sums_.clear_moments(size_);
         anything_ = false;
     }
 
     void fold(Index strips, bool read_next) {
         addends_.strips = strips;
-        add_small(sums_, addends_, size_);
-        for (int i = 0; i < size_.D; i += 32) add_squares(sums_, addends_, size_.D, i);
-        add_products(f_, sums_, addends_, size_.M, 0, f_.steps, read_next, phi_);
+        update_vector_sums(sums_, addends_, size_);
+        for (int i = 0; i < size_.D; i += 32) update_moments(sums_, addends_, size_.D, i);
+        update_products(f_, sums_, addends_, size_.M, 0, f_.steps, read_next, phi_);
         anything_ = true;
     }
 
-    // ---- downhill ----
+    // ---- query_pass ----
 
-    void downhill() {
+    void query_pass() {
         clear();
         if (reads_everything()) {
             fold_keys(0, head_.sequence.keys);
@@ -97,9 +93,9 @@ private:
         }
     }
 
-    Strip keys(const Rows& x, Index width, Index j, Index end) const {
+    StripView keys(const TensorView& x, Index width, Index j, Index end) const {
         const Sequence& one = head_.sequence;
-        return strip(x, one.batch, head_.kv_head, one.first_key, j, end, width, head_.key_mask);
+        return strip_view(x, one.batch, head_.kv_head, one.first_key, j, end, width, head_.key_mask);
     }
 
     void fold_keys(Index j, Index end) {
@@ -129,9 +125,9 @@ private:
         }
     }
 
-    // ---- uphill ----
+    // ---- key_pass ----
 
-    void uphill() {
+    void key_pass() {
         clear();
         if (reads_everything()) {
             fold_queries(0, strips());
@@ -149,7 +145,7 @@ private:
         const Index group = p_.H / p_.Hkv;
         for (Index g = 0; g < group; ++g)
             for (Index i = from; i < to; i += strips_at_once) {
-                const Index count = least(strips_at_once, to - i);
+                const Index count = min(strips_at_once, to - i);
                 const Index n = queries_.first(sequence_number_, head_.kv_head * group + g) + i;
                 addends_.y_pairs = queries_.at(n).do_pairs;
                 for (Index s = 0; s < count; ++s) {
@@ -161,14 +157,14 @@ private:
             }
     }
 
-    // Rows that were packed as pairs, each times its factor.
+    // TensorView that were packed as pairs, each times its factor.
     void scale_pairs(const Bf16* from, const float* factors, Bf16* to) const {
         for (int d = 0; d < size_.D; d += 16)
             for (int r = 0; r < 32; r += 2, from += 32, to += 32) {
                 const __m512i both = load_words(from);
                 const Vec even = reinterpret_cast<Vec>(_mm512_slli_epi32(both, 16));
                 const Vec odd = reinterpret_cast<Vec>(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
-                store_words(to, interleaved(rounded(even * factors[r], odd * factors[r + 1])));
+                store_words(to, interleave_halves(round_to_bf16(even * factors[r], odd * factors[r + 1])));
             }
     }
 
@@ -177,12 +173,12 @@ private:
         const Index group = p_.H / p_.Hkv;
         for (; j < end; j += 32 * block_strips) {
             blocks_.load_keys(head_.sequence, head_.kv_head, j);
-            Keys& block = blocks_.keys();
+            KeyBlock& block = blocks_.keys();
             for (Index a = 0; anything_ && a < block.strips; ++a)
                 read_key_gradients(j + 32 * a, end, block.dk + a * 32 * size_.D, block.dv + a * 32 * size_.M);
             for (Index h = head_.kv_head * group; h < (head_.kv_head + 1) * group; ++h)
                 for (Index i = from; i < to; i += block_strips)
-                    blocks_.add_block(queries_.first(sequence_number_, h), i, least<Index>(block_strips, to - i));
+                    blocks_.add_block(queries_.first(sequence_number_, h), i, min<Index>(block_strips, to - i));
             blocks_.store_keys(head_.sequence, head_.kv_head);
         }
     }
@@ -201,47 +197,48 @@ private:
         }
     }
 
-    const Queries& queries_;
+    const PackedQueries& queries_;
     const BackwardCall& call_;
-    const Problem& p_;
-    const Sizes size_;
-    const Weights& w_;
-    const Features& f_;
+    const AttentionProblem& p_;
+    const TileSizes size_;
+    const ScorePolynomial& w_;
+    const FeatureTable& f_;
     float* dq_;
     const Index sequence_number_;
-    const Head& head_;
+    const KeyHead& head_;
     const Index chunk_;
     const FirstChunk first_;
     const float unit_;  // what a product counts in sums whose scores leave `slope_factor` to the end
     BlockGradients<Completed> blocks_;
-    Sums sums_;
-    Addends addends_;
-    Reader reader_;
-    GradientReader gradient_reader_;
+    ChunkState sums_;
+    StateUpdate addends_;
+    OutputReader reader_;
+    InputGradientReader gradient_reader_;
     Bf16 *values_, *phi_, *k_, *v_;
     float one_[32];
     bool anything_ = false;  // in the sums
 };
 
 template <bool Completed>
-void differentiate_head(const Queries& queries, const Weights& w, const Features& f, float* dq, Index number) {
+void backward_head(const PackedQueries& queries, const ScorePolynomial& w, const FeatureTable& f, float* dq,
+                   Index number) {
     Scratch scratch;
-    const Problem& p = queries.call.problem;
-    const Head one = head(p, number);
-    ChunkedGradient<Completed>(queries, w, f, dq, number / p.Hkv, one, scratch).run();
+    const AttentionProblem& p = queries.call.problem;
+    const KeyHead one = head(p, number);
+    ChunkedBackward<Completed>(queries, w, f, dq, number / p.Hkv, one, scratch).run();
 }
 
 }  // namespace
 
 void chunked_backward(const BackwardCall& call) {
-    const Problem& p = call.problem;
+    const AttentionProblem& p = call.problem;
     Scratch scratch;
-    const Queries queries(call, scratch);
-    const Weights w(call);
-    const Features f(w, queries.size.D, scratch);
-    float* dq = call.dq.data == nullptr ? nullptr : scratch.take<float>(queries.count() * 32 * queries.size.D);
-    const auto work = w.completed ? differentiate_head<true> : differentiate_head<false>;
+    const PackedQueries queries(call, scratch);
+    const ScorePolynomial w(call);
+    const FeatureTable f(w, queries.size.D, scratch);
+    float* dq = call.dq.data == nullptr ? nullptr : scratch.allocate<float>(queries.count() * 32 * queries.size.D);
+    const auto work = w.completed ? backward_head<true> : backward_head<false>;
     differentiate(queries, w, dq, 1, 0, p.sequences * p.Hkv, [&](Index head) { work(queries, w, f, dq, head); });
 }
 
-}  // namespace linattn::LINATTN_ISA
+}  // namespace linattn::LINATTN_ISA::quadratic

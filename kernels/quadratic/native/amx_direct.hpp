@@ -1,11 +1,14 @@
 // Quadratic attention from scores, in bf16 by AMX tiles.
 #pragma once
 
-#include "quadratic/native/cpu.hpp"
+#include "quadratic/native/quadratic.hpp"
 
-namespace linattn::LINATTN_ISA {
+namespace linattn::LINATTN_ISA::quadratic {
 
-void direct_forward(const quadratic::ForwardCall& call);
-void direct_backward(const quadratic::BackwardCall& call);
+using linattn::quadratic::BackwardCall;
+using linattn::quadratic::ForwardCall;
 
-}  // namespace linattn::LINATTN_ISA
+void direct_forward(const ForwardCall& call);
+void direct_backward(const BackwardCall& call);
+
+}  // namespace linattn::LINATTN_ISA::quadratic

@@ -1,36 +1,36 @@
 #include "quadratic/native/chunked.hpp"
 
-#include "quadratic/native/scan.hpp"
+#include "quadratic/native/chunked_pass.hpp"
 
-namespace linattn::LINATTN_ISA {
+namespace linattn::LINATTN_ISA::quadratic {
 
-using namespace quadratic;
+using namespace linattn::quadratic;
 
 void chunked_forward(const ForwardCall& call) {
-    const Problem& p = call.problem;
-    in_teams(p.threads, p.sequences * p.Hkv, [&](Index task, Team& team) {
-        Scan(Sweep::forward, call, call.after, nullptr, task / p.Hkv, task % p.Hkv, team).run();
+    const AttentionProblem& p = call.problem;
+    run_in_teams(p.threads, p.sequences * p.Hkv, [&](Index task, Team& team) {
+        ChunkedPass(Sweep::forward, call, call.after, nullptr, task / p.Hkv, task % p.Hkv, team).run();
     });
 }
 
 void chunked_backward(const BackwardCall& call) {
-    const Problem& p = call.problem;
+    const AttentionProblem& p = call.problem;
     const bool queries = call.dq.data != nullptr;
     const bool keys = call.dk.data != nullptr || call.dv.data != nullptr || call.dbefore != nullptr;
     const Index heads = p.sequences * p.Hkv;
     // The sweep over keys does more: begin with it.
-    in_teams(p.threads, heads * (queries + keys), [&](Index task, Team& team) {
+    run_in_teams(p.threads, heads * (queries + keys), [&](Index task, Team& team) {
         const Sweep sweep = keys && task < heads ? Sweep::keys : Sweep::queries;
         const Index head = task % heads;
-        Scan(sweep, call, nullptr, &call, head / p.Hkv, head % p.Hkv, team).run();
+        ChunkedPass(sweep, call, nullptr, &call, head / p.Hkv, head % p.Hkv, team).run();
     });
 }
 
 void final_state(const ForwardCall& call) {
-    const Problem& p = call.problem;
-    in_teams(p.threads, p.sequences * p.Hkv, [&](Index task, Team& team) {
-        Scan(Sweep::state, call, call.after, nullptr, task / p.Hkv, task % p.Hkv, team).run();
+    const AttentionProblem& p = call.problem;
+    run_in_teams(p.threads, p.sequences * p.Hkv, [&](Index task, Team& team) {
+        ChunkedPass(Sweep::state, call, call.after, nullptr, task / p.Hkv, task % p.Hkv, team).run();
     });
 }
 
-}  // namespace linattn::LINATTN_ISA
+}  // namespace linattn::LINATTN_ISA::quadratic

@@ -3,29 +3,27 @@
 #include "common/native/matmul.hpp"
 #include "common/native/packing.hpp"
 #include "common/native/threads.hpp"
-#include "quadratic/native/steps.hpp"
-#include "quadratic/native/tiles.hpp"
+#include "quadratic/native/chunk_schedule.hpp"
+#include "quadratic/native/score_tile.hpp"
 
-namespace linattn::LINATTN_ISA {
+namespace linattn::LINATTN_ISA::quadratic {
 
-using namespace quadratic;
+using namespace linattn::quadratic;
 
 namespace {
 
-constexpr Index most_keys = direct_keys, most_rows = 128;
+constexpr Index max_keys = direct_keys, max_queries = 128;
 constexpr int block_lines = 64;  // lines of a state that lie in the first-level cache while everybody meets them
 
-Index whole_pairs(Index n) { return blocks(n, 2) * 2; }
-
 // A part of one head's state: for each product of `degree` entries of a key a line of `columns` sums.
-struct Lines {
+struct StateLines {
     int degree;
     Index count, columns;
     const float* before;
     float* after;        // or null
     float weight;        // of a line that a row reads; twice that where the entries are different ones
-    const float* added;  // [keys][padded(columns)]: what a key's products are multiplied with
-    float* read;         // [rows][padded(columns)]: what rows collect
+    const float* added;  // [keys][round_up<width>(columns)]: what a key's multiply_panel are multiplied with
+    float* read;         // [rows][round_up<width>(columns)]: what rows collect
 };
 
 // to[f - f0] = weight * product f of the entries of x, f0 <= f < f1: 1, x_f, or x_a x_b with a >= b at
@@ -39,7 +37,7 @@ void make_products(const float* x, int degree, Index f0, Index f1, float weight,
         Index a = 0, f = f0;
         while ((a + 1) * (a + 2) / 2 <= f0) ++a;
         for (; f < f1; ++a) {
-            const Index first = a * (a + 1) / 2, end = least(first + a, f1);
+            const Index first = a * (a + 1) / 2, end = min(first + a, f1);
             const float left = different * x[a];
             for (; f < end; ++f) to[f - f0] = left * x[f - first];
             if (f < f1) to[f++ - f0] = weight * x[a] * x[a];
@@ -57,15 +55,15 @@ public:
 private:
     void load_rows();
     void load_keys();
-    Lines lines(int degree, float* State::*field, bool of_values, double weight) const;
-    void take(const Lines& part, Index f0, Index f1);
-    void fold(const Lines& part, const float* sums, int count, float* after) const;
+    StateLines lines(int degree, float* State::* field, bool of_values, double weight) const;
+    void take(const StateLines& part, Index f0, Index f1);
+    void fold(const StateLines& part, const float* sums, int count, float* after) const;
     void finish();
     float add_new_keys(Index row, float* acc) const;
 
     Scratch scratch_;
     const ForwardCall& call_;
-    const Problem& p_;
+    const AttentionProblem& p_;
     const Index index_, kv_head_, group_;  // index: of the sequence
     const Sequence sequence_;
     Team& team_;
@@ -79,14 +77,15 @@ private:
 Decoder::Decoder(const ForwardCall& call, Index index, Index kv_head, Team& team)
     : call_(call), p_(call.problem), index_(index), kv_head_(kv_head), group_(p_.H / p_.Hkv),
       sequence_(sequence(p_, index)), team_(team), visible_(p_, sequence_, scratch_), rows_(group_ * sequence_.queries),
-      keys_(visible_.keys()), D_(padded(p_.D)), M_(padded(p_.M)) {
-    const Index rows = whole_pairs(rows_), each = rows * (D_ + M_);
-    x_ = scratch_.take<float>(rows * D_);
-    k_ = scratch_.take<float>(keys_ * D_);
-    v_ = scratch_.take<float>(keys_ * M_);
-    products_ = scratch_.take<float>(most(rows, keys_) * block_lines);
-    block_ = scratch_.take<float>(block_lines * most(D_, M_));
-    shared_ = static_cast<float*>(team.shared(team.member == 0 ? scratch_.take<float>(team.size * each) : nullptr));
+      keys_(visible_.keys()), D_(round_up<width>(p_.D)), M_(round_up<width>(p_.M)) {
+    const Index rows = round_up<2>(rows_), each = rows * (D_ + M_);
+    x_ = scratch_.allocate<float>(rows * D_);
+    k_ = scratch_.allocate<float>(keys_ * D_);
+    v_ = scratch_.allocate<float>(keys_ * M_);
+    products_ = scratch_.allocate<float>(max(rows, keys_) * block_lines);
+    block_ = scratch_.allocate<float>(block_lines * max(D_, M_));
+    shared_ =
+        static_cast<float*>(team.broadcast(team.member == 0 ? scratch_.allocate<float>(team.size * each) : nullptr));
     acc_ = shared_ + team.member * each;
     moments_ = acc_ + rows * M_;
     clear(acc_, each);
@@ -97,30 +96,36 @@ Decoder::Decoder(const ForwardCall& call, Index index, Index kv_head, Team& team
 void Decoder::load_rows() {
     const Index queries = sequence_.queries;
     for (Index g = 0; g < group_; ++g)
-        pack_rows(head_rows(p_.q, p_.dtype, sequence_.batch, kv_head_ * group_ + g, sequence_.first_query), queries,
+        pack_rows(row_view(p_.q, p_.dtype, sequence_.batch, kv_head_ * group_ + g, sequence_.first_query), queries,
                   p_.D, p_.scale, nullptr, queries, x_ + g * queries * D_);
-    clear(x_ + rows_ * D_, (whole_pairs(rows_) - rows_) * D_);
+    clear(x_ + rows_ * D_, (round_up<2>(rows_) - rows_) * D_);
 }
 
 void Decoder::load_keys() {
     for (Index j = 0; j < keys_; ++j) {
         const Index key = sequence_.first_key + visible_.position(j);
-        pack_rows(head_rows(p_.k, p_.dtype, sequence_.batch, kv_head_, key), 1, p_.D, 1, nullptr, 1, k_ + j * D_);
-        pack_rows(head_rows(p_.v, p_.dtype, sequence_.batch, kv_head_, key), 1, p_.M, 1, nullptr, 1, v_ + j * M_);
+        pack_rows(row_view(p_.k, p_.dtype, sequence_.batch, kv_head_, key), 1, p_.D, 1, nullptr, 1, k_ + j * D_);
+        pack_rows(row_view(p_.v, p_.dtype, sequence_.batch, kv_head_, key), 1, p_.M, 1, nullptr, 1, v_ + j * M_);
     }
 }
 
-Lines Decoder::lines(int degree, float* State::*field, bool of_values, double weight) const {
+StateLines Decoder::lines(int degree, float* State::* field, bool of_values, double weight) const {
     const Index count = degree == 0 ? 1 : degree == 1 ? p_.D : p_.D * (p_.D + 1) / 2;
     const Index columns = of_values ? p_.M : p_.D, at = (index_ * p_.Hkv + kv_head_) * count * columns;
-    return {degree, count, columns, call_.before->*field + at, call_.after ? call_.after->*field + at : nullptr,
-            static_cast<float>(weight), of_values ? v_ : k_, of_values ? acc_ : moments_};
+    return {degree,
+            count,
+            columns,
+            call_.before->*field + at,
+            call_.after ? call_.after->*field + at : nullptr,
+            static_cast<float>(weight),
+            of_values ? v_ : k_,
+            of_values ? acc_ : moments_};
 }
 
-// Lines f0 to f1 of a part. Products read whole vectors: lines of other lengths are copied and padded first.
-void Decoder::take(const Lines& part, Index f0, Index f1) {
-    const Index columns = part.columns, stride = padded(columns);
-    const int count = static_cast<int>(f1 - f0), rows = static_cast<int>(whole_pairs(rows_));
+// StateLines f0 to f1 of a part. Products read whole vectors: lines of other lengths are copied and padded first.
+void Decoder::take(const StateLines& part, Index f0, Index f1) {
+    const Index columns = part.columns, stride = round_up<width>(columns);
+    const int count = static_cast<int>(f1 - f0), rows = static_cast<int>(round_up<2>(rows_));
     const float* sums = part.before + f0 * columns;
     if (stride != columns) {
         pack_rows({const_cast<float*>(sums), columns, Dtype::fp32}, count, columns, 1, nullptr, count, block_);
@@ -136,8 +141,8 @@ void Decoder::take(const Lines& part, Index f0, Index f1) {
 }
 
 // after = sums + what the new keys add to them.
-void Decoder::fold(const Lines& part, const float* sums, int count, float* after) const {
-    const Index columns = part.columns, stride = padded(columns);
+void Decoder::fold(const StateLines& part, const float* sums, int count, float* after) const {
+    const Index columns = part.columns, stride = round_up<width>(columns);
     for (int f = 0; f < count; ++f)
         for (Index m = 0; m < columns; m += width) {
             Vec total = load(sums + f * stride + m);
@@ -149,21 +154,21 @@ void Decoder::fold(const Lines& part, const float* sums, int count, float* after
 }
 
 void Decoder::run() {
-    const Lines parts[] = {
+    const StateLines parts[] = {
         lines(0, &State::k_sum, false, call_.c1), lines(1, &State::kk, false, call_.c2),
         lines(0, &State::v_sum, true, call_.c0),  lines(1, &State::kv, true, call_.c1),
         lines(2, &State::kkv, true, call_.c2),
     };
     Index turn = 0;
-    for (const Lines& part : parts)
+    for (const StateLines& part : parts)
         for (Index f0 = 0; f0 < part.count; f0 += block_lines, ++turn)
-            if (turn % team_.size == team_.member) take(part, f0, least(f0 + block_lines, part.count));
+            if (turn % team_.size == team_.member) take(part, f0, min(f0 + block_lines, part.count));
     team_.wait();
     if (team_.member == 0) finish();
 }
 
 void Decoder::finish() {
-    const Index each = whole_pairs(rows_) * (D_ + M_), queries = sequence_.queries;
+    const Index each = round_up<2>(rows_) * (D_ + M_), queries = sequence_.queries;
     for (int other = 1; other < team_.size; ++other)
         for (Index i = 0; i < each; i += width)
             store(shared_ + i, load(shared_ + i) + load(shared_ + other * each + i));
@@ -175,7 +180,7 @@ void Decoder::finish() {
         for (Index d = 0; d < D_; d += width) read += load(x_ + r * D_ + d) * load(moments_ + r * D_ + d);
         const float l = add_new_keys(r, acc) + sum(read) + static_cast<float>(call_.c0) * past;
         call_.l[(sequence_.batch * p_.H + head) * p_.Tq + query] = l;
-        const HeadRows out = head_rows(call_.out, p_.dtype, sequence_.batch, head, query);
+        const RowView out = row_view(call_.out, p_.dtype, sequence_.batch, head, query);
         p_.normalize ? store_quotient(acc, p_.M, l, out, 0) : store_row(acc, p_.M, 1, out, 0);
     }
     if (call_.after != nullptr && kv_head_ == 0) call_.after->n[index_] = call_.before->n[index_] + keys_;
@@ -183,12 +188,12 @@ void Decoder::finish() {
 
 // acc += p(s) v over the new keys that a row sees; returns the sum of p(s).
 float Decoder::add_new_keys(Index row, float* acc) const {
-    const Similarity f = similarity(call_);
+    const ScorePolynomial f = score_polynomial(call_);
     float total = 0;
     for (Index j = 0; j < visible_.seen(row % sequence_.queries); ++j) {
-        Vec products{};
-        for (Index d = 0; d < D_; d += width) products += load(x_ + row * D_ + d) * load(k_ + j * D_ + d);
-        const float t = sum(products) + f.start, p = (f.a2 * t + f.a1) * t + f.a0;
+        Vec multiply_panel{};
+        for (Index d = 0; d < D_; d += width) multiply_panel += load(x_ + row * D_ + d) * load(k_ + j * D_ + d);
+        const float t = sum(multiply_panel) + f.start, p = (f.a2 * t + f.a1) * t + f.a0;
         total += p;
         for (Index m = 0; m < M_; m += width) store(acc + m, load(acc + m) + p * load(v_ + j * M_ + m));
     }
@@ -198,20 +203,19 @@ float Decoder::add_new_keys(Index row, float* acc) const {
 }  // namespace
 
 bool is_decoding(const ForwardCall& call) {
-    const Problem& p = call.problem;
+    const AttentionProblem& p = call.problem;
     if (call.before == nullptr) return false;
     for (Index s = 0; s < p.sequences; ++s) {
         const Sequence one = sequence(p, s);
-        if (one.keys > most_keys || one.queries * (p.H / p.Hkv) > most_rows) return false;
+        if (one.keys > max_keys || one.queries * (p.H / p.Hkv) > max_queries) return false;
     }
     return true;
 }
 
 void decode(const ForwardCall& call) {
-    const Problem& p = call.problem;
-    in_teams(p.threads, p.sequences * p.Hkv, [&](Index task, Team& team) {
-        Decoder(call, task / p.Hkv, task % p.Hkv, team).run();
-    });
+    const AttentionProblem& p = call.problem;
+    run_in_teams(p.threads, p.sequences * p.Hkv,
+                 [&](Index task, Team& team) { Decoder(call, task / p.Hkv, task % p.Hkv, team).run(); });
 }
 
-}  // namespace linattn::LINATTN_ISA
+}  // namespace linattn::LINATTN_ISA::quadratic

@@ -2,25 +2,25 @@
 
 #include "common/native/packing.hpp"
 #include "common/native/threads.hpp"
-#include "quadratic/native/tiles.hpp"
+#include "quadratic/native/score_tile.hpp"
 
-namespace linattn::LINATTN_ISA {
+namespace linattn::LINATTN_ISA::quadratic {
 
-using namespace quadratic;
+using namespace linattn::quadratic;
 
 namespace {
 
 // How the work of a backward pass is split: each key head's queries into `slices` of their heads, its keys into
 // `parts`.
-struct Split {
+struct TaskSplit {
     Index slices, parts;
 };
 
 // One task for each key head if that keeps all threads busy, else more.
-Split split(const Problem& p) {
+TaskSplit split(const AttentionProblem& p) {
     const Index units = p.sequences * p.Hkv, group = p.H / p.Hkv;
     const auto busy = [&](Index tasks) { return tasks % p.threads == 0 || tasks >= 4 * p.threads; };
-    Split split{1, 1};
+    TaskSplit split{1, 1};
     while (split.slices < group && !busy(units * split.slices)) ++split.slices;
     while (!busy(units * split.slices * split.parts)) ++split.parts;
     return split;
@@ -28,49 +28,44 @@ Split split(const Problem& p) {
 
 // Where tasks that share a row of a gradient leave their shares, one after another in memory: those of part (or slice)
 // i at i * size. They are added in that order.
-struct Shares {
-    float* dq = nullptr;   // [parts][B, H, Tq, padded(D)]
-    float* dkv = nullptr;  // [slices][B, Hkv, Tk, padded(D) + padded(M)]
+struct PartialGradients {
+    float* dq = nullptr;   // [parts][B, H, Tq, round_up<width>(D)]
+    float* dkv = nullptr;  // [slices][B, Hkv, Tk, round_up<width>(D) + round_up<width>(M)]
     Index dq_size = 0, dkv_size = 0;
 };
 
 // What a thread works with.
-struct Workspace {
+struct GradientWorkspace {
     float *x, *dout, *delta, *dq;  // all rows of a query head
     float *dk, *dv;                // all keys of a key head if several query heads share it, else one block of them
     float *k, *v, *k_rows;         // a block of keys
     std::int32_t* seen;
 };
 
-class Backward {
+class DirectBackward {
 public:
-    explicit Backward(const BackwardCall& call)
-        : call_(call),
-          p_(call.problem),
-          f_(similarity(call)),
-          group_(p_.H / p_.Hkv),
-          D_(padded(p_.D)),
-          M_(padded(p_.M)),
-          split_(split(p_)) {}
+    explicit DirectBackward(const BackwardCall& call)
+        : call_(call), p_(call.problem), f_(score_polynomial(call)), group_(p_.H / p_.Hkv), D_(round_up<width>(p_.D)),
+          M_(round_up<width>(p_.M)), split_(split(p_)) {}
 
     void run() {
         Scratch scratch;
         if (split_.parts > 1 && call_.dq.data != nullptr) {
             shares_.dq_size = p_.B * p_.H * p_.Tq * D_;
-            shares_.dq = scratch.take<float>(split_.parts * shares_.dq_size);
+            shares_.dq = scratch.allocate<float>(split_.parts * shares_.dq_size);
         }
         if (split_.slices > 1) {
             shares_.dkv_size = p_.B * p_.Hkv * p_.Tk * (D_ + M_);
-            shares_.dkv = scratch.take<float>(split_.slices * shares_.dkv_size);
+            shares_.dkv = scratch.allocate<float>(split_.slices * shares_.dkv_size);
         }
         const Index size = workspace(nullptr, nullptr);
-        float* const own = scratch.take<float>(p_.threads * size);
+        float* const own = scratch.allocate<float>(p_.threads * size);
         Queue queue;
-        in_parallel(p_.threads, [&](int thread, int threads) {
-            Workspace mine;
+        run_parallel(p_.threads, [&](int thread, int threads) {
+            GradientWorkspace mine;
             workspace(own + thread * size, &mine);
             const Index tasks = p_.sequences * p_.Hkv * split_.slices * split_.parts;
-            for (Index i = queue.take(); i < tasks; i = queue.take()) compute(i, mine);
+            for (Index i = queue.pop(); i < tasks; i = queue.pop()) compute(i, mine);
             if (threads > 1) barrier();
             add_shares(thread, threads, mine.x);
         });
@@ -78,29 +73,29 @@ public:
 
 private:
     // Lay out a workspace at `at`, if any, and return its size.
-    Index workspace(float* at, Workspace* to) const {
+    Index workspace(float* at, GradientWorkspace* to) const {
         Index longest = 0, keys = 0;
         for (Index i = 0; i < p_.sequences; ++i) {
-            longest = most(longest, sequence(p_, i).queries);
-            keys = most(keys, sequence(p_, i).keys);
+            longest = max(longest, sequence(p_, i).queries);
+            keys = max(keys, sequence(p_, i).keys);
         }
-        const Index rows = blocks(longest, gradient_rows) * gradient_rows;
-        const Index kept = group_ > split_.slices ? blocks(keys, key_block) * key_block : key_block;
-        const Index sizes[] = {rows * D_, rows * M_, blocks(rows, width) * width, rows * D_, kept * D_, kept * M_,
-                               p_.D * key_block, p_.M * key_block, key_block * D_, key_block};
+        const Index rows = round_up<gradient_rows>(longest);
+        const Index kept = group_ > split_.slices ? round_up<key_block>(keys) : key_block;
+        const Index sizes[] = {rows * D_, rows * M_,        round_up<width>(rows), rows * D_,      kept * D_,
+                               kept * M_, p_.D * key_block, p_.M * key_block,      key_block * D_, key_block};
         float* places[10];
         Index used = 0;
         for (int i = 0; i < 10; ++i) {
             places[i] = at + used;
-            used += blocks(sizes[i], 16) * 16;
+            used += round_up<16>(sizes[i]);
         }
         if (to != nullptr)
-            *to = {places[0], places[1], places[2], places[3], places[4], places[5], places[6], places[7], places[8],
-                   reinterpret_cast<std::int32_t*>(places[9])};
+            *to = {places[0], places[1], places[2], places[3], places[4],
+                   places[5], places[6], places[7], places[8], reinterpret_cast<std::int32_t*>(places[9])};
         return used;
     }
 
-    void compute(Index task, const Workspace& w) const {
+    void compute(Index task, const GradientWorkspace& w) const {
         const Index part = task % split_.parts, slice = task / split_.parts % split_.slices;
         const Index unit = task / (split_.parts * split_.slices), key_head = unit % p_.Hkv;
         const Sequence s = sequence(p_, unit / p_.Hkv);
@@ -108,7 +103,7 @@ private:
         for (Index g = first; g < last; ++g) {
             const Index head = key_head * group_ + g;
             load_rows(s, head, w);
-            for (Index block = part; block < blocks(s.keys, key_block); block += split_.parts) {
+            for (Index block = part; block < ceil_div(s.keys, key_block); block += split_.parts) {
                 const Index kept = last - first > 1 ? block * key_block : 0;
                 float *const dk = w.dk + kept * D_, *const dv = w.dv + kept * M_;
                 if (g == first) {
@@ -123,27 +118,27 @@ private:
     }
 
     // x, dO' and delta of all rows of a query head; dq starts at 0.
-    void load_rows(const Sequence& s, Index head, const Workspace& w) const {
-        const Index rows = blocks(s.queries, gradient_rows) * gradient_rows;
-        const auto whole = [&](const Rows& t) { return head_rows(t, p_.dtype, s.batch, head, s.first_query); };
+    void load_rows(const Sequence& s, Index head, const GradientWorkspace& w) const {
+        const Index rows = round_up<gradient_rows>(s.queries);
+        const auto whole = [&](const TensorView& t) { return row_view(t, p_.dtype, s.batch, head, s.first_query); };
         pack_rows(whole(p_.q), s.queries, p_.D, p_.scale, nullptr, rows, w.x);
         pack_rows(whole(call_.dout), s.queries, p_.M, 1, nullptr, rows, w.dout);
         clear(w.delta, rows);
         clear(w.dq, rows * D_);
         if (!p_.normalize) return;
         const float* const l = call_.l + (s.batch * p_.H + head) * p_.Tq + s.first_query;
-        const HeadRows out = whole(call_.out);
+        const RowView out = whole(call_.out);
         for (Index r = 0; r < s.queries; ++r) w.delta[r] = normalized(w.dout + r * M_, l[r], out, r);
     }
 
     // Turn dO into dO / l, which is 0 where l <= 0, and return its product with the output.
-    float normalized(float* dout, float l, const HeadRows& out, Index r) const {
+    float normalized(float* dout, float l, const RowView& out, Index r) const {
         if (l <= 0) {
             clear(dout, M_);
             return 0;
         }
         Vec total = {};
-        with_element(out.dtype, [&]<class T>(T) {
+        dispatch_dtype(out.dtype, [&]<class T>(T) {
             const T* row = static_cast<const T*>(out.data) + r * out.stride;
             for (Index m = 0; m < M_; m += width) {
                 const Vec quotient = load(dout + m) / l;
@@ -156,30 +151,35 @@ private:
     }
 
     // All rows of a query head against one block of keys.
-    void add_block(const Sequence& s, Index head, Index block, const Workspace& w, float* dk, float* dv) const {
+    void add_block(const Sequence& s, Index head, Index block, const GradientWorkspace& w, float* dk, float* dv) const {
         const Index first = s.first_key + block * key_block;
-        const Index count = least<Index>(key_block, s.keys - block * key_block);
+        const Index count = min<Index>(key_block, s.keys - block * key_block);
         const bool* keep = p_.key_mask == nullptr ? nullptr : p_.key_mask + s.batch * p_.Tk + first;
-        const HeadRows k = head_rows(p_.k, p_.dtype, s.batch, head, first);
+        const RowView k = row_view(p_.k, p_.dtype, s.batch, head, first);
         pack_transposed(k, count, p_.D, 1, keep, w.k);
-        pack_transposed(head_rows(p_.v, p_.dtype, s.batch, head, first), count, p_.M, 1, keep, w.v);
+        pack_transposed(row_view(p_.v, p_.dtype, s.batch, head, first), count, p_.M, 1, keep, w.v);
         pack_rows(k, count, p_.D, 1, keep, count, w.k_rows);
-        mark_seen(keep, count, w.seen);
-        const KeyBlockGradients keys{w.k, w.v, w.seen, w.k_rows, static_cast<int>(count),
-                                     call_.dk.data == nullptr ? nullptr : dk, call_.dv.data == nullptr ? nullptr : dv};
+        load_key_mask(keep, count, w.seen);
+        const KeyGradientBlock keys{w.k,
+                                    w.v,
+                                    w.seen,
+                                    w.k_rows,
+                                    static_cast<int>(count),
+                                    call_.dk.data == nullptr ? nullptr : dk,
+                                    call_.dv.data == nullptr ? nullptr : dv};
         const Index distance = p_.is_causal ? p_.q_offset - block * key_block : key_block;
-        const Index seeing = p_.is_causal ? most<Index>(-distance, 0) / gradient_rows * gradient_rows : 0;
+        const Index seeing = p_.is_causal ? max<Index>(-distance, 0) / gradient_rows * gradient_rows : 0;
         for (Index r = seeing; r < s.queries; r += gradient_rows) {
-            const RowGradients rows{w.x + r * D_, w.dout + r * M_, w.delta + r,
-                                    call_.dq.data == nullptr ? nullptr : w.dq + r * D_};
-            const Index left = blocks(least<Index>(s.queries - r, gradient_rows), strip_rows) * strip_rows;
-            add_gradients(f_, rows, static_cast<int>(left), p_.D, p_.M, keys, distance + (p_.is_causal ? r : 0));
+            const QueryTile rows{w.x + r * D_, w.dout + r * M_, w.delta + r,
+                                 call_.dq.data == nullptr ? nullptr : w.dq + r * D_};
+            const Index left = round_up<strip_rows>(min<Index>(s.queries - r, gradient_rows));
+            accumulate_gradients(f_, rows, static_cast<int>(left), p_.D, p_.M, keys, distance + (p_.is_causal ? r : 0));
         }
     }
 
     void store_keys(const Sequence& s, Index head, Index block, Index slice, const float* dk, const float* dv) const {
         const Index first = s.first_key + block * key_block;
-        const Index count = least<Index>(key_block, s.keys - block * key_block);
+        const Index count = min<Index>(key_block, s.keys - block * key_block);
         if (shares_.dkv == nullptr) {
             store_rows(dk, D_, count, p_.D, 1, call_.dk, s.batch, head, first);
             store_rows(dv, M_, count, p_.M, 1, call_.dv, s.batch, head, first);
@@ -201,10 +201,10 @@ private:
         __builtin_memcpy(shares_.dq + part * shares_.dq_size + row * D_, dq, s.queries * D_ * sizeof(float));
     }
 
-    void store_rows(const float* from, Index stride, Index count, Index n, float factor, const Rows& to, Index b,
+    void store_rows(const float* from, Index stride, Index count, Index n, float factor, const TensorView& to, Index b,
                     Index head, Index first) const {
         if (to.data == nullptr) return;
-        const HeadRows rows = head_rows(to, p_.dtype, b, head, first);
+        const RowView rows = row_view(to, p_.dtype, b, head, first);
         for (Index r = 0; r < count; ++r) store_row(from + r * stride, n, factor, rows, r);
     }
 
@@ -232,15 +232,15 @@ private:
     }
 
     const BackwardCall& call_;
-    const Problem& p_;
-    Similarity f_;
+    const AttentionProblem& p_;
+    ScorePolynomial f_;
     Index group_, D_, M_;  // D_, M_: padded
-    Split split_;
-    Shares shares_;
+    TaskSplit split_;
+    PartialGradients shares_;
 };
 
 }  // namespace
 
-void direct_backward(const BackwardCall& call) { Backward(call).run(); }
+void direct_backward(const BackwardCall& call) { DirectBackward(call).run(); }
 
-}  // namespace linattn::LINATTN_ISA
+}  // namespace linattn::LINATTN_ISA::quadratic

@@ -5,7 +5,7 @@
 #include <array>
 #include <cstdint>
 
-#include "recurrent/native/cpu.hpp"
+#include "recurrent/native/recurrent.hpp"
 
 namespace nb = nanobind;
 
@@ -34,8 +34,12 @@ Call make_call(int cell, const std::array<Index, 3>& sizes, const Addresses<7>& 
 // projected: address, strides of B and T. last: last_h, last_c.
 void run_forward(int cell, const std::array<Index, 3>& sizes, const Addresses<7>& shared, int threads,
                  const std::array<Index, 3>& projected, const Addresses<2>& last) {
-    const ForwardCall call{make_call(cell, sizes, shared, threads), numbers(projected[0]), projected[1], projected[2],
-                           numbers(last[0]), numbers(last[1])};
+    const ForwardCall call{make_call(cell, sizes, shared, threads),
+                           numbers(projected[0]),
+                           projected[1],
+                           projected[2],
+                           numbers(last[0]),
+                           numbers(last[1])};
     const nb::gil_scoped_release released;
     forward(call);
 }
@@ -43,8 +47,13 @@ void run_forward(int cell, const std::array<Index, 3>& sizes, const Addresses<7>
 // arriving: dall_h, dlast_h, dlast_c. wanted: dprojected, dh0, dc0.
 void run_backward(int cell, const std::array<Index, 3>& sizes, const Addresses<7>& shared, int threads,
                   const Addresses<3>& arriving, const Addresses<3>& wanted) {
-    const BackwardCall call{make_call(cell, sizes, shared, threads), numbers(arriving[0]), numbers(arriving[1]),
-                            numbers(arriving[2]), numbers(wanted[0]), numbers(wanted[1]), numbers(wanted[2])};
+    const BackwardCall call{make_call(cell, sizes, shared, threads),
+                            numbers(arriving[0]),
+                            numbers(arriving[1]),
+                            numbers(arriving[2]),
+                            numbers(wanted[0]),
+                            numbers(wanted[1]),
+                            numbers(wanted[2])};
     const nb::gil_scoped_release released;
     backward(call);
 }

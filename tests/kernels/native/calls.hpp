@@ -9,15 +9,15 @@
 #include <random>
 #include <vector>
 
-#include "common/native/problem.hpp"
+#include "common/native/attention_problem.hpp"
 
 namespace test {
 
+using linattn::AttentionProblem;
 using linattn::Dtype;
 using linattn::Index;
-using linattn::Problem;
-using linattn::Rows;
 using linattn::Sequence;
+using linattn::TensorView;
 
 using Doubles = std::vector<double>;
 
@@ -39,13 +39,14 @@ struct Random {
 struct Tensor {
     std::vector<float> floats;
     std::vector<std::uint16_t> shorts;
-    Rows rows;
+    TensorView rows;
 
     // What `value` gives for every element, padding included.
     template <class Value>
     Tensor(Random& random, Dtype dtype, Index B, Index H, Index T, Index width, const Value& value) {
         const Index pad = random.between(0, 3), row = width + pad;
-        rows = random.maybe() ? Rows{nullptr, T * H * row, row, H * row} : Rows{nullptr, H * T * row, T * row, row};
+        rows = random.maybe() ? TensorView{nullptr, T * H * row, row, H * row}
+                              : TensorView{nullptr, H * T * row, T * row, row};
         const auto size = static_cast<std::size_t>(B * H * T * row - pad);
         if (dtype == Dtype::fp32) {
             for (std::size_t i = 0; i < size; ++i) floats.push_back(value());
@@ -89,13 +90,13 @@ struct StateMemory {
 
 struct Case {
     Random random;
-    Problem p;
+    AttentionProblem p;
     std::vector<Index> bounds;
     // Not vector<bool>: kernels read bytes.
     std::vector<unsigned char> mask;
     std::vector<Tensor> tensors;
     bool with_state;
-    Index past = 0;                    // keys in the state before
+    Index past = 0;                       // keys in the state before
     std::vector<Doubles> past_k, past_v;  // of each head of each sequence: [past][D], [past][M]
 
     explicit Case(unsigned seed) : random(seed), with_state(random.between(0, 2) == 0) {
@@ -142,10 +143,10 @@ struct Case {
         }
     }
 
-    Rows filled(Index H, Index T, Index width) {
+    TensorView filled(Index H, Index T, Index width) {
         return tensors.emplace_back(random, p.dtype, p.B, H, T, width, [&] { return random.normal(); }).rows;
     }
-    Rows empty(Index H, Index T, Index width) {
+    TensorView empty(Index H, Index T, Index width) {
         return tensors.emplace_back(random, p.dtype, p.B, H, T, width, [] { return poison; }).rows;
     }
     Doubles normals(Index count) {
@@ -160,7 +161,7 @@ struct Case {
     bool sees(const Sequence& s, Index i, Index j) const {
         return (!p.is_causal || j <= i + p.q_offset) && counts(s, j);
     }
-    Doubles row(const Rows& rows, Index b, Index h, Index t, Index width) const {
+    Doubles row(const TensorView& rows, Index b, Index h, Index t, Index width) const {
         Doubles x(static_cast<std::size_t>(width));
         const Index at = b * rows.stride_b + h * rows.stride_h + t * rows.stride_t;
         for (Index i = 0; i < width; ++i) {

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <exception>
 
-#include "common/native/capability.hpp"
+#include "common/native/isa.hpp"
 
 namespace test {
 
@@ -15,9 +15,9 @@ constexpr int failed = 1, skipped = 77;  // CMakeLists.txt: SKIP_RETURN_CODE
 template <class Wrong>
 int exit_status(const Wrong& wrong) {
     try {
-        linattn::capability();
+        linattn::selected_isa();
         return wrong() == 0 ? 0 : failed;
-    } catch (const linattn::MissingInstructionSet& missing) {
+    } catch (const linattn::UnavailableIsa& missing) {
         std::printf("skipped: %s\n", missing.what());
         return skipped;
     } catch (const std::exception& error) {

@@ -7,10 +7,10 @@
 #include <cstdlib>
 #include <string>
 
-#include "common/native/capability.hpp"
-#include "feature_map/native/cpu.hpp"
+#include "common/native/isa.hpp"
+#include "feature_map/native/feature_map.hpp"
 #include "program.hpp"
-#include "quadratic/native/cpu.hpp"
+#include "quadratic/native/quadratic.hpp"
 #include "truth.hpp"
 
 namespace {
@@ -29,9 +29,9 @@ linattn::feature_map::State pointers(StateMemory& m, const linattn::feature_map:
 // Forward and backward. Returns what is wrong.
 template <class Options, class State>
 std::string run(Case& c, const Similarity& sim, const Options& options,
-                void (*forward)(const linattn::ForwardCallOf<Options, State>&),
-                void (*backward)(const linattn::BackwardCallOf<Options, State>&)) {
-    const Problem& p = c.p;
+                void (*forward)(const linattn::AttentionForwardCall<Options, State>&),
+                void (*backward)(const linattn::AttentionBackwardCall<Options, State>&)) {
+    const AttentionProblem& p = c.p;
     std::vector<float> l(static_cast<std::size_t>(p.B * p.H * p.Tq), poison);
     Results r;
     State before, after, dafter, dbefore;
@@ -90,7 +90,7 @@ int count_wrong(unsigned calls, unsigned first) {
             std::printf("seed %u, %s: wrong:%s\n", seed, quadratic ? "quadratic" : "feature map", why.c_str());
         }
     }
-    std::printf("%s: %u calls of each op, %d wrong\n", linattn::name(linattn::capability()), calls, wrong);
+    std::printf("%s: %u calls of each op, %d wrong\n", linattn::isa_name(linattn::selected_isa()), calls, wrong);
     return wrong;
 }
 

@@ -1,6 +1,6 @@
-// The recurrent kernels against plain loops in double, without Python: random calls from a fixed seed. Built and run with
-// AddressSanitizer and UndefinedBehaviorSanitizer by `cmake --workflow --preset sanitize`. Every tensor is a heap block
-// of its own, so that reading or writing past it is caught; results start as NaN.
+// The recurrent kernels against plain loops in double, without Python: random calls from a fixed seed. Built and run
+// with AddressSanitizer and UndefinedBehaviorSanitizer by `cmake --workflow --preset sanitize`. Every tensor is a heap
+// block of its own, so that reading or writing past it is caught; results start as NaN.
 //
 //     test_recurrent [calls]          LINATTN_CPU_CAPABILITY names the instruction set
 #include <cmath>
@@ -10,9 +10,9 @@
 #include <random>
 #include <vector>
 
-#include "common/native/capability.hpp"
+#include "common/native/isa.hpp"
 #include "program.hpp"
-#include "recurrent/native/cpu.hpp"
+#include "recurrent/native/recurrent.hpp"
 
 namespace {
 
@@ -34,7 +34,9 @@ struct Random {
     }
 };
 
-Floats poisoned(Index count) { return Floats(static_cast<std::size_t>(count), std::numeric_limits<float>::quiet_NaN()); }
+Floats poisoned(Index count) {
+    return Floats(static_cast<std::size_t>(count), std::numeric_limits<float>::quiet_NaN());
+}
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
@@ -107,7 +109,8 @@ int failures_of(unsigned seed) {
     if (padded)
         for (Index& length : lengths) length = random.between(1, T);
     Floats all_h = poisoned(B * T * H), last_h = poisoned(B * H), last_c = poisoned(B * H), cells = poisoned(B * T * H),
-           activations = poisoned(B * T * 4 * H), dp = poisoned(B * T * G * H), dh0 = poisoned(B * H), dc0 = poisoned(B * H);
+           activations = poisoned(B * T * 4 * H), dp = poisoned(B * T * G * H), dh0 = poisoned(B * H),
+           dc0 = poisoned(B * H);
 
     ForwardCall forward_call;
     forward_call.cell = cell, forward_call.B = B, forward_call.T = T, forward_call.H = H;
@@ -144,8 +147,7 @@ int failures_of(unsigned seed) {
             if (lstm) failures += wrong(dc0[b * H + j], dc[j]);
         }
         for (Index t = 0; t < T && goes_back; ++t)
-            for (Index j = 0; j < G * H; ++j)
-                failures += wrong(dp[(b * T + t) * G * H + j], t < steps ? dz[t][j] : 0);
+            for (Index j = 0; j < G * H; ++j) failures += wrong(dp[(b * T + t) * G * H + j], t < steps ? dz[t][j] : 0);
     }
     if (failures > 0)
         std::printf("seed %u, cell %d, B %ld T %ld H %ld: %d numbers wrong\n", seed, static_cast<int>(cell), long(B),
@@ -157,7 +159,7 @@ int failures_of(unsigned seed) {
 int count_wrong(unsigned calls) {
     int wrong = 0;
     for (unsigned seed = 0; seed < calls; ++seed) wrong += failures_of(seed) > 0;
-    std::printf("%s: %u calls, %d wrong\n", linattn::name(linattn::capability()), calls, wrong);
+    std::printf("%s: %u calls, %d wrong\n", linattn::isa_name(linattn::selected_isa()), calls, wrong);
     return wrong;
 }
 

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "calls.hpp"
-#include "feature_map/native/cpu.hpp"
+#include "feature_map/native/feature_map.hpp"
 
 namespace test {
 
@@ -68,7 +68,7 @@ inline void add(double factor, const Doubles& from, Doubles& to) {
 
 // What a call read and wrote beside the problem itself. States: without fields if the call had none.
 struct Results {
-    Rows out, dout, dq, dk, dv;
+    TensorView out, dout, dq, dk, dv;
     StateMemory before, after, dafter, dbefore;
 };
 
@@ -113,8 +113,8 @@ public:
 private:
     struct Head {
         Sequence s;
-        Index kv, number;               // number: among the heads of all states
-        std::vector<Doubles> k, v;      // those of the state before first
+        Index kv, number;           // number: among the heads of all states
+        std::vector<Doubles> k, v;  // those of the state before first
         std::vector<Doubles> dk, dv;
         Doubles dstate;
     };
@@ -212,7 +212,7 @@ private:
     }
 
     const Case& c_;
-    const Problem& p_;
+    const AttentionProblem& p_;
     const Similarity& sim_;
     Results& mine_;
     Comparison out_, dq_, dk_, dv_, after_, dbefore_;

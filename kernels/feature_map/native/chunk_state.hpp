@@ -1,0 +1,232 @@
+// What walking the chunks of a sequence is made of: products, sums over keys, and chunks of keys and of rows.
+#pragma once
+
+#include "common/native/matmul.hpp"
+#include "common/native/packing.hpp"
+#include "common/native/threads.hpp"
+#include "feature_map/native/feature_map.hpp"
+#include "feature_map/native/maps.hpp"
+
+namespace linattn::LINATTN_ISA::feature_map {
+
+using linattn::feature_map::BackwardCall;
+using linattn::feature_map::Call;
+using linattn::feature_map::ForwardCall;
+using linattn::feature_map::State;
+
+// Whole strips of registers at every width. Going back, every chunk transposes the sums, so chunks are longer.
+constexpr int longest_chunk = key_block, forward_chunk = 24, backward_chunk = 48;
+constexpr Index shortest_segment = 192;
+constexpr Index many_keys = 4096;  // and more: their sums are taken in two levels
+
+// TensorView and keys of one segment of a sequence.
+struct Segment {
+    Sequence sequence;
+    Index head;  // of keys
+    Index first_row, last_row, first_key, last_key;
+    Index index, count;
+};
+
+// What all threads agree on.
+struct SegmentPlan {
+    const Call& call;
+    const AttentionProblem& p;
+    Index Dp, Mp, chunk, group, segments, tasks;
+    float* sums;  // S and z of every segment, where there are several or rows see all keys; and, going back, dS and dz
+
+    SegmentPlan(const Call& c, Index usual_chunk)
+        : call(c), p(c.problem), Dp(round_up<width>(p.D)), Mp(round_up<width>(p.M)),
+          chunk(clamp<Index>(c.chunk == 0 ? usual_chunk : c.chunk, 1, longest_chunk)), group(p.H / p.Hkv), segments(1),
+          tasks(p.sequences * p.Hkv), sums(nullptr) {
+        Index longest = 0;
+        for (Index s = 0; s < p.sequences; ++s) longest = max(longest, sequence(p, s).keys);
+        const Index wanted = ceil_div(p.threads, max<Index>(tasks, 1));
+        segments = clamp<Index>(longest / shortest_segment, 1, wanted);
+    }
+
+    Index size() const { return Dp * Mp + Dp; }
+    Index count() const { return tasks * segments; }
+    float* sums_of(Index task, Index segment) const { return sums + (task * segments + segment) * size(); }
+
+    // Row i of a sequence sees keys below i + q_offset + 1; so key j is seen by rows from here on.
+    Index row_of(const Sequence& s, Index j) const { return clamp<Index>(j - p.q_offset, 0, s.queries); }
+
+    Segment segment(Index unit) const {
+        const Index task = unit / segments, i = unit % segments;
+        const Sequence s = sequence(p, task / p.Hkv);
+        const Index keys = ceil_div(ceil_div(s.keys, segments), chunk) * chunk;
+        const Index j0 = min(i * keys, s.keys), j1 = i + 1 == segments ? s.keys : min(j0 + keys, s.keys);
+        Segment part{s, task % p.Hkv, 0, 0, j0, j1, i, segments};
+        if (p.is_causal) {
+            part.first_row = i == 0 ? 0 : row_of(s, j0);
+            part.last_row = i + 1 == segments ? s.queries : row_of(s, j1);
+        } else {
+            const Index rows = ceil_div(s.queries, segments);
+            part.first_row = min(i * rows, s.queries);
+            part.last_row = min(part.first_row + rows, s.queries);
+        }
+        return part;
+    }
+};
+
+LINATTN_INLINE void add_all(const float* from, Index n, float* to) {
+    for (Index i = 0; i < n; i += width) store(to + i, load(to + i) + load(from + i));
+}
+
+// S [Dp][Mp], z [Dp] += a canonical state's.
+inline void add_state(const SegmentPlan& w, const State& state, Index task, float* S, float* z) {
+    const Index D = w.p.D, M = w.p.M;
+    const float *fv = state.fv + task * D * M, *f_sum = state.f_sum + task * D;
+    for (Index d = 0; d < D; ++d) {
+        z[d] += f_sum[d];
+        for (Index m = 0; m < M; ++m) S[d * w.Mp + m] += fv[d * M + m];
+    }
+}
+
+inline void store_state(const SegmentPlan& w, const float* S, const float* z, Index task, const State& state) {
+    const Index D = w.p.D, M = w.p.M;
+    for (Index d = 0; d < D; ++d) {
+        state.f_sum[task * D + d] = z[d];
+        __builtin_memcpy(state.fv + (task * D + d) * M, S + d * w.Mp, static_cast<std::size_t>(M) * sizeof(float));
+    }
+}
+
+// S [Dp][Mp] and z [Dp], to which chunks are added. Of very many keys, where a chunk would be lost in the sum of all
+// before it, recent ones have a sum of their own, which joins the others now and then.
+struct ChunkState {
+    const Index size;
+    float *S, *z;
+    float *recent, *settled;  // S = settled + recent; or null
+    Index folds = 0;
+
+    ChunkState(const SegmentPlan& w, Scratch& scratch, float* memory, Index keys)
+        : size(w.size()), S(memory), z(memory + w.Dp * w.Mp),
+          recent(keys > many_keys ? scratch.allocate<float>(2 * size) : nullptr),
+          settled(recent == nullptr ? nullptr : recent + size) {
+        clear(S, size);
+    }
+    ChunkState(const SegmentPlan& w, Scratch& scratch, Index keys)
+        : ChunkState(w, scratch, scratch.allocate<float>(w.size()), keys) {}
+
+    // Call this between setting S and adding the first chunk.
+    void begin() {
+        folds = 0;
+        if (recent != nullptr) settle();
+    }
+    // Call add(S, z) for the sums that a chunk of rows or keys is to be added to.
+    template <class Add>
+    void fold(const SegmentPlan& w, const Add& add) {
+        float* to = recent == nullptr ? S : recent;
+        add(to, to + w.Dp * w.Mp);
+        if (recent == nullptr) return;
+        for (Index i = 0; i < size; i += width) store(S + i, load(settled + i) + load(recent + i));
+        if (++folds % (many_keys / w.chunk) == 0) settle();
+    }
+
+private:
+    void settle() {
+        __builtin_memcpy(settled, S, sizeof(float) * size);
+        clear(recent, size);
+    }
+};
+
+// One chunk of keys, as features and values.
+struct KeyChunk {
+    Index j0 = 0;
+    int count = 0;
+    const bool* keep = nullptr;
+    float *k, *kt;  // [chunk][Dp] and, transposed, [D][key_block]
+    float* packed_v;
+    const float* v;  // [chunk][v_stride]
+    Index v_stride;
+    float* vt;                   // [M][key_block]
+    RowView next_k{}, next_v{};  // of the chunk that comes next, `ahead` rows: read early, as they are needed soon
+    int ahead = 0;
+
+    KeyChunk(const SegmentPlan& w, Scratch& scratch)
+        : k(scratch.allocate<float>(longest_chunk * w.Dp)), kt(scratch.allocate<float>(w.Dp * key_block)),
+          packed_v(scratch.allocate<float>(longest_chunk * w.Mp)), v(packed_v), v_stride(w.Mp),
+          vt(scratch.allocate<float>(w.Mp * key_block)) {}
+
+    void load(const SegmentPlan& w, const Segment& part, Index from, Index to) {
+        const AttentionProblem& p = w.p;
+        j0 = from, count = static_cast<int>(to - from);
+        const Index at = part.sequence.first_key + from, batch = part.sequence.batch;
+        keep = p.key_mask == nullptr ? nullptr : p.key_mask + batch * p.Tk + at;
+        const RowView keys = row_view(p.k, p.dtype, batch, part.head, at);
+        const RowView values = row_view(p.v, p.dtype, batch, part.head, at);
+        next_k = row_view(p.k, p.dtype, batch, part.head, at + count);
+        next_v = row_view(p.v, p.dtype, batch, part.head, at + count);
+        ahead = static_cast<int>(min<Index>(count, part.last_key - to));
+        pack_features(w.call.map, keys, count, p.D, 1, keep, round_up<4>(count), k);
+        if (p.dtype == Dtype::fp32 && keep == nullptr && p.M % width == 0 && count % 4 == 0) {
+            v = static_cast<const float*>(values.data), v_stride = values.stride;
+        } else {
+            pack_rows(values, count, p.M, 1, keep, round_up<4>(count), packed_v);
+            v = packed_v, v_stride = w.Mp;
+        }
+    }
+    void transpose_keys(const SegmentPlan& w) { pack_transposed({k, w.Dp, Dtype::fp32}, count, w.p.D, 1, nullptr, kt); }
+    void transpose_values(const SegmentPlan& w) {
+        pack_transposed({const_cast<float*>(v), v_stride, Dtype::fp32}, count, w.p.M, 1, nullptr, vt);
+    }
+    // S += phi(k)^T v, z += sum of phi(k).
+    void fold(const SegmentPlan& w, ChunkState& sums) const {
+        sums.fold(w, [&](float* S, float* z) {
+            multiply<1>({{k, 1, w.Dp, v, v_stride, count}}, static_cast<int>(round_up<4>(w.p.D)), w.Mp, S, w.Mp, true);
+            for (int c = 0; c < count; ++c) add_all(k + c * w.Dp, w.Dp, z);
+        });
+    }
+};
+
+// TensorView of one query head: up to a chunk of them, against the sums and the keys of a chunk (none: count 0).
+struct QueryTile {
+    float *x, *tile, *sums;  // scale phi(q) [chunk][Dp], scores [chunk][key_block], results [chunk][Mp or Dp]
+    Index i0 = 0, head = 0;
+    int count = 0, rows = 0;
+
+    QueryTile(const SegmentPlan& w, Scratch& scratch)
+        : x(scratch.allocate<float>(longest_chunk * w.Dp)), tile(scratch.allocate<float>(longest_chunk * key_block)),
+          sums(scratch.allocate<float>(longest_chunk * max(w.Dp, w.Mp))) {}
+
+    RowView at(const SegmentPlan& w, const Segment& part, const TensorView& tensor) const {
+        return row_view(tensor, w.p.dtype, part.sequence.batch, head, part.sequence.first_query + i0);
+    }
+    float* row_sums(const SegmentPlan& w, const Segment& part) const {
+        return w.call.l + (part.sequence.batch * w.p.H + head) * w.p.Tq + part.sequence.first_query + i0;
+    }
+    void load(const SegmentPlan& w, const Segment& part, Index query_head, Index from, Index to) {
+        i0 = from, head = query_head, count = static_cast<int>(to - from), rows = round_up<4>(count);
+        pack_features(w.call.map, at(w, part, w.p.q), count, w.p.D, w.p.scale, nullptr, rows, x);
+    }
+    // How many keys of a chunk row 0 sees; row r sees r more.
+    Index seen(const SegmentPlan& w, const KeyChunk& keys) const {
+        return w.p.is_causal ? i0 + w.p.q_offset - keys.j0 + 1 : keys.count;
+    }
+    // tile[r][c] = left[r] . right[c], 0 where row r does not see key c.
+    void score(const SegmentPlan& w, const Segment& part, const KeyChunk& keys, const float* left, Index stride,
+               const float* right, Index n, const float* minus, float* to) const {
+        const Index columns = round_up<width>(keys.count), first = seen(w, keys);
+        multiply<1>({{left, stride, 1, right, key_block, n}}, rows, columns, to, key_block, false);
+        const RowView here = at(w, part, w.p.q);
+        for (int r = 0; r < count; ++r, to += key_block) {
+            if (i0 + count + r < part.sequence.queries) prefetch_row(here, count + r, w.p.D);
+            const Index visible = w.p.is_causal ? clamp<Index>(first + r, 0, keys.count) : keys.count;
+            Index c = 0;
+            for (; minus != nullptr && c + width <= visible; c += width)
+                store(to + c, LINATTN_ISA::load(to + c) - minus[r]);
+            for (c = visible / width * width; c < columns; c += width) {
+                const Vec score = LINATTN_ISA::load(to + c) - (minus == nullptr ? 0.0f : minus[r]);
+                store(to + c, first_lanes(score, static_cast<int>(clamp<Index>(visible - c, 0, width))));
+            }
+        }
+    }
+};
+
+LINATTN_INLINE float dot(const float* a, const float* b, Index n) {
+    Vec total{};
+    for (Index i = 0; i < n; i += width) total += load(a + i) * load(b + i);
+    return sum(total);
+}
+
+}  // namespace linattn::LINATTN_ISA::feature_map

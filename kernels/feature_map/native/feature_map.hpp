@@ -1,0 +1,36 @@
+// Feature-map attention on the CPU: what a call is, and who computes it. No torch, no Python.
+//
+//     out_i = sum_j p_ij v_j / l_i,   l_i = sum_j p_ij,   p_ij = scale * phi(q_i).phi(k_j)
+//
+// TensorView with l <= 0 are 0, as are their gradients. Derivations: README.md.
+#pragma once
+
+#include "common/native/attention_call.hpp"
+
+namespace linattn::feature_map {
+
+// In the order of MAPS in cpu.py.
+enum class Map : int { identity, elu_plus_one, relu, relu_squared, exp };
+
+// ChunkState over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is
+// [sequences].
+struct State {
+    Index* n = nullptr;
+    float* f_sum = nullptr;  // [D]
+    float* fv = nullptr;     // [D, M]
+};
+
+struct Options {
+    Map map = Map::identity;
+    Index chunk = 0;  // keys of a chunk, at most 64; 0: the kernel chooses
+};
+
+using Call = AttentionCall<Options, State>;
+using ForwardCall = AttentionForwardCall<Options, State>;
+using BackwardCall = AttentionBackwardCall<Options, State>;
+
+// Chooses by capability. `problem.threads` threads; the same bits for the same number of them.
+void forward(const ForwardCall& call);
+void backward(const BackwardCall& call);
+
+}  // namespace linattn::feature_map

@@ -1,0 +1,216 @@
+#include "quadratic/native/amx_chunked.hpp"
+
+#include "common/native/threads.hpp"
+#include "quadratic/native/amx_chunk_output.hpp"
+#include "quadratic/native/amx_chunk_schedule.hpp"
+
+namespace linattn::LINATTN_ISA::quadratic {
+
+using linattn::quadratic::ForwardCall;
+
+namespace {
+
+// Threads that share a head, in step.
+struct Team {
+    int rank, size;
+
+    void sync() const {
+        if (size > 1) barrier();
+    }
+    // The part of 0..count that is this thread's.
+    int begin(int count) const { return count * rank / size; }
+    int end(int count) const { return count * (rank + 1) / size; }
+};
+
+// A stretch of keys of one head: as queries that score them take them, and as the sums do. Strips come in pairs.
+struct KeyChunk {
+    PackedKeys packed;
+    StateUpdate addends;
+
+    KeyChunk(const TileSizes& size, Index keys, Scratch& scratch) : addends(size.D, keys, scratch) {
+        packed = {scratch.allocate<Bf16>(addends.capacity * size.D), scratch.allocate<Bf16>(addends.capacity * size.M),
+                  scratch.allocate<std::uint32_t>(addends.capacity / 32)};
+        addends.y_pairs = packed.v;
+    }
+
+    void pack_strip(const TileSizes& size, Index i, const StripView& k, const StripView& v) {
+        pack_transposed(k, size.D, packed.k + i * 32 * size.D);
+        pack_pairs(v, size.M, packed.v + i * 32 * size.M);
+        packed.alive[i] = k.alive;
+        Bf16* pairs = addends.z_pairs + i * 32 * size.D;
+        pack_pairs(k, size.D, pairs);
+        addends.transpose_strip(size.D, i, pairs);
+    }
+};
+
+// What a head needs that its team shares.
+struct TeamMemory {
+    KeyChunk keys;
+    ChunkState sums;
+};
+
+// A head by its team.
+class ChunkedForward {
+public:
+    ChunkedForward(const ForwardCall& call, const ScorePolynomial& w, const FeatureTable& f, const TileSizes& size,
+                   TeamMemory& shared, const KeyHead& head, const Team& team, Scratch& scratch)
+        : call_(call), p_(call.problem), w_(w), f_(f), size_(size), keys_(shared.keys), sums_(shared.sums), head_(head),
+          team_(team), reader_(size, scratch) {
+        q_rows_ = scratch.allocate<Bf16>(32 * size.D);
+        q_transposed_ = scratch.allocate<Bf16>(32 * size.D);
+        phi_ = scratch.allocate<Bf16>(2 * 32 * rows_of_a_product);
+        acc_ = scratch.allocate<float>(32 * size.M);
+        parts_ = scratch.allocate<float>(32 * 16);
+    }
+
+    void run() {
+        const Index chunk = chunk_length(call_), keys = head_.sequence.keys, queries = head_.sequence.queries;
+        const FirstChunk first(head_, chunk);
+        clear();
+        if (p_.is_causal || !first.enough) {
+            for (Index j0 = 0, j1 = first.end; j0 < keys || j0 == 0; j0 = j1, j1 = min(j1 + chunk, keys)) {
+                const bool last = j1 == keys;
+                pack(j0, j1);
+                attend_rows(j0 == 0 ? 0 : row(j0), last ? queries : row(j1), j0);
+                if (last) break;
+                fold(true);
+            }
+        } else {
+            for (Index j0 = 0; j0 < keys; j0 += chunk) {
+                pack(j0, min(j0 + chunk, keys));
+                fold(j0 + chunk >= keys);
+            }
+            keys_count_ = 0;
+            attend_rows(0, queries, keys);
+        }
+        team_.sync();
+    }
+
+private:
+    // The first row that sees key j.
+    Index row(Index j) const { return max<Index>(0, min(j - p_.q_offset, head_.sequence.queries)); }
+
+    void clear() {
+        sums_.clear_steps(team_.begin(f_.steps), team_.end(f_.steps), size_.M);
+        if (team_.rank == 0) sums_.clear_moments(size_);
+        folded_ = false;
+    }
+
+    void pack(Index j0, Index j1) {
+        const Sequence& one = head_.sequence;
+        if (team_.rank == 0) keys_.addends.strips = (j1 - j0 + 31) / 32;
+        keys_count_ = j1 - j0;
+        for (Index i = team_.rank; i < (j1 - j0 + 63) / 64 * 2; i += team_.size) {
+            const StripView k =
+                strip_view(p_.k, one.batch, head_.kv_head, one.first_key, j0 + 32 * i, j1, p_.D, head_.key_mask);
+            const StripView v =
+                strip_view(p_.v, one.batch, head_.kv_head, one.first_key, j0 + 32 * i, j1, p_.M, head_.key_mask);
+            keys_.pack_strip(size_, i, k, v);
+        }
+        team_.sync();
+    }
+
+    // Adds the packed keys to the sums. Nobody reads these, or packs others, before everyone has come here and left.
+    void fold(bool read_next) {
+        team_.sync();
+        const int D = size_.D;
+        const StateUpdate& x = keys_.addends;
+        if (team_.rank == 0) {
+            update_vector_sums(sums_, x, size_);
+            for (Index i = 0; i < x.strips; ++i) sums_.n += __builtin_popcount(keys_.packed.alive[i]);
+        }
+        for (int i = team_.begin(D / 32); i < team_.end(D / 32); ++i) update_moments(sums_, x, D, 32 * i);
+        update_products(f_, sums_, x, size_.M, team_.begin(f_.steps), team_.end(f_.steps), read_next, phi_);
+        folded_ = true;
+        team_.sync();
+    }
+
+    // TensorView i0 to i1 of every query head: from the sums, and from the packed keys, the first of which is key j0.
+    void attend_rows(Index i0, Index i1, Index j0) {
+        const Index group = p_.H / p_.Hkv, strips = (i1 - i0 + 31) / 32;
+        for (Index i = team_.rank; i < group * strips; i += team_.size)
+            attend_strip(head_.kv_head * group + i / strips, i0 + i % strips * 32, i1, j0);
+    }
+
+    void attend_strip(Index h, Index i, Index i1, Index j0) {
+        const Sequence& one = head_.sequence;
+        const StripView q = strip_view(p_.q, one.batch, h, one.first_query, i, i1, p_.D);
+        std::memset(acc_, 0, 32 * size_.M * sizeof(float));
+        std::memset(parts_, 0, 32 * 16 * sizeof(float));
+        if (keys_count_ > 0) {
+            pack_rows(q, size_.D, q_rows_);
+            for (Index j = 0; j < keys_count_; j += keys_at_once) {
+                const PackedKeys some = {keys_.packed.k + j * size_.D, keys_.packed.v + j * size_.M,
+                                         keys_.packed.alive + j / 32};
+                const Index count = min<Index>(keys_at_once, keys_count_ - j);
+                const Index seen = p_.is_causal ? i + p_.q_offset + 1 - j0 - j : everything;
+                if (w_.completed)
+                    attend<true>(w_, size_, q_rows_, some, count, seen, acc_, parts_);
+                else
+                    attend<false>(w_, size_, q_rows_, some, count, seen, acc_, parts_);
+            }
+        }
+        if (folded_) {
+            pack_transposed(q, size_.D, q_transposed_);
+            reader_.read(w_, f_, sums_, size_, q_transposed_, acc_, parts_);
+        }
+        finish(w_, p_.normalize, size_.M, acc_, parts_,
+               strip_target(call_.out, one.batch, h, one.first_query, i, i1, p_.M),
+               call_.l + (one.batch * p_.H + h) * p_.Tq + one.first_query + i);
+    }
+
+    const ForwardCall& call_;
+    const AttentionProblem& p_;
+    const ScorePolynomial& w_;
+    const FeatureTable& f_;
+    const TileSizes& size_;
+    KeyChunk& keys_;
+    ChunkState& sums_;
+    const KeyHead& head_;
+    const Team& team_;
+    OutputReader reader_;
+    Bf16 *q_rows_, *q_transposed_, *phi_;
+    float *acc_, *parts_;
+    Index keys_count_ = 0;
+    bool folded_ = false;
+};
+
+}  // namespace
+
+// As many heads as threads at a time, each by one thread; what is left over, by all threads together.
+void chunked_forward(const ForwardCall& call) {
+    const AttentionProblem& p = call.problem;
+    const ScorePolynomial w(call);
+    const TileSizes size = {pad_to_tile(p.D), pad_to_tile(p.M)};
+    const Index heads = p.sequences * p.Hkv;
+    Scratch scratch;
+    const FeatureTable f(w, size.D, scratch);
+    Index longest = 0;
+    for (Index n = 0; n < heads; n += p.Hkv) longest = max(longest, FirstChunk(head(p, n), chunk_length(call)).end);
+    const auto attention = [&](Index n, TeamMemory& shared, const Team& team) {
+        Scratch own;
+        const KeyHead one = head(p, n);
+        ChunkedForward(call, w, f, size, shared, one, team, own).run();
+    };
+    const int asked = usable_threads(p.threads);
+    const Index together = asked == 1 ? 0 : heads % asked;
+    TeamMemory shared = {KeyChunk(size, together == 0 ? 0 : longest, scratch),
+                         ChunkState(f, size, true, false, scratch)};
+    Index next = 0;
+    run_parallel(asked, [&](int thread, int threads) {
+        const TileConfiguration tiles;
+        {
+            Scratch own;
+            TeamMemory mine = {KeyChunk(size, longest, own), ChunkState(f, size, true, false, own)};
+            for (Index n; (n = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < heads - together;)
+                attention(n, mine, {0, 1});
+        }
+        const Team team = {thread, threads};
+        for (Index n = heads - together; n < heads; ++n) {
+            team.sync();
+            attention(n, shared, team);
+        }
+    });
+}
+
+}  // namespace linattn::LINATTN_ISA::quadratic

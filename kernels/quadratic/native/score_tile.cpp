@@ -1,0 +1,175 @@
+#include "quadratic/native/score_tile.hpp"
+
+#include "common/native/matmul.hpp"
+
+namespace linattn::LINATTN_ISA::quadratic {
+
+using linattn::quadratic::Call;
+namespace {
+
+constexpr int panel = widest * width;  // keys whose scores with six rows fill the registers
+
+// Which of the keys c, c + 1, ... of a block a row sees that sees none beyond `last`.
+LINATTN_INLINE Lanes visible(const std::int32_t* seen, int c, int last) {
+    Lanes counts;
+    __builtin_memcpy(&counts, seen + c, sizeof counts);
+    return counts & (lane_numbers() + c <= last);
+}
+
+LINATTN_INLINE Vec select(Vec x, Lanes where) { return reinterpret_cast<Vec>(reinterpret_cast<Lanes>(x) & where); }
+
+LINATTN_INLINE bool all(const std::int32_t* seen) {
+    std::int32_t every = -1;
+    for (int c = 0; c < key_block; ++c) every &= seen[c];
+    return every != 0;
+}
+
+// p(s) at t = s + start.
+template <bool plain>
+LINATTN_INLINE Vec value(const ScorePolynomial& f, Vec t) {
+    return plain ? t * t : (f.a2 * t + f.a1) * t + f.a0;
+}
+
+template <bool plain>
+LINATTN_INLINE Vec slope(const ScorePolynomial& f, Vec t) {
+    return plain ? t + t : 2 * f.a2 * t + f.a1;
+}
+
+bool is_plain(const ScorePolynomial& f) { return f.a2 == 1 && f.a1 == 0 && f.a0 == 0; }
+
+// start(r) + a k for six rows a [n] and a panel of keys k [n][key_block].
+template <class Start>
+LINATTN_INLINE void multiply_panel(Vec (&t)[group_rows][widest], const Start& start, const float* a, Index n,
+                                   const float* k) {
+#pragma GCC unroll 32
+    for (int r = 0; r < group_rows; ++r)
+#pragma GCC unroll 8
+        for (int w = 0; w < widest; ++w) t[r][w] = splat(start(r));
+    multiply_add(t, a, round_up<width>(n), 1, k, key_block, static_cast<int>(n));
+}
+
+// The similarities p [group_rows][key_block] of six rows with the keys c to c + panel, and their sums to l.
+template <bool plain, bool masked>
+LINATTN_INLINE void scores(const ScorePolynomial& f, const float* x, Index D, const KeyBlock& keys, int c, int last,
+                           float* p, float* l) {
+    Vec t[group_rows][widest];
+    multiply_panel(t, [&](int) { return f.start; }, x, D, keys.k + c);
+#pragma GCC unroll 32
+    for (int r = 0; r < group_rows; ++r) {
+        Vec total = load(l + r * width);
+#pragma GCC unroll 8
+        for (int w = 0; w < widest; ++w) {
+            Vec y = value<plain>(f, t[r][w]);
+            if (masked) y = select(y, visible(keys.seen, c + w * width, last + r));
+            total += y;
+            store(p + r * key_block + c + w * width, y);
+        }
+        store(l + r * width, total);
+    }
+}
+
+// accumulate_out for one strip.
+template <bool plain, bool masked>
+void accumulate_strip(const ScorePolynomial& f, const float* x, Index D, Index M, const KeyBlock& keys, int last,
+                      float* acc, float* l) {
+    alignas(64) float p[strip_rows * key_block];
+    if (masked) clear(p, strip_rows * key_block);
+    for (int r = 0; r < strip_rows; r += group_rows) {
+        const int most_seen = min(keys.count, last + r + group_rows);
+        for (int c = 0; c < most_seen; c += panel)
+            scores<plain, masked>(f, x + r * round_up<width>(D), D, keys, c, last + r, p + r * key_block,
+                                  l + r * width);
+    }
+    add_product<key_block, 1>(p, keys.v, keys.v_stride, keys.count, last + 1, strip_rows, acc, round_up<width>(M),
+                              round_up<width>(M));
+}
+
+// For six rows: p(s) and dS [group_rows][key_block].
+template <bool plain, bool masked>
+LINATTN_INLINE void score_gradients(const ScorePolynomial& f, const QueryTile& rows, int r, Index D, Index M,
+                                    const KeyGradientBlock& keys, int c, int last, float* p, float* ds) {
+    Vec t[group_rows][widest];
+    multiply_panel(t, [&](int) { return f.start; }, rows.x + r * round_up<width>(D), D, keys.k + c);
+#pragma GCC unroll 32
+    for (int i = 0; i < group_rows; ++i)
+#pragma GCC unroll 8
+        for (int w = 0; w < widest; ++w) store(p + i * key_block + c + w * width, t[i][w]);
+    multiply_panel(t, [&](int i) { return -rows.delta[r + i]; }, rows.dout + r * round_up<width>(M), M, keys.v + c);
+#pragma GCC unroll 32
+    for (int i = 0; i < group_rows; ++i)
+#pragma GCC unroll 8
+        for (int w = 0; w < widest; ++w) {
+            float* const at = p + i * key_block + c + w * width;
+            const Vec score = load(at);
+            Vec y = value<plain>(f, score), dy = slope<plain>(f, score) * t[i][w];
+            if (masked) {
+                const Lanes where = visible(keys.seen, c + w * width, last + i);
+                y = select(y, where), dy = select(dy, where);
+            }
+            store(at, y);
+            store(ds + (at - p), dy);
+        }
+}
+
+// accumulate_gradients for rows that all see some key, whole strips of them.
+template <bool plain, bool masked>
+void accumulate_tile_gradients(const ScorePolynomial& f, const QueryTile& rows, int count, Index D, Index M,
+                               const KeyGradientBlock& keys, int last) {
+    alignas(64) float p[gradient_rows * key_block], ds[gradient_rows * key_block];
+    for (int r = 0; r < count; r += group_rows)
+        for (int c = 0; c < key_block; c += panel)
+            score_gradients<plain, masked>(f, rows, r, D, M, keys, c, last + r, p + r * key_block, ds + r * key_block);
+    if (keys.dv != nullptr)
+        add_product<1, key_block>(p, rows.dout, round_up<width>(M), count, count, key_block, keys.dv,
+                                  round_up<width>(M), round_up<width>(M));
+    if (keys.dk != nullptr)
+        add_product<1, key_block>(ds, rows.x, round_up<width>(D), count, count, key_block, keys.dk, round_up<width>(D),
+                                  round_up<width>(D));
+    if (rows.dx != nullptr)
+        add_product<key_block, 1>(ds, keys.k_rows, round_up<width>(D), keys.count, last + 1, count, rows.dx,
+                                  round_up<width>(D), round_up<width>(D));
+}
+
+}  // namespace
+
+ScorePolynomial score_polynomial(const Call& call) {
+    const double c0 = call.c0, c1 = call.c1, c2 = call.c2;
+    if (!call.problem.normalize) return {0, static_cast<float>(c2), static_cast<float>(c1), static_cast<float>(c0)};
+    double r = c0 - c1 * c1 / (4 * c2);
+    if (-1e-9 * c0 <= r && r <= 1e-9 * c0) r = max(r, 0.0);
+    return {static_cast<float>(c1 / (2 * c2)), static_cast<float>(c2), 0, static_cast<float>(r)};
+}
+
+void load_key_mask(const bool* keep, Index count, std::int32_t* seen) {
+    for (Index c = 0; c < key_block; ++c) seen[c] = c < count && (keep == nullptr || keep[c]) ? -1 : 0;
+}
+
+void accumulate_out(const ScorePolynomial& f, const float* x, Index D, Index M, const KeyBlock& keys, Index last,
+                    int rows, float* acc, float* l) {
+    const bool plain = is_plain(f), whole = all(keys.seen);
+    for (int r = 0; r < rows; r += strip_rows) {
+        if (last + r + strip_rows <= 0) continue;
+        // Far from the diagonal the distance does not matter, and must fit an int.
+        const int near = static_cast<int>(min<Index>(last + r, key_block));
+        const bool masked = !whole || near < key_block - 1;
+        const auto strip = plain ? (masked ? accumulate_strip<true, true> : accumulate_strip<true, false>)
+                                 : (masked ? accumulate_strip<false, true> : accumulate_strip<false, false>);
+        strip(f, x + r * round_up<width>(D), D, M, keys, near, acc + r * round_up<width>(M), l + r * width);
+    }
+}
+
+void accumulate_gradients(const ScorePolynomial& f, const QueryTile& rows, int count, Index D, Index M,
+                          const KeyGradientBlock& keys, Index last) {
+    if (last + count <= 0) return;
+    const int blind = last < 0 ? static_cast<int>(-last) / strip_rows * strip_rows : 0;
+    const int near = static_cast<int>(min<Index>(last + blind, key_block));
+    const QueryTile seeing{rows.x + blind * round_up<width>(D), rows.dout + blind * round_up<width>(M),
+                           rows.delta + blind, rows.dx == nullptr ? nullptr : rows.dx + blind * round_up<width>(D)};
+    const bool plain = is_plain(f), masked = near < key_block - 1 || !all(keys.seen);
+    const auto tile = plain
+                          ? (masked ? accumulate_tile_gradients<true, true> : accumulate_tile_gradients<true, false>)
+                          : (masked ? accumulate_tile_gradients<false, true> : accumulate_tile_gradients<false, false>);
+    tile(f, seeing, count - blind, D, M, keys, near);
+}
+
+}  // namespace linattn::LINATTN_ISA::quadratic
