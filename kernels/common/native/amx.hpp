@@ -143,13 +143,13 @@ struct StripView {
     }
 };
 
-// TensorView as A tiles of X: [columns / 32][2][tile].
+// Rows as A tiles of X: [columns / 32][2][tile].
 LINATTN_INLINE void pack_rows(const StripView& x, int columns, Bf16* to) {
     for (int c = 0; c < columns; c += 32)
         for (int r = 0; r < 32; ++r, to += 32) store_words(to, x.row(r, c));
 }
 
-// TensorView as B tiles of X^T: [2][columns / 32][tile].
+// Rows as B tiles of X^T: [2][columns / 32][tile].
 LINATTN_INLINE void pack_transposed(const StripView& x, int columns, Bf16* to) {
     for (int r0 = 0; r0 < 32; r0 += 16)
         for (int c = 0; c < columns; c += 32, to += tile) {
@@ -162,7 +162,7 @@ LINATTN_INLINE void pack_transposed(const StripView& x, int columns, Bf16* to) {
         }
 }
 
-// TensorView as B tiles of X: [columns / 16][tile].
+// Rows as B tiles of X: [columns / 16][tile].
 LINATTN_INLINE void pack_pairs(const StripView& x, int columns, Bf16* to) {
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "macros.hpp"
+
 namespace linattn {
 
 using Index = std::int64_t;
@@ -36,8 +38,7 @@ struct Sequence {
     Index batch, first_query, first_key, queries, keys;
 };
 
-// Forced inline, because sources of every instruction set call it (simd.hpp).
-__attribute__((always_inline)) inline Sequence sequence(const AttentionProblem& p, Index s) {
+LINATTN_INLINE Sequence sequence(const AttentionProblem& p, Index s) {
     if (p.cu_seqlens == nullptr) return {s, 0, 0, p.Tq, p.Tk};
     const Index start = p.cu_seqlens[s], length = p.cu_seqlens[s + 1] - start;
     return {0, start, start, length, length};

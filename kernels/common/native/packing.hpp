@@ -1,4 +1,4 @@
-// TensorView of tensors as the matrix products read them, fp32 padded with zeros, and finished rows on their way back.
+// Rows of tensors as the matrix products read them, fp32 padded with zeros, and finished rows on their way back.
 #pragma once
 
 #include <utility>
@@ -19,7 +19,7 @@ LINATTN_INLINE void dispatch_dtype(Dtype dtype, const Body& body) {
     }
 }
 
-// TensorView t, t + 1, ... of head h of batch element b. Row r begins `r * stride` elements after `data`.
+// Rows t, t + 1, ... of head h of batch element b. Row r begins `r * stride` elements after `data`.
 struct RowView {
     void* data;
     Index stride;

@@ -12,12 +12,11 @@
 #include <cstring>
 
 #include "attention_problem.hpp"
+#include "macros.hpp"
 
 #if !defined(LINATTN_ISA) || !defined(LINATTN_WIDTH) || !defined(LINATTN_ACCUMULATORS)
 #error "simd.hpp is for sources that are compiled once for each instruction set"
 #endif
-
-#define LINATTN_INLINE inline __attribute__((always_inline))
 
 namespace linattn::LINATTN_ISA {
 
@@ -100,7 +99,7 @@ LINATTN_INLINE void store(Fp16* p, Vec v) {
     std::memcpy(p, &halves, sizeof halves);
 }
 
-// The first n < width elements; the other lanes are 0.
+// The first 0 <= n <= width elements; the other lanes are 0.
 template <class T>
 LINATTN_INLINE Vec load_first(const T* p, int n) {
     T padded[width] = {};
@@ -112,6 +111,16 @@ LINATTN_INLINE void store_first(T* p, Vec v, int n) {
     T whole[width];
     store(whole, v);
     std::memcpy(p, whole, n * sizeof(T));
+}
+
+// n elements, at most `width`.
+template <class T>
+LINATTN_INLINE Vec load_some(const T* p, int n) {
+    return n == width ? load(p) : load_first(p, n);
+}
+template <class T>
+LINATTN_INLINE void store_some(T* p, Vec v, int n) {
+    n == width ? store(p, v) : store_first(p, v, n);
 }
 
 LINATTN_INLINE Lanes lane_numbers() {

@@ -70,7 +70,6 @@ int usable_threads(int asked) {
 
 struct alignas(64) Team::Meeting {
     std::atomic<int> arrived{0}, round{0};
-    std::atomic<Index> next{0};
     void* address = nullptr;
 };
 
@@ -121,7 +120,7 @@ Team TeamSchedule::team(int thread) const {
 
 Index TeamSchedule::next(int thread, Index done) {
     const bool single = teams_ == threads_;
-    const Index task = single ? meetings_[0].next.fetch_add(1) : team_of(thread) + done * teams_;
+    const Index task = single ? queue_.pop() : team_of(thread) + done * teams_;
     return task < tasks_ ? task : -1;
 }
 

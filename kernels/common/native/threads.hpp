@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention_problem.hpp"
+#include "macros.hpp"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -16,9 +17,11 @@ namespace linattn {
 // because the runtime's workers do not survive a fork and waiting for them would never end.
 int usable_threads(int asked);
 
-// Call work(thread, threads) once in each of `threads` threads. No exception may leave `work`.
+// Call work(thread, threads) once in each of `threads` threads. No exception may leave `work`. (A template over the
+// type of a lambda: no two instruction sets share an instance.)
 template <class Work>
 void run_parallel(int asked, const Work& work) {
+    LINATTN_ASSERT(asked >= 1);
     const int threads = usable_threads(asked);
     if (threads == 1) {
         work(0, 1);
@@ -31,24 +34,38 @@ void run_parallel(int asked, const Work& work) {
 }
 
 // All threads of the region wait for each other.
-inline void barrier() {
+LINATTN_INLINE void barrier() {
 #if defined(_OPENMP)
 #pragma omp barrier
 #endif
 }
+
+// Numbers 0, 1, ... to whoever comes first.
+class Queue {
+public:
+    LINATTN_INLINE Index pop() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+
+private:
+    Index next_ = 0;
+};
 
 // The threads that work on one task together: all of them call work(task, team) with the same task.
 class Team {
 public:
     struct Meeting;
 
-    Team(Meeting* meeting, int member, int size) : member(member), size(size), meeting_(meeting) {}
+    LINATTN_INLINE Team(Meeting* meeting, int team_member, int team_size)
+        : member(team_member), size(team_size), meeting_(meeting) {}
 
     // Every member has come this far, and sees what the others wrote before.
     void wait();
 
-    // What the first member gives.
+    // The address that the first member gives.
     void* broadcast(void* mine);
+
+    // This member's share of 0 .. count: from begin to end.
+    LINATTN_INLINE Index begin(Index count) const { return count * member / size; }
+    LINATTN_INLINE Index end(Index count) const { return count * (member + 1) / size; }
 
     const int member, size;
 
@@ -76,30 +93,40 @@ private:
     int threads_, teams_;
     Index tasks_;
     Team::Meeting* meetings_;
+    alignas(64) Queue queue_;
 };
+
+// Call work(schedule, thread) in each of at most `asked` threads, which share a schedule of `tasks` tasks.
+template <class Work>
+void run_scheduled(int asked, Index tasks, const Work& work) {
+    TeamSchedule* schedule = nullptr;
+    run_parallel(asked, [&](int thread, int threads) {
+        if (thread == 0) schedule = new TeamSchedule(threads, tasks);
+        if (threads > 1) barrier();
+        work(*schedule, thread);
+    });
+    delete schedule;
+}
 
 // Call work(task, team) for each of `tasks` tasks, in teams of at most `asked` threads together.
 template <class Work>
 void run_in_teams(int asked, Index tasks, const Work& work) {
-    TeamSchedule* teams = nullptr;
-    run_parallel(asked, [&](int thread, int threads) {
-        if (thread == 0) teams = new TeamSchedule(threads, tasks);
-        if (threads > 1) barrier();
-        Team team = teams->team(thread);
+    run_scheduled(asked, tasks, [&](TeamSchedule& schedule, int thread) {
+        Team team = schedule.team(thread);
         Index done = 0;
-        for (Index task = teams->next(thread, done); task >= 0; task = teams->next(thread, ++done)) work(task, team);
+        for (Index task = schedule.next(thread, done); task >= 0; task = schedule.next(thread, ++done))
+            work(task, team);
     });
-    delete teams;
 }
 
-// Numbers 0, 1, ... to whoever comes first.
-class Queue {
-public:
-    __attribute__((always_inline)) std::int64_t pop() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
-
-private:
-    std::int64_t next_ = 0;
-};
+// Call work(team) once in each of at most `asked` threads, which are one team.
+template <class Work>
+void run_in_one_team(int asked, const Work& work) {
+    run_scheduled(asked, 1, [&](TeamSchedule& schedule, int thread) {
+        Team team = schedule.team(thread);
+        work(team);
+    });
+}
 
 // Memory of the calling thread that lives until the end of a scope and is kept for the next call: allocating anew costs
 // some percent in page faults. 64-byte aligned, not initialised. Scopes nest.
@@ -111,8 +138,9 @@ public:
     Scratch& operator=(const Scratch&) = delete;
 
     template <class T>
-    __attribute__((always_inline)) T* allocate(std::size_t count) {
-        return static_cast<T*>(allocate_bytes(count * sizeof(T)));
+    LINATTN_INLINE T* allocate(Index count) {
+        LINATTN_ASSERT(count >= 0);
+        return static_cast<T*>(allocate_bytes(static_cast<std::size_t>(count) * sizeof(T)));
     }
 
 private:

@@ -1,6 +1,7 @@
 // What walking the chunks of a sequence is made of: products, sums over keys, and chunks of keys and of rows.
 #pragma once
 
+#include "common/native/bwd_preprocess.hpp"
 #include "common/native/matmul.hpp"
 #include "common/native/packing.hpp"
 #include "common/native/threads.hpp"
@@ -19,7 +20,7 @@ constexpr int longest_chunk = key_block, forward_chunk = 24, backward_chunk = 48
 constexpr Index shortest_segment = 192;
 constexpr Index many_keys = 4096;  // and more: their sums are taken in two levels
 
-// TensorView and keys of one segment of a sequence.
+// Rows and keys of one segment of a sequence.
 struct Segment {
     Sequence sequence;
     Index head;  // of keys
@@ -179,7 +180,7 @@ struct KeyChunk {
     }
 };
 
-// TensorView of one query head: up to a chunk of them, against the sums and the keys of a chunk (none: count 0).
+// Rows of one query head: up to a chunk of them, against the sums and the keys of a chunk (none: count 0).
 struct QueryTile {
     float *x, *tile, *sums;  // scale phi(q) [chunk][Dp], scores [chunk][key_block], results [chunk][Mp or Dp]
     Index i0 = 0, head = 0;
@@ -222,11 +223,5 @@ struct QueryTile {
         }
     }
 };
-
-LINATTN_INLINE float dot(const float* a, const float* b, Index n) {
-    Vec total{};
-    for (Index i = 0; i < n; i += width) total += load(a + i) * load(b + i);
-    return sum(total);
-}
 
 }  // namespace linattn::LINATTN_ISA::feature_map

@@ -111,33 +111,24 @@ void count_keys(const ForwardCall& call) {
 
 // ---- backward ----
 
-// The rows of `queries` as the gradient meets them: dout / l and delta, the change of the loss with each row's sum.
+// What a gradient needs of the queries in a tile: dO' = dO / l, and delta, the change of the loss with each row's sum.
 struct QueryGradients {
-    float *dout, *delta;  // [chunk][Mp], [chunk]
+    float *dout_scaled, *delta;  // [chunk][Mp], [chunk]
 
     QueryGradients(const SegmentPlan& w, Scratch& scratch)
-        : dout(scratch.allocate<float>(longest_chunk * w.Mp)), delta(scratch.allocate<float>(longest_chunk)) {}
+        : dout_scaled(scratch.allocate<float>(longest_chunk * w.Mp)), delta(scratch.allocate<float>(longest_chunk)) {}
 
-    void load(const SegmentPlan& w, const BackwardCall& call, const Segment& part, const QueryTile& q, float* out) {
-        pack_rows(q.at(w, part, call.dout), q.count, w.p.M, 1, nullptr, q.rows, dout);
-        clear(delta, longest_chunk);
-        if (!w.p.normalize) return;
-        pack_rows(q.at(w, part, call.out), q.count, w.p.M, 1, nullptr, q.rows, out);
-        const float* l = q.row_sums(w, part);
-        for (int r = 0; r < q.count; ++r) {
-            float* row = dout + r * w.Mp;
-            for (Index m = 0; m < w.Mp; m += width)
-                store(row + m, l[r] > 0 ? LINATTN_ISA::load(row + m) / l[r] : Vec{});
-            delta[r] = l[r] > 0 ? dot(row, out + r * w.Mp, w.Mp) : 0;
-        }
+    void load(const SegmentPlan& w, const BackwardCall& call, const Segment& part, const QueryTile& q) {
+        bwd_preprocess(q.at(w, part, call.dout), q.at(w, part, call.out), q.row_sums(w, part), w.p.normalize, q.count,
+                       w.p.M, q.rows, w.Mp, dout_scaled, delta);
     }
 };
 
-// dS += x^T dout, dz -= sum of delta x.
+// dS += x^T dO', dz -= sum of delta x.
 void fold_rows(const SegmentPlan& w, const QueryTile& q, const QueryGradients& rows, ChunkState& sums) {
     sums.fold(w, [&](float* dS, float* dz) {
-        multiply<1>({{q.x, 1, w.Dp, rows.dout, w.Mp, q.count}}, static_cast<int>(round_up<4>(w.p.D)), w.Mp, dS, w.Mp,
-                    true);
+        multiply<1>({{q.x, 1, w.Dp, rows.dout_scaled, w.Mp, q.count}}, static_cast<int>(round_up<4>(w.p.D)), w.Mp, dS,
+                    w.Mp, true);
         for (int r = 0; r < q.count; ++r)
             for (Index d = 0; d < w.Dp; d += width)
                 store(dz + d, load(dz + d) - rows.delta[r] * load(q.x + r * w.Dp + d));
@@ -180,7 +171,7 @@ struct SegmentBackward {
 
     void load_rows(Index g, Index i0, Index i1) {
         queries.load(w, part, part.head * w.group + g, i0, i1);
-        rows.load(w, call, part, queries, queries.sums);
+        rows.load(w, call, part, queries);
     }
 
     // Down: rows read the sums of earlier keys again, which lie transposed in `panels`.
@@ -191,9 +182,9 @@ struct SegmentBackward {
             for (int r = 0; r < queries.rows; ++r)
                 for (Index d = 0; d < w.Dp; d += width)
                     store(gradient + r * w.Dp + d, -rows.delta[r] * load(sums.z + d));
-            add_through(w, rows.dout, w.Mp, queries.rows, panels, gradient);
+            add_through(w, rows.dout_scaled, w.Mp, queries.rows, panels, gradient);
             if (keys.count > 0) {
-                queries.score(w, part, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, queries.tile);
+                queries.score(w, part, keys, rows.dout_scaled, w.Mp, keys.vt, w.p.M, rows.delta, queries.tile);
                 multiply<1>({{queries.tile, key_block, 1, keys.k, w.Dp, keys.count, queries.seen(w, keys)}},
                             queries.rows, w.Dp, gradient, w.Dp, true);
             }
@@ -235,8 +226,9 @@ struct SegmentBackward {
         for (Index g = 0; g < w.group && i0 < i1; ++g) {
             load_rows(g, i0, i1);
             queries.score(w, part, keys, queries.x, w.Dp, keys.kt, w.p.D, nullptr, queries.tile);
-            queries.score(w, part, keys, rows.dout, w.Mp, keys.vt, w.p.M, rows.delta, other_tile);
-            multiply<1>({{queries.tile, 1, key_block, rows.dout, w.Mp, queries.count}}, count, w.Mp, dv, w.Mp, true);
+            queries.score(w, part, keys, rows.dout_scaled, w.Mp, keys.vt, w.p.M, rows.delta, other_tile);
+            multiply<1>({{queries.tile, 1, key_block, rows.dout_scaled, w.Mp, queries.count}}, count, w.Mp, dv, w.Mp,
+                        true);
             multiply<1>({{other_tile, 1, key_block, queries.x, w.Dp, queries.count}}, count, w.Dp, gradient, w.Dp,
                         true);
             fold_rows(w, queries, rows, sums);
@@ -299,7 +291,7 @@ struct SegmentBackward {
 void forward(const ForwardCall& call) {
     Scratch scratch;
     SegmentPlan w(call, forward_chunk);
-    // ChunkState of the segments are taken first, each by itself, where a segment needs those of others.
+    // Sums of the segments are taken first, each by itself, where a segment needs those of others.
     const bool ahead = !w.p.is_causal || w.segments > 1;
     if (ahead) w.sums = scratch.allocate<float>(w.count() * w.size());
     run_parallel(call.problem.threads, [&](int thread, int threads) {

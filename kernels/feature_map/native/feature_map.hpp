@@ -2,7 +2,7 @@
 //
 //     out_i = sum_j p_ij v_j / l_i,   l_i = sum_j p_ij,   p_ij = scale * phi(q_i).phi(k_j)
 //
-// TensorView with l <= 0 are 0, as are their gradients. Derivations: README.md.
+// Rows with l <= 0 are 0, as are their gradients. Derivations: README.md.
 #pragma once
 
 #include "common/native/attention_call.hpp"
@@ -12,7 +12,7 @@ namespace linattn::feature_map {
 // In the order of MAPS in cpu.py.
 enum class Map : int { identity, elu_plus_one, relu, relu_squared, exp };
 
-// ChunkState over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is
+// Sums over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is
 // [sequences].
 struct State {
     Index* n = nullptr;

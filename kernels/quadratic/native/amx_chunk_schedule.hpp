@@ -5,10 +5,11 @@
 
 namespace linattn::LINATTN_ISA::quadratic {
 
+using linattn::quadratic::direct_keys;
+
 using linattn::quadratic::Call;
 
 constexpr Index default_chunk = 512;
-constexpr Index direct_keys = 16;  // rows that have seen fewer are ill-conditioned through the sums
 
 // One sequence of one key head.
 struct KeyHead {

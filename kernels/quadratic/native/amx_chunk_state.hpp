@@ -1,6 +1,6 @@
-// ChunkState over keys in bf16 by AMX tiles: what they are made of, and folding keys in. Reading them: amx_readers.hpp.
+// Sums over keys in bf16 by AMX tiles: what they are made of, and folding keys in. Reading them: amx_readers.hpp.
 //
-// FeatureTable of x are the products x_i x_j of i with pairs (j, j + 1), j even, j + 1 >= i, and then x itself as
+// Features of x are the products x_i x_j of i with pairs (j, j + 1), j even, j + 1 >= i, and then x itself as
 // products with 1. Those that come twice (j < i) make_similarities nothing. 16 pairs are a step: 32 terms of a sum.
 #pragma once
 
@@ -41,7 +41,7 @@ private:
     }
 };
 
-// TensorView to be added to sums, in strips of 32: x with values y, and z, which is x or a multiple of it.
+// Rows to be added to sums, in strips of 32: x with values y, and z, which is x or a multiple of it.
 struct StateUpdate {
     Bf16* y_pairs;       // B tiles of Y: [strip][M / 16][tile]
     Bf16* z_pairs;       // B tiles of Z: [strip][D / 16][tile]
@@ -72,7 +72,7 @@ struct StateUpdate {
     }
 };
 
-// ChunkState over rows (x, y, z), and copies of S with its weights for those who read them: null if nobody does.
+// Sums over rows (x, y, z), and copies of S with its weights for those who read them: null if nobody does.
 struct ChunkState {
     float* S;                    // sum of phi(x) y^T: [features][M]
     Bf16* by_column = nullptr;   // A tiles of (weights S)^T: [step][M / 16][tile]
@@ -106,7 +106,7 @@ struct ChunkState {
 
 // ---- adding rows ----
 
-// FeatureTable f0 to f0 + count of `rows` addends from `row` on, as rows of bf16, `rows_of_a_product` dq_stride.
+// Features f0 to f0 + count of `rows` addends from `row` on, as rows of bf16, `rows_of_a_product` apart.
 LINATTN_INLINE void make_row_features(const FeatureTable& f, const StateUpdate& x, int f0, int count, Index row,
                                       int rows, Bf16* phi) {
     for (int r = f0; r < f0 + count; ++r, phi += rows_of_a_product) {
@@ -184,7 +184,7 @@ inline void update_products(const FeatureTable& f, const ChunkState& sums, const
     }
 }
 
-// TensorView i to i + 32 of moments += X^T Z.
+// Rows i to i + 32 of moments += X^T Z.
 inline void update_moments(const ChunkState& sums, const StateUpdate& x, int D, int i) {
     for (int j = 0; j < D; j += 32) {
         float* moments = sums.moments + i * D + j;

@@ -115,7 +115,7 @@ private:
     // dQ of strip n from the sums.
     void read_gradient(Index n) {
         const QueryStrip q = queries_.at(n);
-        gradient_reader_.read(w_, f_, sums_, size_, q.q_transposed, q.do_transposed, q.minus_delta);
+        gradient_reader_.read(w_, f_, sums_, size_, q.q_transposed, q.dout_transposed, q.minus_delta);
         float* to = dq_ + n * 32 * size_.D;
         for (int d = 0; d < size_.D; ++d, to += 32) {
             const Vec left = unit_ * load(gradient_reader_.dx + d * 32);
@@ -147,7 +147,7 @@ private:
             for (Index i = from; i < to; i += strips_at_once) {
                 const Index count = min(strips_at_once, to - i);
                 const Index n = queries_.first(sequence_number_, head_.kv_head * group + g) + i;
-                addends_.y_pairs = queries_.at(n).do_pairs;
+                addends_.y_pairs = queries_.at(n).dout_pairs;
                 for (Index s = 0; s < count; ++s) {
                     const QueryStrip q = queries_.at(n + s);
                     addends_.transpose_strip(size_.D, s, q.q_pairs);
@@ -157,7 +157,7 @@ private:
             }
     }
 
-    // TensorView that were packed as pairs, each times its factor.
+    // Rows that were packed as pairs, each times its factor.
     void scale_pairs(const Bf16* from, const float* factors, Bf16* to) const {
         for (int d = 0; d < size_.D; d += 16)
             for (int r = 0; r < 32; r += 2, from += 32, to += 32) {

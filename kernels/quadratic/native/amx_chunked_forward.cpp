@@ -10,18 +10,6 @@ using linattn::quadratic::ForwardCall;
 
 namespace {
 
-// Threads that share a head, in step.
-struct Team {
-    int rank, size;
-
-    void sync() const {
-        if (size > 1) barrier();
-    }
-    // The part of 0..count that is this thread's.
-    int begin(int count) const { return count * rank / size; }
-    int end(int count) const { return count * (rank + 1) / size; }
-};
-
 // A stretch of keys of one head: as queries that score them take them, and as the sums do. Strips come in pairs.
 struct KeyChunk {
     PackedKeys packed;
@@ -53,7 +41,7 @@ struct TeamMemory {
 class ChunkedForward {
 public:
     ChunkedForward(const ForwardCall& call, const ScorePolynomial& w, const FeatureTable& f, const TileSizes& size,
-                   TeamMemory& shared, const KeyHead& head, const Team& team, Scratch& scratch)
+                   TeamMemory& shared, const KeyHead& head, Team& team, Scratch& scratch)
         : call_(call), p_(call.problem), w_(w), f_(f), size_(size), keys_(shared.keys), sums_(shared.sums), head_(head),
           team_(team), reader_(size, scratch) {
         q_rows_ = scratch.allocate<Bf16>(32 * size.D);
@@ -83,7 +71,7 @@ public:
             keys_count_ = 0;
             attend_rows(0, queries, keys);
         }
-        team_.sync();
+        team_.wait();
     }
 
 private:
@@ -92,43 +80,43 @@ private:
 
     void clear() {
         sums_.clear_steps(team_.begin(f_.steps), team_.end(f_.steps), size_.M);
-        if (team_.rank == 0) sums_.clear_moments(size_);
+        if (team_.member == 0) sums_.clear_moments(size_);
         folded_ = false;
     }
 
     void pack(Index j0, Index j1) {
         const Sequence& one = head_.sequence;
-        if (team_.rank == 0) keys_.addends.strips = (j1 - j0 + 31) / 32;
+        if (team_.member == 0) keys_.addends.strips = (j1 - j0 + 31) / 32;
         keys_count_ = j1 - j0;
-        for (Index i = team_.rank; i < (j1 - j0 + 63) / 64 * 2; i += team_.size) {
+        for (Index i = team_.member; i < (j1 - j0 + 63) / 64 * 2; i += team_.size) {
             const StripView k =
                 strip_view(p_.k, one.batch, head_.kv_head, one.first_key, j0 + 32 * i, j1, p_.D, head_.key_mask);
             const StripView v =
                 strip_view(p_.v, one.batch, head_.kv_head, one.first_key, j0 + 32 * i, j1, p_.M, head_.key_mask);
             keys_.pack_strip(size_, i, k, v);
         }
-        team_.sync();
+        team_.wait();
     }
 
     // Adds the packed keys to the sums. Nobody reads these, or packs others, before everyone has come here and left.
     void fold(bool read_next) {
-        team_.sync();
+        team_.wait();
         const int D = size_.D;
         const StateUpdate& x = keys_.addends;
-        if (team_.rank == 0) {
+        if (team_.member == 0) {
             update_vector_sums(sums_, x, size_);
             for (Index i = 0; i < x.strips; ++i) sums_.n += __builtin_popcount(keys_.packed.alive[i]);
         }
         for (int i = team_.begin(D / 32); i < team_.end(D / 32); ++i) update_moments(sums_, x, D, 32 * i);
         update_products(f_, sums_, x, size_.M, team_.begin(f_.steps), team_.end(f_.steps), read_next, phi_);
         folded_ = true;
-        team_.sync();
+        team_.wait();
     }
 
-    // TensorView i0 to i1 of every query head: from the sums, and from the packed keys, the first of which is key j0.
+    // Rows i0 to i1 of every query head: from the sums, and from the packed keys, the first of which is key j0.
     void attend_rows(Index i0, Index i1, Index j0) {
         const Index group = p_.H / p_.Hkv, strips = (i1 - i0 + 31) / 32;
-        for (Index i = team_.rank; i < group * strips; i += team_.size)
+        for (Index i = team_.member; i < group * strips; i += team_.size)
             attend_strip(head_.kv_head * group + i / strips, i0 + i % strips * 32, i1, j0);
     }
 
@@ -167,7 +155,7 @@ private:
     KeyChunk& keys_;
     ChunkState& sums_;
     const KeyHead& head_;
-    const Team& team_;
+    Team& team_;
     OutputReader reader_;
     Bf16 *q_rows_, *q_transposed_, *phi_;
     float *acc_, *parts_;
@@ -187,28 +175,27 @@ void chunked_forward(const ForwardCall& call) {
     const FeatureTable f(w, size.D, scratch);
     Index longest = 0;
     for (Index n = 0; n < heads; n += p.Hkv) longest = max(longest, FirstChunk(head(p, n), chunk_length(call)).end);
-    const auto attention = [&](Index n, TeamMemory& shared, const Team& team) {
+    const auto run_head = [&](Index n, TeamMemory& memory, Team& team) {
         Scratch own;
         const KeyHead one = head(p, n);
-        ChunkedForward(call, w, f, size, shared, one, team, own).run();
+        ChunkedForward(call, w, f, size, memory, one, team, own).run();
     };
-    const int asked = usable_threads(p.threads);
-    const Index together = asked == 1 ? 0 : heads % asked;
+    const int threads = usable_threads(p.threads);
+    const Index together = threads == 1 ? 0 : heads % threads;
     TeamMemory shared = {KeyChunk(size, together == 0 ? 0 : longest, scratch),
                          ChunkState(f, size, true, false, scratch)};
-    Index next = 0;
-    run_parallel(asked, [&](int thread, int threads) {
+    Queue queue;
+    run_in_one_team(threads, [&](Team& everyone) {
         const TileConfiguration tiles;
         {
             Scratch own;
             TeamMemory mine = {KeyChunk(size, longest, own), ChunkState(f, size, true, false, own)};
-            for (Index n; (n = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < heads - together;)
-                attention(n, mine, {0, 1});
+            Team alone(nullptr, 0, 1);
+            for (Index n = queue.pop(); n < heads - together; n = queue.pop()) run_head(n, mine, alone);
         }
-        const Team team = {thread, threads};
         for (Index n = heads - together; n < heads; ++n) {
-            team.sync();
-            attention(n, shared, team);
+            everyone.wait();
+            run_head(n, shared, everyone);
         }
     });
 }

@@ -10,7 +10,7 @@ namespace {
 
 constexpr Index queries_at_once = 512;  // share a stretch of keys while that lies in the nearer caches
 
-// KeyBlock and values of a whole call, each sequence in strips of its own.
+// Keys and values of a whole call, each sequence in strips of its own.
 struct PackedCall {
     const ForwardCall& call;
     TileSizes size;
@@ -115,12 +115,12 @@ void direct_forward(const ForwardCall& call) {
     DirectTask* tasks = scratch.allocate<DirectTask>((p.Tq / queries_at_once + 1) * p.H * p.sequences);
     const Index count = list_tasks(p, tasks);
     const ScorePolynomial w(call);
-    Index next = 0;
+    Queue queue;
     run_parallel(p.threads, [&](int thread, int threads) {
         const TileConfiguration tiles;
         packed.pack(thread, threads);
         if (threads > 1) barrier();
-        for (Index i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;)
+        for (Index i = queue.pop(); i < count; i = queue.pop())
             w.completed ? run_task<true>(packed, w, tasks[i]) : run_task<false>(packed, w, tasks[i]);
     });
 }

@@ -1,6 +1,7 @@
 // Gradients of quadratic attention from blocks of scores, in bf16 by AMX tiles.
 #pragma once
 
+#include "common/native/bwd_preprocess.hpp"
 #include "common/native/threads.hpp"
 #include "quadratic/native/amx_score_tile.hpp"
 
@@ -14,11 +15,11 @@ constexpr int block_strips = 4;  // of 32 keys, or queries: a block of scores li
 
 // 32 queries and what reaches them.
 struct QueryStrip {
-    Bf16* q_transposed;   // B tiles of Q^T: [2][D / 32][tile]
-    Bf16* q_pairs;        // B tiles of Q: [D / 16][tile]
-    Bf16* do_transposed;  // B tiles of dO'^T, dO' = dO / l: [2][M / 32][tile]
-    Bf16* do_pairs;       // B tiles of dO': [M / 16][tile]
-    float* minus_delta;   // [32], delta = rowsum(dO' out)
+    Bf16* q_transposed;     // B tiles of Q^T: [2][D / 32][tile]
+    Bf16* q_pairs;          // B tiles of Q: [D / 16][tile]
+    Bf16* dout_transposed;  // B tiles of dO'^T, dO' = dO / l: [2][M / 32][tile]
+    Bf16* dout_pairs;       // B tiles of dO': [M / 16][tile]
+    float* minus_delta;     // [32], delta = rowsum(dO' out)
 };
 
 // The queries of a whole call, each sequence in strips of its own, head-major: [H][strips].
@@ -49,7 +50,7 @@ struct PackedQueries {
 
     QueryStrip at(Index number) const {
         const Index D = number * 32 * size.D, M = number * 32 * size.M;
-        return {all.q_transposed + D, all.q_pairs + D, all.do_transposed + M, all.do_pairs + M,
+        return {all.q_transposed + D, all.q_pairs + D, all.dout_transposed + M, all.dout_pairs + M,
                 all.minus_delta + number * 32};
     }
 
@@ -71,34 +72,18 @@ struct PackedQueries {
         const StripView q = strip_view(p.q, one.batch, h, one.first_query, first, one.queries, p.D);
         pack_transposed(q, size.D, to.q_transposed);
         pack_pairs(q, size.D, to.q_pairs);
-        alignas(64) Bf16 rows[32 * 256];
-        divide(one, h, first, rows, to.minus_delta);
-        const StripView dout = {rows, size.M, size.M, ~0u};
-        pack_transposed(dout, size.M, to.do_transposed);
-        pack_pairs(dout, size.M, to.do_pairs);
-    }
-
-    // dO' and -delta of 32 rows. delta is of the round_to_bf16 dO': then it cancels what the products make of it.
-    void divide(const Sequence& one, Index h, Index first, Bf16* rows, float* minus_delta) const {
-        const AttentionProblem& p = call.problem;
-        const StripView dout = strip_view(call.dout, one.batch, h, one.first_query, first, one.queries, p.M);
-        const StripView out = strip_view(call.out, one.batch, h, one.first_query, first, one.queries, p.M);
+        alignas(64) Bf16 dout_scaled[32 * 256];
+        LINATTN_ASSERT(size.M <= 256);
+        const auto view = [&](const TensorView& t) {
+            return row_view(t, Dtype::bf16, one.batch, h, one.first_query + first);
+        };
         const float* l = call.l + (one.batch * p.H + h) * p.Tq + one.first_query + first;
-        for (int r = 0; r < 32; ++r, rows += size.M) {
-            const bool exists = (dout.alive >> r) & 1;
-            const float divisor = exists && p.normalize ? l[r] : 1;
-            const bool nothing = !exists || (p.normalize && divisor <= 0);
-            Vec delta = {};
-            for (int m = 0; m < size.M; m += 32) {
-                alignas(64) Bf16 x[32], o[32];
-                store_words(x, dout.row(r, m));
-                store_words(o, out.row(r, m));
-                const __m512i part = round_to_bf16(load(x) / divisor, load(x + 16) / divisor);
-                store_words(rows + m, nothing ? __m512i{} : part);
-                delta += load(rows + m) * load(o) + load(rows + m + 16) * load(o + 16);
-            }
-            minus_delta[r] = p.normalize && !nothing ? -sum(delta) : 0;
-        }
+        bwd_preprocess(view(call.dout), view(call.out), l, p.normalize, min<Index>(32, one.queries - first), p.M, 32,
+                       size.M, dout_scaled, to.minus_delta);
+        for (int r = 0; r < 32; ++r) to.minus_delta[r] = -to.minus_delta[r];
+        const StripView dout = {dout_scaled, size.M, size.M, ~0u};
+        pack_transposed(dout, size.M, to.dout_transposed);
+        pack_pairs(dout, size.M, to.dout_pairs);
     }
 };
 
@@ -183,7 +168,7 @@ public:
 
     KeyBlock& keys() { return keys_; }
 
-    // KeyBlock j to j + 32 block_strips, or as many as there are.
+    // Keys j to j + 32 block_strips, or as many as there are.
     void load_keys(const Sequence& one, Index kv_head, Index j) {
         const bool* mask = p_.key_mask == nullptr ? nullptr : p_.key_mask + one.batch * p_.Tk + one.first_key;
         keys_.first = j;
@@ -257,7 +242,7 @@ private:
     void multiply(Index number, Index a, float* y) {
         const QueryStrip q = queries_.at(number);
         product(keys_.k_rows + a * 32 * size_.D, q.q_transposed, size_.D, start_, start_, y);
-        product(keys_.v_rows + a * 32 * size_.M, q.do_transposed, size_.M, q.minus_delta, q.minus_delta + 16,
+        product(keys_.v_rows + a * 32 * size_.M, q.dout_transposed, size_.M, q.minus_delta, q.minus_delta + 16,
                 y + 32 * 32);
     }
 
@@ -277,7 +262,7 @@ private:
         const int columns = values ? size_.M : size_.D;
         float* sums = values ? keys_.dv + a * 32 * columns : keys_.dk + a * 32 * columns;
         const Bf16* left = values ? scores_.p : scores_.ds;
-        const Bf16* right = values ? queries_.all.do_pairs : queries_.all.q_pairs;
+        const Bf16* right = values ? queries_.all.dout_pairs : queries_.all.q_pairs;
         if (from >= count) return;
         for (int c = 0; c < columns; c += 32) {
             load_block(sums + c, columns);
@@ -344,14 +329,14 @@ void differentiate(const PackedQueries& queries, const ScorePolynomial& w, const
                    Index dq_stride, Index tasks, const Work& work) {
     const AttentionProblem& p = queries.call.problem;
     const int D = queries.size.D;
-    Index next = 0;
+    Queue queue;
     run_parallel(p.threads, [&](int thread, int threads) {
         const TileConfiguration tiles;
         queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {
             queries.pack(number, one, h, first);
         });
         if (threads > 1) barrier();
-        for (Index task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) work(task);
+        for (Index task = queue.pop(); task < tasks; task = queue.pop()) work(task);
         if (threads > 1) barrier();
         if (dq != nullptr)
             queries.each(thread, threads, [&](Index number, const Sequence& one, Index h, Index first) {

@@ -57,7 +57,7 @@ LINATTN_INLINE std::uint32_t rows_alive(const bool* key_mask, Index first, Index
     return bits;
 }
 
-// TensorView `first` to `first` + 32 of one head, of which `count` exist.
+// Rows `first` to `first` + 32 of one head, of which `count` exist.
 LINATTN_INLINE StripView strip_view(const TensorView& x, Index batch, Index head, Index row0, Index first, Index count,
                                     Index width, const bool* key_mask = nullptr) {
     const Bf16* data = static_cast<const Bf16*>(x.data) + batch * x.stride_b + head * x.stride_h;
@@ -65,7 +65,7 @@ LINATTN_INLINE StripView strip_view(const TensorView& x, Index batch, Index head
             rows_alive(key_mask, first, count)};
 }
 
-// KeyBlock and values of a stretch of one head, in strips of 32; an even number of strips.
+// Keys and values of a stretch of one head, in strips of 32; an even number of strips.
 struct PackedKeys {
     Bf16* k;               // B tiles of K^T: [strip][2][D / 32][tile]
     Bf16* v;               // B tiles of V: [strip][M / 16][tile]
@@ -170,7 +170,7 @@ LINATTN_INLINE StripTarget strip_target(const TensorView& x, Index batch, Index 
     return {data + (row0 + first) * x.stride_t, x.stride_t, count - first, static_cast<int>(width)};
 }
 
-// Writes 32 rows of out and l from the sums over keys. TensorView whose weights sum to nothing are 0.
+// Writes 32 rows of out and l from the sums over keys. Rows whose weights sum to nothing are 0.
 LINATTN_INLINE void finish(const ScorePolynomial& w, bool normalize, int M, const float* acc, const float* sums,
                            const StripTarget& out, float* l) {
     for (int r = 0; r < 32 && r < out.count; ++r) {

@@ -8,8 +8,8 @@ VisibleKeys::VisibleKeys(const AttentionProblem& p, const Sequence& s, Scratch& 
     : all_(s.keys), keys_(s.keys), offset_(p.q_offset), is_causal_(p.is_causal) {
     if (p.key_mask == nullptr) return;
     const bool* counts = p.key_mask + s.batch * p.Tk + s.first_key;
-    before_ = scratch.allocate<Index>(static_cast<std::size_t>(all_) + 1);
-    positions_ = scratch.allocate<Index>(static_cast<std::size_t>(all_) + 1);
+    before_ = scratch.allocate<Index>(all_ + 1);
+    positions_ = scratch.allocate<Index>(all_ + 1);
     keys_ = 0;
     for (Index j = 0; j < all_; ++j) {
         before_[j] = keys_;

@@ -6,9 +6,7 @@
 
 namespace linattn::LINATTN_ISA::quadratic {
 
-// TensorView that have seen fewer keys are ill-conditioned through sums (README.md): they are computed from their
-// scores.
-constexpr Index direct_keys = 16;
+using linattn::quadratic::direct_keys;
 
 // The keys of a sequence that count, numbered without the masked ones between them. Row i sees the first seen(i).
 class VisibleKeys {
@@ -34,7 +32,7 @@ private:
     Index* positions_ = nullptr;  // [keys]: the places of those that count
 };
 
-// TensorView i0 to i1 read the sums of keys before j0 and the scores of those from j0 to j1, which are then folded in.
+// Rows i0 to i1 read the sums of keys before j0 and the scores of those from j0 to j1, which are then folded in.
 struct ChunkSpan {
     Index i0, i1, j0, j1;
 };

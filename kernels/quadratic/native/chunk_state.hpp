@@ -1,4 +1,4 @@
-// ChunkState over rows, in the layout that multiply_panel read: what stands in for keys, and the gradients to it.
+// Sums over rows, in the layout that products read: what stands in for keys, and the gradients to it.
 #pragma once
 
 #include "quadratic/native/features.hpp"
@@ -8,7 +8,7 @@ namespace linattn::LINATTN_ISA::quadratic {
 
 using linattn::quadratic::State;
 
-// TensorView as sums take them. For keys: k, v; for rows of queries: x = scale q, O' (README.md), whose row sums have
+// Rows as sums take them. For keys: k, v; for rows of queries: x = scale q, O' (README.md), whose row sums have
 // the gradient -delta.
 struct StateUpdate {
     const float* x;         // [D + 1][tile_width]: x' = [1, x]

@@ -230,7 +230,7 @@ void ChunkedPass::weigh(Tile& reader, const Tile& writer) {
     }
 }
 
-// ---- ChunkState
+// ---- Sums
 // -----------------------------------------------------------------------------------------------------------
 
 void ChunkedPass::read_sums(Index part, Tile& reader) {

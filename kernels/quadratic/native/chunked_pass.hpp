@@ -89,7 +89,7 @@ private:
     float *scores_, *dscores_;  // [tile_width of writers][tile_width of readers]
 };
 
-// TensorView of a chunk, where the caller leaves it to the kernel.
+// Rows of a chunk, where the caller leaves it to the kernel.
 Index default_chunk(const Call& call);
 
 }  // namespace linattn::LINATTN_ISA::quadratic

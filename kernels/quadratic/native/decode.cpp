@@ -22,7 +22,7 @@ struct StateLines {
     const float* before;
     float* after;        // or null
     float weight;        // of a line that a row reads; twice that where the entries are different ones
-    const float* added;  // [keys][round_up<width>(columns)]: what a key's multiply_panel are multiplied with
+    const float* added;  // [keys][round_up<width>(columns)]: what a key's products are multiplied with
     float* read;         // [rows][round_up<width>(columns)]: what rows collect
 };
 

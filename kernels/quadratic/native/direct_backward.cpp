@@ -1,5 +1,6 @@
 #include "quadratic/native/direct.hpp"
 
+#include "common/native/bwd_preprocess.hpp"
 #include "common/native/packing.hpp"
 #include "common/native/threads.hpp"
 #include "quadratic/native/score_tile.hpp"
@@ -36,9 +37,9 @@ struct PartialGradients {
 
 // What a thread works with.
 struct GradientWorkspace {
-    float *x, *dout, *delta, *dq;  // all rows of a query head
-    float *dk, *dv;                // all keys of a key head if several query heads share it, else one block of them
-    float *k, *v, *k_rows;         // a block of keys
+    float *x, *dout_scaled, *delta, *dq;  // all rows of a query head
+    float *dk, *dv;         // all keys of a key head if several query heads share it, else one block of them
+    float *k, *v, *k_rows;  // a block of keys
     std::int32_t* seen;
 };
 
@@ -102,7 +103,7 @@ private:
         const Index first = group_ * slice / split_.slices, last = group_ * (slice + 1) / split_.slices;
         for (Index g = first; g < last; ++g) {
             const Index head = key_head * group_ + g;
-            load_rows(s, head, w);
+            load_queries(s, head, w);
             for (Index block = part; block < ceil_div(s.keys, key_block); block += split_.parts) {
                 const Index kept = last - first > 1 ? block * key_block : 0;
                 float *const dk = w.dk + kept * D_, *const dv = w.dv + kept * M_;
@@ -117,37 +118,15 @@ private:
         }
     }
 
-    // x, dO' and delta of all rows of a query head; dq starts at 0.
-    void load_rows(const Sequence& s, Index head, const GradientWorkspace& w) const {
+    // x, dO' and delta of all queries of a head; dq starts at 0.
+    void load_queries(const Sequence& s, Index head, const GradientWorkspace& w) const {
         const Index rows = round_up<gradient_rows>(s.queries);
-        const auto whole = [&](const TensorView& t) { return row_view(t, p_.dtype, s.batch, head, s.first_query); };
-        pack_rows(whole(p_.q), s.queries, p_.D, p_.scale, nullptr, rows, w.x);
-        pack_rows(whole(call_.dout), s.queries, p_.M, 1, nullptr, rows, w.dout);
-        clear(w.delta, rows);
-        clear(w.dq, rows * D_);
-        if (!p_.normalize) return;
+        const auto view = [&](const TensorView& t) { return row_view(t, p_.dtype, s.batch, head, s.first_query); };
+        pack_rows(view(p_.q), s.queries, p_.D, p_.scale, nullptr, rows, w.x);
         const float* const l = call_.l + (s.batch * p_.H + head) * p_.Tq + s.first_query;
-        const RowView out = whole(call_.out);
-        for (Index r = 0; r < s.queries; ++r) w.delta[r] = normalized(w.dout + r * M_, l[r], out, r);
-    }
-
-    // Turn dO into dO / l, which is 0 where l <= 0, and return its product with the output.
-    float normalized(float* dout, float l, const RowView& out, Index r) const {
-        if (l <= 0) {
-            clear(dout, M_);
-            return 0;
-        }
-        Vec total = {};
-        dispatch_dtype(out.dtype, [&]<class T>(T) {
-            const T* row = static_cast<const T*>(out.data) + r * out.stride;
-            for (Index m = 0; m < M_; m += width) {
-                const Vec quotient = load(dout + m) / l;
-                store(dout + m, quotient);
-                const bool whole = m + width <= p_.M;
-                total += quotient * (whole ? load(row + m) : load_first(row + m, static_cast<int>(p_.M - m)));
-            }
-        });
-        return sum(total);
+        bwd_preprocess(view(call_.dout), view(call_.out), l, p_.normalize, s.queries, p_.M, rows, M_, w.dout_scaled,
+                       w.delta);
+        clear(w.dq, rows * D_);
     }
 
     // All rows of a query head against one block of keys.
@@ -170,7 +149,7 @@ private:
         const Index distance = p_.is_causal ? p_.q_offset - block * key_block : key_block;
         const Index seeing = p_.is_causal ? max<Index>(-distance, 0) / gradient_rows * gradient_rows : 0;
         for (Index r = seeing; r < s.queries; r += gradient_rows) {
-            const QueryTile rows{w.x + r * D_, w.dout + r * M_, w.delta + r,
+            const QueryTile rows{w.x + r * D_, w.dout_scaled + r * M_, w.delta + r,
                                  call_.dq.data == nullptr ? nullptr : w.dq + r * D_};
             const Index left = round_up<strip_rows>(min<Index>(s.queries - r, gradient_rows));
             accumulate_gradients(f_, rows, static_cast<int>(left), p_.D, p_.M, keys, distance + (p_.is_causal ? r : 0));

@@ -38,7 +38,7 @@ KeyBlock unpacked(const AttentionProblem& p, const Sequence& s, Index block, con
             round_up<width>(p.M), static_cast<int>(min<Index>(key_block, s.keys - block * key_block))};
 }
 
-// TensorView `first` to `end` of one query head, the work of one thread. `keys`: null if nobody else needs them packed.
+// Rows `first` to `end` of one query head, the work of one thread. `keys`: null if nobody else needs them packed.
 struct DirectTask {
     Sequence s;
     Index head, first, end;
@@ -58,7 +58,7 @@ struct RowAccumulator {
     float *x, *acc, *totals;
 };
 
-// RowAccumulator over more keys than this are put together from sums over as many: a float that grows by one key at a
+// Sums over more keys than this are put together from sums over as many: a float that grows by one key at a
 // time loses digits.
 constexpr Index blocks_of_sum = 64;
 

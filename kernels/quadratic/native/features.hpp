@@ -1,6 +1,6 @@
 // The features of the quadratic kernel, for tiles of 64 rows that lie along the lanes of vectors.
 //
-// With x' = [1, x] the features are the multiply_panel x'_a x'_b, a >= b, in the order a (a + 1) / 2 + b: 1 is (0, 0),
+// With x' = [1, x] the features are the products x'_a x'_b, a >= b, in the order a (a + 1) / 2 + b: 1 is (0, 0),
 // x_a is (a + 1, 0). A tile holds x' as [D + 1][tile_width], so that each feature is a product of two of its lines,
 // whatever D.
 #pragma once
@@ -23,7 +23,7 @@ struct FeatureWeights {
 constexpr FeatureWeights unweighted{1, 1, 1, 1};
 
 // Call work(f, a, b0, b1, weight) for the features f0 to f1 in pieces of equal a and weight: f, f + 1, ... are the
-// multiply_panel of x'_a with x'_b0 to x'_b1.
+// products of x'_a with x'_b0 to x'_b1.
 template <class Work>
 LINATTN_INLINE void for_features(Index f0, Index f1, const FeatureWeights& weights, const Work& work) {
     Index a = 0;

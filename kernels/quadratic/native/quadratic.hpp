@@ -2,14 +2,14 @@
 //
 //     out_i = sum_j p(s_ij) v_j / l_i,   l_i = sum_j p(s_ij),   p(s) = c0 + c1 s + c2 s^2,   s_ij = scale * q_i.k_j
 //
-// TensorView with l <= 0 are 0, as are their gradients. Derivations: README.md.
+// Rows with l <= 0 are 0, as are their gradients. Derivations: README.md.
 #pragma once
 
 #include "common/native/attention_call.hpp"
 
 namespace linattn::quadratic {
 
-// ChunkState over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is
+// Sums over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is
 // [sequences].
 struct State {
     Index* n = nullptr;
@@ -27,6 +27,10 @@ struct Options {
     Form form = Form::direct;
     Index chunk = 0;  // rows of a chunk; 0: the kernel chooses
 };
+
+// Queries that have seen fewer keys are ill-conditioned through sums over features (README.md): every form computes
+// them from their scores. The reference's twin is DIRECT_KEYS.
+constexpr Index direct_keys = 16;
 
 using Call = AttentionCall<Options, State>;
 using ForwardCall = AttentionForwardCall<Options, State>;

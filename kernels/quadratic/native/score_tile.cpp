@@ -94,7 +94,8 @@ LINATTN_INLINE void score_gradients(const ScorePolynomial& f, const QueryTile& r
     for (int i = 0; i < group_rows; ++i)
 #pragma GCC unroll 8
         for (int w = 0; w < widest; ++w) store(p + i * key_block + c + w * width, t[i][w]);
-    multiply_panel(t, [&](int i) { return -rows.delta[r + i]; }, rows.dout + r * round_up<width>(M), M, keys.v + c);
+    multiply_panel(
+        t, [&](int i) { return -rows.delta[r + i]; }, rows.dout_scaled + r * round_up<width>(M), M, keys.v + c);
 #pragma GCC unroll 32
     for (int i = 0; i < group_rows; ++i)
 #pragma GCC unroll 8
@@ -120,7 +121,7 @@ void accumulate_tile_gradients(const ScorePolynomial& f, const QueryTile& rows, 
         for (int c = 0; c < key_block; c += panel)
             score_gradients<plain, masked>(f, rows, r, D, M, keys, c, last + r, p + r * key_block, ds + r * key_block);
     if (keys.dv != nullptr)
-        add_product<1, key_block>(p, rows.dout, round_up<width>(M), count, count, key_block, keys.dv,
+        add_product<1, key_block>(p, rows.dout_scaled, round_up<width>(M), count, count, key_block, keys.dv,
                                   round_up<width>(M), round_up<width>(M));
     if (keys.dk != nullptr)
         add_product<1, key_block>(ds, rows.x, round_up<width>(D), count, count, key_block, keys.dk, round_up<width>(D),
@@ -163,7 +164,7 @@ void accumulate_gradients(const ScorePolynomial& f, const QueryTile& rows, int c
     if (last + count <= 0) return;
     const int blind = last < 0 ? static_cast<int>(-last) / strip_rows * strip_rows : 0;
     const int near = static_cast<int>(min<Index>(last + blind, key_block));
-    const QueryTile seeing{rows.x + blind * round_up<width>(D), rows.dout + blind * round_up<width>(M),
+    const QueryTile seeing{rows.x + blind * round_up<width>(D), rows.dout_scaled + blind * round_up<width>(M),
                            rows.delta + blind, rows.dx == nullptr ? nullptr : rows.dx + blind * round_up<width>(D)};
     const bool plain = is_plain(f), masked = near < key_block - 1 || !all(keys.seen);
     const auto tile = plain

@@ -17,7 +17,7 @@ struct ScorePolynomial {
 // touches zero. Otherwise its root may be far from all scores, and the square would lose their digits.
 ScorePolynomial score_polynomial(const Call& call);
 
-// TensorView of a tile come in whole strips: every product's registers divide them.
+// Rows of a tile come in whole strips: every product's registers divide them.
 constexpr int strip_rows = accumulators;
 
 // Keys as rows meet them. `seen` is -1 for keys that count and 0 for others (masked, or beyond the last).
@@ -49,12 +49,12 @@ struct KeyGradientBlock {
     float* dv;  // [key_block][round_up<width>(M)], added to; null: not wanted
 };
 
-// TensorView that a gradient reaches: dO' = dO / l, delta = dO'.out (dO and 0 if nothing is normalised).
+// Rows that a gradient reaches: dO' = dO / l, delta = dO'.out (dO and 0 if nothing is normalised).
 struct QueryTile {
-    const float* x;      // [rows][round_up<width>(D)]
-    const float* dout;   // [rows][round_up<width>(M)]
-    const float* delta;  // [rows]
-    float* dx;           // [rows][round_up<width>(D)], added to; null: not wanted
+    const float* x;            // [rows][round_up<width>(D)]
+    const float* dout_scaled;  // [rows][round_up<width>(M)]
+    const float* delta;        // [rows]
+    float* dx;                 // [rows][round_up<width>(D)], added to; null: not wanted
 };
 
 constexpr int gradient_rows = 48;  // the most rows of a tile: its two squares of scores stay in the first-level cache

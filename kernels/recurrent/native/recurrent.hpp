@@ -8,7 +8,7 @@ namespace linattn::recurrent {
 // In the order of CELLS in contract.py.
 enum class Cell : int { tanh, relu, identity, lstm };
 
-constexpr Index gates(Cell cell) { return cell == Cell::lstm ? 4 : 1; }
+LINATTN_INLINE constexpr Index gates(Cell cell) { return cell == Cell::lstm ? 4 : 1; }
 
 // fp32, dense unless a stride says otherwise. G = gates(cell), in the order i, f, g, o.
 struct Call {

@@ -54,7 +54,7 @@ LINATTN_INLINE Vec slope(Vec h) {
 
 // ---- the product of a step ----
 
-// TensorView r, r + R, ... as long as R are left. Returns the first row that is not done.
+// Rows r, r + R, ... as long as R are left. Returns the first row that is not done.
 template <int R, int W>
 LINATTN_INLINE int add_rows(const float* a, Index a_stride, int r, int rows, const float* b, Index b_stride, int n,
                             float* c, Index c_stride) {
@@ -99,7 +99,7 @@ void add_step_product(const float* a, Index a_stride, int rows, const float* b, 
 
 // ---- a block of rows ----
 
-// TensorView first .. first + rows of the batch; scratch rows have Hp = round_up<width>(H) numbers a gate, zeros behind
+// Rows first .. first + rows of the batch; scratch rows have Hp = round_up<width>(H) numbers a gate, zeros behind
 // H.
 struct Block {
     const Call& call;
@@ -122,9 +122,6 @@ struct Block {
         if (j < H) body(j, static_cast<int>(H - j));
     }
 };
-
-LINATTN_INLINE Vec load_some(const float* p, int n) { return n == width ? load(p) : load_first(p, n); }
-LINATTN_INLINE void store_some(float* p, Vec v, int n) { n == width ? store(p, v) : store_first(p, v, n); }
 
 // to [rows][Hp] = the block's rows of a [B, H] tensor, 0 if there is none.
 void read_state(const Block& block, const float* from, float* to) {
