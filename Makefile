@@ -1,4 +1,4 @@
-# make demo     from nothing to the measured crossover: set-up, then bench/crossover.py --quick
+# make demo     from nothing to the measured crossover: set-up, then bench/crossover/command.py --quick
 # make test     set-up, then every test that this machine can run
 # make bench    time the kernels (pytest --benchmark)
 # make gpu      every test and measurement for a CUDA device, under 9 minutes (REHEARSE=1: the same on the CPU, tiny)
@@ -26,13 +26,13 @@ READY := $(abspath $(VENV))/.ready
 endif
 
 NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/*,kernels/$(depth).cpp kernels/$(depth).hpp))
-ROOMS := kernels autoencoders rnn bench examples
+ROOMS := kernels autoencoders rnn bench
 
 .PHONY: demo test bench gpu triton36 transformers4 lint contract types docs clean setup tree
 .DEFAULT_GOAL := test
 
 demo: $(READY)
-	$(PY) bench/crossover.py --quick $(ARGS)
+	$(PY) bench/crossover/command.py --quick $(ARGS)
 
 test: $(READY)
 	$(PY) -m pytest $(ARGS)
@@ -48,9 +48,9 @@ gpu: $(READY)
 TRITON36 := $(CURDIR)/.triton36
 triton36: export PYTHONPATH := $(TRITON36)$(if $(PYTHONPATH),:$(PYTHONPATH))
 triton36: $(TRITON36)/.ready
-	$(PY) -m pytest tests/kernels/test_static_report.py $(ARGS)
+	$(PY) -m pytest tests/bench/codegen/test_gate.py $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -W 'ignore:Conversion of an array with ndim:DeprecationWarning' \
-	  $(wildcard tests/kernels/test_*triton*.py) $(ARGS)
+	  $(wildcard tests/kernels/*/test_triton*.py tests/kernels/test_*triton*.py) $(ARGS)
 
 $(TRITON36)/.ready: | $(READY)
 	$(PY) -m pip install --upgrade --no-deps --target $(TRITON36) triton==3.6.0 'numpy<2.4'
@@ -60,7 +60,7 @@ $(TRITON36)/.ready: | $(READY)
 TRANSFORMERS4 := $(CURDIR)/.transformers4
 transformers4: export PYTHONPATH := $(TRANSFORMERS4)$(if $(PYTHONPATH),:$(PYTHONPATH))
 transformers4: $(TRANSFORMERS4)/.ready
-	$(PY) -m pytest tests/integrations/test_hf.py $(ARGS)
+	$(PY) -m pytest tests/linattn/integrations/test_hf.py $(ARGS)
 
 $(TRANSFORMERS4)/.ready: | $(READY)
 	$(PY) -m pip install --upgrade --no-deps --target $(TRANSFORMERS4) transformers==4.57.6 'huggingface_hub<1' 'tokenizers<0.23'

@@ -1,6 +1,6 @@
 """Lets `pytest` find the package in a checkout that was never installed, and adds the option `--benchmark`.
 
-Plain `pytest` runs the tests and never measures a time; `pytest --benchmark` runs `bench/bench_*.py` and nothing else.
+Plain `pytest` runs the tests and never measures a time; `pytest --benchmark` runs `bench/suite/bench_*.py` and nothing else.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parent
 BENCH = ROOT / "bench"
+SUITE = BENCH / "suite"
 # An installed linattn comes first.
 sys.path.append(str(ROOT))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("linattn benchmarks")
-    group.addoption("--benchmark", action="store_true", help="measure bench/bench_*.py instead of running the tests")
+    group.addoption("--benchmark", action="store_true", help="measure bench/suite/bench_*.py instead of running the tests")
     group.addoption(
         "--benchmark-quick", action="store_true", help="the same in under 2 minutes: shorter, fewer repeats"
     )
@@ -40,8 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
         raise pytest.UsageError("--benchmark got -n: processes side by side disturb each other's times; drop -n")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        config.args = [str(BENCH)]
-    from linattn.bench.pytest_plugin import BenchmarkPlugin
+        config.args = [str(SUITE)]
+    from linattn.bench.suite.pytest_plugin import BenchmarkPlugin
 
     plugin = BenchmarkPlugin(Path(config.getoption("--benchmark-out")), quick=config.getoption("--benchmark-quick"))
     config.pluginmanager.register(plugin, "linattn-benchmark")
@@ -56,7 +57,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     # A file that was named on the command line is collected by pytest itself.
     named = parent.session.isinitpath(file_path)
-    if _measuring(parent.config) and not named and file_path.parent == BENCH and file_path.match("bench_*.py"):
+    if _measuring(parent.config) and not named and file_path.parent == SUITE and file_path.match("bench_*.py"):
         module: pytest.Module = pytest.Module.from_parent(parent, path=file_path)
         return module
     return None

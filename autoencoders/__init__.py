@@ -21,28 +21,28 @@ The files, from the model to the commands:
 
 from __future__ import annotations
 
-from linattn.autoencoders.autoencoder import (
-    Autoencoder,
-    DenoisingAutoencoder,
-    MaskedAutoencoder,
-    reconstruction_loss,
-)
-from linattn.autoencoders.corruption import AdditiveNoise, Masking
-from linattn.autoencoders.experiment import Experiment
-from linattn.autoencoders.mnist import Mnist, download_mnist, load_mnist, read_idx
-from linattn.autoencoders.patches import PatchAutoencoder
-from linattn.autoencoders.principal import (
+from linattn.autoencoders.analysis.principal import (
     first_order_residuals,
     orthonormality_defect,
     principal_angles,
     principal_components,
     shrunk_singular_values,
 )
-from linattn.autoencoders.probe import ProbeConfig, choose_labelled, probe_accuracy
-from linattn.autoencoders.repeats import Batched, Separate, repeats_of
-from linattn.autoencoders.sets import SampleSet, load_set
-from linattn.autoencoders.settings import Settings
-from linattn.autoencoders.synthetic import Split, SyntheticSet, synthetic_set
+from linattn.autoencoders.analysis.probe import ProbeConfig, choose_labelled, probe_accuracy
+from linattn.autoencoders.data.mnist import Mnist, download_mnist, load_mnist, read_idx
+from linattn.autoencoders.data.sets import SampleSet, load_set
+from linattn.autoencoders.data.synthetic import Split, SyntheticSet, synthetic_set
+from linattn.autoencoders.experiments.experiment import Experiment
+from linattn.autoencoders.experiments.settings import Settings
+from linattn.autoencoders.models.autoencoder import (
+    Autoencoder,
+    DenoisingAutoencoder,
+    MaskedAutoencoder,
+    reconstruction_loss,
+)
+from linattn.autoencoders.models.corruption import AdditiveNoise, Masking
+from linattn.autoencoders.models.patches import PatchAutoencoder
+from linattn.autoencoders.models.repeats import Batched, Separate, repeats_of
 
 __all__ = [
     "AdditiveNoise",

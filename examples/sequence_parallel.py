@@ -23,8 +23,8 @@ from torch import Tensor
 
 import linattn
 from linattn import cost, distributed
-from linattn.examples.train_parallel import join_processes
-from linattn.text_table import text_table
+from linattn._util.tables import text_table
+from linattn.bench.studies.train_parallel import join_processes
 
 KERNELS: tuple[cost.Kernel, ...] = ("quadratic", "feature_map")
 

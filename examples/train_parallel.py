@@ -30,10 +30,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from linattn.characters import Characters, consecutive_windows, random_windows
-from linattn.files import write_json
-from linattn.models import CausalLM, CausalLMConfig
-from linattn.training import Record, Trainer, TrainingConfig, write_checkpoint
+from linattn._util.files import write_json
+from linattn.lm.model import CausalLM, CausalLMConfig
+from linattn.lm.text import Characters, consecutive_windows, random_windows
+from linattn.training.trainer import Record, Trainer, TrainingConfig, write_checkpoint
 
 SEED = 0
 

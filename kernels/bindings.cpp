@@ -70,7 +70,7 @@ T* pointer(Index address) {
 
 linattn::TensorView rows(const Tensor& t) { return {pointer<void>(t[0]), t[1], t[2], t[3]}; }
 
-// kernels/common/cpu.py calls this, and keeps the tensors alive.
+// kernels/common/native/binding.py calls this, and keeps the tensors alive.
 void make_problem(linattn::AttentionProblem* self, int dtype, const std::array<Index, 7>& sizes, const Tensor& q,
                   const Tensor& k, const Tensor& v, Index key_mask, Index cu_seqlens, Index sequences, bool is_causal,
                   Index q_offset, double scale, bool normalize, int threads) {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from linattn._source_tree import search_path
+from linattn._util.source_tree import search_path
+from linattn._util.version import __version__
 
-__version__ = "0.1.0"
 __path__ = search_path(__path__)
 
 from linattn import cost, errors  # noqa: E402
+from linattn._dispatch.plan import use_backend  # noqa: E402
 from linattn.decode import DecodeCache  # noqa: E402
-from linattn.dispatch import use_backend  # noqa: E402
 from linattn.functional import (  # noqa: E402
     argmax_attention,
     attention,
@@ -20,9 +20,10 @@ from linattn.functional import (  # noqa: E402
     quadratic_condition,
     softmax_attention,
 )
-from linattn.state import FeatureMapState, QuadraticState  # noqa: E402
+from linattn.states import FeatureMapState, QuadraticState  # noqa: E402
 
 __all__ = [
+    "__version__",
     "DecodeCache",
     "FeatureMapState",
     "QuadraticState",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from linattn.cli import main
+from linattn.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from linattn import cost, functional
 from linattn.errors import ArgumentError, ShapeError, StateError, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap
-from linattn.kernels.common.polynomial.scan import DIRECT_KEYS
-from linattn.state import FeatureMapState, QuadraticState
+from linattn.kernels.common.reference.scan import DIRECT_KEYS
+from linattn.states import FeatureMapState, QuadraticState
 
 POLYNOMIAL = ("quadratic", "taylor")
 SHORTEST_BUFFER = 64
@@ -196,7 +196,7 @@ class DecodeCache(nn.Module, ABC):
 
 
 class StateCache(DecodeCache):
-    """Sums over the keys (linattn.state), of a feature map or of a quadratic kernel."""
+    """Sums over the keys (linattn.states), of a feature map or of a quadratic kernel."""
 
     def __init__(
         self,

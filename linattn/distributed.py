@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linattn import functional
-from linattn.checks import check_flag
+from linattn._dispatch.checks import check_flag
 from linattn.errors import ArgumentError
-from linattn.state import FeatureMapState, QuadraticState
+from linattn.states import FeatureMapState, QuadraticState
 
 State = TypeVar("State", QuadraticState, FeatureMapState)
 # The results of calls would differ from those of one process, or their meaning is taken.

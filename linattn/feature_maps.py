@@ -1,6 +1,6 @@
 """Feature maps phi: what `linear_attention` does to queries and keys before the sums, sim(q, k) = phi(q).phi(k).
 
-Each map has a name, which `linear_attention`, `linattn.modules.Attention` and `linattn.models.CausalLM` take; a
+Each map has a name, which `linear_attention`, `linattn.modules.Attention` and `linattn.lm.model.CausalLM` take; a
 function or a module `[..., D] -> [..., C]`, which they take as well; and a row in `CATALOGUE`:
 
     name                C            never negative   made for
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linattn.checks import autocasts
+from linattn._dispatch.checks import autocasts
 from linattn.errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from linattn.kernels.feature_map.maps import MAPS
 

@@ -9,7 +9,7 @@ same dtype. Sums are accumulated in fp32 (fp64 for fp64 inputs). Arguments that 
     key_mask       bool `[B, Tk]`, True for keys that count; a row that sees no key gives 0 and zero gradient
     enable_gqa     allows fewer key heads: H a multiple of Hkv
     cu_seqlens     int32 or int64 `[S + 1]`: S sequences end to end in one row (B = 1), each attending to itself
-    initial_state  sums over earlier keys (linattn.state); not causal: every query sees them and all keys
+    initial_state  sums over earlier keys (linattn.states); not causal: every query sees them and all keys
     return_state   return `(out, state)` with the sums over all keys
     form           "direct" computes all scores, O(T Tk); "chunked" and "recurrent" go through the state, O(T);
                    "auto" takes the faster one for this length (`explain` says which), so rounding changes there
@@ -30,22 +30,24 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from linattn import checks, cost, dispatch
-from linattn.checks import Form
+from linattn import cost
+from linattn._dispatch import checks
+from linattn._dispatch import plan as dispatch
+from linattn._dispatch.checks import Form
 from linattn.errors import ArgumentError, ShapeError, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap, mapped
-from linattn.kernels.common.allocation import accumulation_dtype
-from linattn.kernels.common.packed import sequence_bounds
+from linattn.kernels.common.op.allocation import accumulation_dtype
+from linattn.kernels.common.op.varlen import sequence_bounds
+from linattn.kernels.custom_similarity import autograd as _general
 from linattn.kernels.feature_map.autograd import feature_map as _feature_map
 from linattn.kernels.feature_map.contract import Options as FeatureMapOptions
 from linattn.kernels.feature_map.contract import state_shapes as _feature_map_shapes
-from linattn.kernels.general import autograd as _general
 from linattn.kernels.quadratic.autograd import quadratic as _quadratic
 from linattn.kernels.quadratic.autograd import row_sums as _quadratic_row_sums
 from linattn.kernels.quadratic.contract import Options as QuadraticOptions
 from linattn.kernels.quadratic.contract import state_shapes as _quadratic_shapes
 from linattn.kernels.softmax.autograd import softmax as _softmax
-from linattn.state import FeatureMapState, QuadraticState
+from linattn.states import FeatureMapState, QuadraticState
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

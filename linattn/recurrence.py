@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from linattn import dispatch
-from linattn.checks import autocasts
+from linattn._dispatch import plan
+from linattn._dispatch.checks import autocasts
 from linattn.errors import ArgumentError, BackendError, DeviceError, DtypeError, ShapeError, StateError, unknown_name
-from linattn.kernels.common.backend import Call
+from linattn.kernels.common.op.backend import Call
 from linattn.kernels.recurrent import autograd, reference
 from linattn.kernels.recurrent.contract import CELLS, gates
 from linattn.kernels.recurrent.ops import BACKENDS
@@ -75,7 +75,7 @@ def recur(
 def _backend(
     backend: str, projected: Tensor, weight_h: Tensor, initial: State, cell: str | Activation, kept: list[State] | None
 ) -> str:
-    asked = dispatch.named_backend(backend)
+    asked = plan.named_backend(backend)
     if asked != "auto" and asked not in BACKENDS:
         raise unknown_name("backend of a recurrence", asked, ("auto", *BACKENDS), BackendError)
     mixed = {projected.dtype, weight_h.dtype, *(x.dtype for x in initial)}

@@ -24,9 +24,9 @@ from linattn.rnn.decoding import RecurrentLM, prefix_step
 from linattn.rnn.heads import RecurrentClassifier, RecurrentRegressionModel
 from linattn.rnn.layers import LSTMLayer, LSTMState, RNNLayer
 from linattn.rnn.linear_attention import LinearAttentionLayer
-from linattn.rnn.running_average import running_average_batch, running_average_loss
-from linattn.rnn.scalar import ScalarRNN, scalar_rnn
 from linattn.rnn.stacks import LSTM, RNN, from_torch_state_dict, to_torch_state_dict
+from linattn.rnn.tasks.running_average import running_average_batch, running_average_loss
+from linattn.rnn.tasks.scalar import ScalarRNN, scalar_rnn
 
 __all__ = [
     "LSTM",

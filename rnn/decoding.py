@@ -61,12 +61,12 @@ class RecurrentLM(nn.Module):
 
 
 def prefix_step(model: Callable[[Tensor], Tensor]) -> Step:
-    """A step function for any causal model `tokens int64 [B, T] -> logits [B, T, M]`: `linattn.models.CausalLM`, say.
+    """A step function for any causal model `tokens int64 [B, T] -> logits [B, T, M]`: `linattn.lm.model.CausalLM`, say.
 
     Its state is the text so far, int64 `[B, T]` or None, which the model reads anew at each step: right for every
     kernel, at the cost of a forward pass a step.
 
-    >>> from linattn.models import CausalLM, CausalLMConfig
+    >>> from linattn.lm.model import CausalLM, CausalLMConfig
     >>> from linattn.rnn import beam_search
     >>> model = CausalLM(CausalLMConfig(vocabulary=7, kernel="elu+1", layers=1, dim=16, heads=2))
     >>> beam_search(prefix_step(model), None, torch.tensor([2]), beams=2, max_length=3).lengths.tolist()

@@ -9,7 +9,7 @@ from linattn.errors import ArgumentError, ShapeError, unknown_name
 from linattn.feature_maps import CATALOGUE
 from linattn.functional import linear_attention
 from linattn.rnn.checks import check_sequence, check_size
-from linattn.state import FeatureMapState
+from linattn.states import FeatureMapState
 
 # Maps without parameters, whose similarity may be divided by its sum.
 MAPS = {name: entry for name, entry in CATALOGUE.items() if entry.positive and entry.function is not None}

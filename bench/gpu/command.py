@@ -28,9 +28,9 @@ if __name__ == "__main__":
 
 import torch
 
+from linattn._util.environment import device_slug
 from linattn.bench.gpu.stages import DONE, Record, Stage, run_stages
 from linattn.bench.gpu.tasks import ROOT, RUNS, Run
-from linattn.environment import device_slug
 from linattn.errors import LinattnError, unknown_name
 
 TOTAL_S = 530.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linattn._util.figures import save
+from linattn.bench.crossover.figures import new_figure
 from linattn.bench.gpu.stages import Record
-from linattn.bench.plots import new_figure
-from linattn.drawing import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

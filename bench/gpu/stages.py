@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from linattn._util.files import write_json
 from linattn.errors import DataError
-from linattn.files import write_json
 
 DONE = "done"
 SHORTEST_S = 5.0

@@ -31,7 +31,7 @@ from linattn.bench.measuring.crossing import find_crossing
 from linattn.bench.measuring.environment import describe
 from linattn.bench.measuring.timing import in_rounds, summarise
 from linattn.errors import BackendError
-from linattn.state import FeatureMapState, QuadraticState
+from linattn.states import FeatureMapState, QuadraticState
 
 if TYPE_CHECKING:
     import pytest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import linattn
-from linattn.bench.measuring.peers import PEERS
+from linattn.bench.peers.implementations import PEERS
 from linattn.cost import Form
 from linattn.errors import ArgumentError, unknown_name
 from linattn.testing import make_inputs

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import linattn
-from linattn import environment
+from linattn._util import environment
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ def measured_sources() -> list[Path]:
     """
     package = Path(linattn.__file__).resolve().parent
     bench = Path(__file__).resolve().parent
-    files = [
-        package / f"{name}.py" for name in ("functional", "dispatch", "calibration", "checks", "feature_maps", "cost")
-    ]
+    files = [package / name for name in ("functional.py", "feature_maps.py", "cost.py")]
+    files += (package / "_dispatch").glob("*.py")
     files += [bench / f"{name}.py" for name in ("cases", "measure", "timing")]
     for name in ("linattn.kernels", "linattn._native"):
         spec = importlib.util.find_spec(name)

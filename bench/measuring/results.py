@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from linattn._util.files import write_json, write_text
 from linattn.bench.measuring.cases import Method, Problem
 from linattn.bench.measuring.environment import Environment
 from linattn.errors import DataError
-from linattn.files import write_json, write_text
 
 SCHEMA = 1
 

@@ -15,7 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from linattn.bench import heat_map, plots, roofline, scaling
+from linattn._util.files import write_text
+from linattn.bench.crossover import figures as plots
+from linattn.bench.crossover import winner_map
+from linattn.bench.machine import roofline, scaling
 from linattn.bench.measuring.results import Results
 from linattn.bench.report import marked_tables, page
 from linattn.bench.report.gpu_section import RECORD, gpu_section
@@ -23,7 +26,6 @@ from linattn.bench.report.page import Section
 from linattn.bench.report.regressions import Flag, committed_before, compare
 from linattn.bench.report.summaries import section
 from linattn.errors import DataError
-from linattn.files import write_text
 
 TITLES = {
     "crossover": "Crossover",
@@ -162,7 +164,7 @@ def _pictures(results: Results) -> list[str]:
     if results.kind != "crossover":
         return []
     parts = plots.parts_of(results.rows)
-    found = [page.picture(heat_map.draw_winners(parts, results.environment), "The fastest method over N and D")]
+    found = [page.picture(winner_map.draw_winners(parts, results.environment), "The fastest method over N and D")]
     for part, groups in parts.items():
         found.append(page.picture(plots.draw_crossover(groups, results.environment), f"N* against D: {part}"))
         found.append(page.picture(plots.draw_time(groups, results.environment), f"Time against N: {part}"))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from linattn.bench import growth, proofs, roofline, scaling, tables, targets
+from linattn.bench.crossover import exponents as growth
+from linattn.bench.crossover import tables
+from linattn.bench.crossover.tables import Group
+from linattn.bench.machine import roofline, scaling
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
 from linattn.bench.measuring.crossing import Crossing
 from linattn.bench.measuring.results import Results, Row
-from linattn.bench.tables import Group
+from linattn.bench.peers import verify
+from linattn.bench.suite import targets
 from linattn.cost import crossover
 from linattn.errors import unknown_name
 
@@ -95,7 +99,7 @@ def roofline_places(results: Results) -> Table:
 
 def peer_proofs(results: Results) -> Table:
     """What every peer computes, and whether that was proved."""
-    return Table(proofs.HEADINGS, tuple(proofs.table(proofs.proofs_in(results))))
+    return Table(verify.HEADINGS, tuple(verify.table(verify.proofs_in(results))))
 
 
 def targets_reached(results: Results) -> Table:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from ..common.stateful import attend
-from . import ops as ops  # registers the schemas
+from linattn.kernels.common.op.stateful import attend
+from linattn.kernels.feature_map import ops as ops  # registers the schemas
 
 # (q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, plan) -> out, state
 feature_map = functools.partial(attend, "feature_map")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from linattn._native import FeatureMapOptions, feature_map_backward, feature_map_forward
-
-from ..common.cpu import NativeOp
-from ..common.cpu import describe as describe
-from ..common.stateful import Plan
-from .contract import Options, state_shapes
+from linattn.kernels.common.native.binding import NativeOp
+from linattn.kernels.common.native.binding import describe as describe
+from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.feature_map.contract import Options, state_shapes
 
 MAPS = {"identity": 0, "elu+1": 1, "relu": 2, "relu2": 3, "exp": 4}
 

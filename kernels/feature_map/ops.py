@@ -1,10 +1,10 @@
-"""The ops `linattn::feature_map_fwd` and `linattn::feature_map_bwd` (convention: kernels/common/stateful.py)."""
+"""The ops `linattn::feature_map_fwd` and `linattn::feature_map_bwd` (convention: kernels/common/op/stateful.py)."""
 
 from __future__ import annotations
 
-from ..common.backend import Backend, Call, anything, native, triton
-from ..common.stateful import define_stateful
-from .contract import SCHEMA, Options, state_shapes
+from linattn.kernels.common.op.backend import Backend, Call, anything, native, triton
+from linattn.kernels.common.op.stateful import define_stateful
+from linattn.kernels.feature_map.contract import SCHEMA, Options, state_shapes
 
 
 def _native(call: Call) -> str:

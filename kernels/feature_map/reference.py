@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..common.allocation import accumulation_dtype, empty_in_storage_order
-from ..common.polynomial.attention import Reference
-from ..common.polynomial.problem import Problem
-from .contract import Options
-from .maps import MAPS
+from linattn.kernels.common.op.allocation import accumulation_dtype, empty_in_storage_order
+from linattn.kernels.common.reference.attention import Reference
+from linattn.kernels.common.reference.problem import Problem
+from linattn.kernels.feature_map.contract import Options
+from linattn.kernels.feature_map.maps import MAPS
 
 LINEAR = (0.0, 1.0, 0.0)
 

@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ..common.stateful import Plan, attend
-from . import ops as ops  # registers the schemas
-from .contract import Options
+from linattn.kernels.common.op.stateful import Plan, attend
+from linattn.kernels.quadratic import ops as ops  # registers the schemas
+from linattn.kernels.quadratic.contract import Options
 
 # (q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, plan) -> out, state
 quadratic = functools.partial(attend, "quadratic")

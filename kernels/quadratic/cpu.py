@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from linattn._native import QuadraticOptions, quadratic_backward, quadratic_forward
-
-from ..common.cpu import NativeOp
-from ..common.cpu import describe as describe
-from ..common.stateful import Plan
-from .contract import Options, state_shapes
+from linattn.kernels.common.native.binding import NativeOp
+from linattn.kernels.common.native.binding import describe as describe
+from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.quadratic.contract import Options, state_shapes
 
 FORMS = {"direct": 0, "chunked": 1, "recurrent": 2}
 

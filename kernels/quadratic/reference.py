@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..common.polynomial.attention import Reference
-from ..common.polynomial.problem import Problem
-from .contract import Options
+from linattn.kernels.common.reference.attention import Reference
+from linattn.kernels.common.reference.problem import Problem
+from linattn.kernels.quadratic.contract import Options
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, options: Options) -> Problem:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.derivative import derivative_wanted, first_derivative_only
-from . import ops as ops  # registers the schemas
-from .reference import State
+from linattn.kernels.common.op.double_backward import derivative_wanted, first_derivative_only
+from linattn.kernels.recurrent import ops as ops  # registers the schemas
+from linattn.kernels.recurrent.reference import State
 
 
 def recur(

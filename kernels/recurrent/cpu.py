@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from linattn._native import recurrent_backward, recurrent_forward
-
-from ..common.cpu import address
-from .contract import CELLS, Arriving, Inputs, Walked, gradients, outputs
+from linattn.kernels.common.native.binding import address
+from linattn.kernels.recurrent.contract import CELLS, Arriving, Inputs, Walked, gradients, outputs
 
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, ...]:

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.gpu.launch import launch
-from .contract import Arriving, Inputs, Walked, gradients, outputs
+from linattn.kernels.common.gpu.launch import launch
+from linattn.kernels.recurrent.contract import Arriving, Inputs, Walked, gradients, outputs
 
 BLOCK = 256
 """Units of one batch row in a program."""

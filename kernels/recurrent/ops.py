@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common.backend import Backend, Call, anything, native, triton
-from ..common.registration import define, implementation
-from .contract import Arriving, Inputs, Walked, gradients, outputs
+from linattn.kernels.common.op.backend import Backend, Call, anything, native, triton
+from linattn.kernels.common.op.registration import define, implementation
+from linattn.kernels.recurrent.contract import Arriving, Inputs, Walked, gradients, outputs
 
 
 def _native(call: Call) -> str:

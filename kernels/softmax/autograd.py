@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..common.derivative import derivative_wanted, distinct, first_derivative_only
-from . import ops as ops  # registers the schemas
+from linattn.kernels.common.op.double_backward import derivative_wanted, distinct, first_derivative_only
+from linattn.kernels.softmax import ops as ops  # registers the schemas
 
 
 def softmax(

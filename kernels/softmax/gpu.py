@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..common.gpu import direct
-from ..common.gpu.similarity import softmax
+from linattn.kernels.common.gpu import direct
+from linattn.kernels.common.gpu.similarity import softmax
 
 
 def _problem(

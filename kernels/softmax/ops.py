@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..common.allocation import empty_in_storage_order, empty_row_sums
-from ..common.backend import Backend, anything, triton
-from ..common.registration import define, implementation
+from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
+from linattn.kernels.common.op.backend import Backend, anything, triton
+from linattn.kernels.common.op.registration import define, implementation
 
 # In the order in which "auto" tries them, after PyTorch's own: flash and cuDNN kernels of the vendor are what users
 # compare with and expect. "triton" is for what those cannot take: key_mask, packed sequences, q_offset, D != M.

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..common.allocation import empty_in_storage_order, empty_row_sums
-from ..common.tiles import Gradients, Outputs, Tiles, divided, sequences, spans
+from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
+from linattn.kernels.common.reference.tiles import Gradients, Outputs, Tiles, divided, sequences, spans
 
 
 def forward(

@@ -10,7 +10,7 @@
 kernels take, a bool `[B, Tk]` of keys that count. What the kernels cannot do (sliding windows, packed rows, masks of
 one's own, sinks, soft caps, dropout of scores) raises ArgumentError with the reason.
 
-`StateCache` keeps the sums over all earlier keys (`linattn.state`) in place of the keys: a token costs as much memory
+`StateCache` keeps the sums over all earlier keys (`linattn.states`) in place of the keys: a token costs as much memory
 and time after a million others as after ten. Needs transformers 4.57 or newer: extra `hf`.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from linattn import functional
 from linattn.errors import ArgumentError, MissingExtraError, StateError
 from linattn.kernels.feature_map.maps import MAPS
-from linattn.state import FeatureMapState, QuadraticState
+from linattn.states import FeatureMapState, QuadraticState
 
 try:
     from transformers import AttentionInterface, masking_utils

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from linattn.kernels.common.backend import CAPABILITY, NATIVE_ABSENT
+from linattn.kernels.common.op.backend import CAPABILITY, NATIVE_ABSENT
 from linattn.testing import poisoned_memory
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from linattn import dispatch, fuzz
-from linattn.kernels.common.backend import NATIVE_ABSENT
-from linattn.random_calls import OPS
+from linattn._dispatch import plan
+from linattn.kernels.common.op.backend import NATIVE_ABSENT
+from linattn.testing import fuzz
+from linattn.testing.random_calls import OPS
 
 SEEDS = 120
 pytestmark = pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT)
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.skipif(bool(NATIVE_ABSENT), reason=NATIVE_ABSENT)
 
 @pytest.mark.parametrize("op", OPS)
 def test_random_calls(op: str) -> None:
-    if "native" not in dispatch.BACKENDS[op]:
+    if "native" not in plan.BACKENDS[op]:
         pytest.skip(f"no native kernels for {op}")
     tally = fuzz.Tally()
     for seed in range(SEEDS):

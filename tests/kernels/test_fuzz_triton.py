@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from linattn import dispatch, fuzz
-from linattn.random_calls import OPS
-from triton_device import CUDA, DEVICE, NEEDS_TRITON
+from linattn._dispatch import plan
+from linattn.testing import fuzz
+from linattn.testing.random_calls import OPS
+from tests.support.triton_device import CUDA, DEVICE, NEEDS_TRITON
 
 EXTENT, SEEDS = ("medium", 60) if CUDA else ("tiny", 14)
 pytestmark = NEEDS_TRITON
@@ -15,7 +16,7 @@ pytestmark = NEEDS_TRITON
 
 @pytest.mark.parametrize("op", OPS)
 def test_random_calls(op: str) -> None:
-    if "triton" not in dispatch.BACKENDS[op]:
+    if "triton" not in plan.BACKENDS[op]:
         pytest.skip(f"no Triton kernels for {op}")
     tally = fuzz.Tally()
     for seed in range(SEEDS):

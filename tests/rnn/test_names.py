@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linattn import cli
+from linattn.cli.main import main
 from linattn.errors import CheckpointError, DataError
-from linattn.rnn.name_model import NameClassifier
-from linattn.rnn.names import (
+from linattn.rnn.commands.train_names import score_of
+from linattn.rnn.tasks.name_model import NameClassifier
+from linattn.rnn.tasks.names import (
     ALPHABET,
     PADDING,
     VOCABULARY,
@@ -25,7 +26,6 @@ from linattn.rnn.names import (
     load_names,
     plain,
 )
-from linattn.rnn.train_names import score_of
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_score_counts_what_was_answered() -> None:
     languages = ("A", "B", "C")
     train = Names(languages, ("x", "y", "z"), (1, 1, 0))
     test = Names(languages, ("x", "u", "v", "w"), (1, 1, 0, 1))
-    from linattn.training import Record
+    from linattn.training.trainer import Record
 
     score = score_of(3, train, test, [1, 0, 0, 1], [Record(0, None, 1.5, 0.0, 0.0)])
     assert (score.accuracy, score.majority, score.loss) == (0.75, 0.75, 1.5)
@@ -141,7 +141,7 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     pytest.importorskip("matplotlib", reason="figures")
     out = tmp_path / "out"
     options = ["--hidden", "8", "--batch", "64", "--seeds", "0", "1", "--out", str(out)]
-    assert cli.main(["train", "names", "--epochs", "2", *options]) == 0
+    assert main(["train", "names", "--epochs", "2", *options]) == 0
     assert "always the most frequent" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert results["names"] == 432 and len(results["seeds"]) == 2
@@ -151,25 +151,25 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for figure in ("confusion.png", "curve.png"):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
 
-    assert cli.main(["train", "names", "--epochs", "2", *options]) == 2
+    assert main(["train", "names", "--epochs", "2", *options]) == 2
     assert "--resume" in capsys.readouterr().err
-    assert cli.main(["train", "names", "--epochs", "2", *options, "--lr", "0.5", "--resume"]) == 2
+    assert main(["train", "names", "--epochs", "2", *options, "--lr", "0.5", "--resume"]) == 2
     assert "another lr" in capsys.readouterr().err
-    assert cli.main(["train", "names", "--epochs", "3", *options, "--resume"]) == 0
+    assert main(["train", "names", "--epochs", "3", *options, "--resume"]) == 0
     history = (out / "seed-0" / "history.jsonl").read_text().splitlines()
     assert len(history) == 4
 
     capsys.readouterr()
-    assert cli.main(["names", "predict", "Satoshi", "--run", str(out)]) == 0
+    assert main(["names", "predict", "Satoshi", "--run", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("Satoshi") == 3 and "model card" in printed
-    assert cli.main(["names", "predict", "Satoshi", "--run", str(tmp_path / "nowhere")]) == 2
+    assert main(["names", "predict", "Satoshi", "--run", str(tmp_path / "nowhere")]) == 2
     assert "linattn train names" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    from linattn.rnn.name_model import saved_classifier
-    from linattn.training import write_checkpoint
+    from linattn.rnn.tasks.name_model import saved_classifier
+    from linattn.training.trainer import write_checkpoint
 
     write_checkpoint(tmp_path / "checkpoint.pt", {"model": {}, "settings": {"kernel": "softmax"}})
     with pytest.raises(CheckpointError, match="linattn train names"):

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from linattn import cli
-from linattn.rnn.train_running_average import add_arguments, train_one
+from linattn.cli.main import main
+from linattn.rnn.commands.train_running_average import add_arguments, train_one
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="figures")
     out = tmp_path / "out"
     options = ["--batches", "100", "--hidden", "8", "--lr", "0.01", "--layers", "1", "--cells", "rnn"]
-    assert cli.main(["train", "running-average", *options, "--out", str(out)]) == 0
+    assert main(["train", "running-average", *options, "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     summary = [(row["network"], row["targets"]) for row in results["summary"]]

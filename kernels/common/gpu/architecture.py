@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backend import INTERPRETED
+from linattn.kernels.common.op.backend import INTERPRETED
 
 KNOWN = ("sm_80", "sm_90", "sm_100", "gfx942", "consumer", "interpreter")
 """consumer: 99 KB of shared memory a program (sm_86, sm_89, sm_120), and whatever else has no row of its own.

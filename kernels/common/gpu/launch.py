@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import INTERPRETED
+from linattn.kernels.common.op.backend import INTERPRETED
 
 
 class Launch(NamedTuple):

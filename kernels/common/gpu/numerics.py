@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend import INTERPRETED
-from .architecture import forced
+from linattn.kernels.common.gpu.architecture import forced
+from linattn.kernels.common.op.backend import INTERPRETED
 
 EMULATED = tl.constexpr(INTERPRETED)
 """In the interpreter low-precision tensors arrive as fp32 (launch.py) and rounding is spelled out."""

@@ -15,7 +15,7 @@ Pointers are those of one head; a tile's offset into them is a 64-bit scalar, th
 import triton
 import triton.language as tl
 
-from .numerics import dot, rounded
+from linattn.kernels.common.gpu.numerics import dot, rounded
 
 
 @triton.jit

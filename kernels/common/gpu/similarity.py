@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..polynomial.problem import Coefficients, complete_square
+from linattn.kernels.common.reference.problem import Coefficients, complete_square
 
 
 class Similarity(NamedTuple):

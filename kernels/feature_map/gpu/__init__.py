@@ -1,4 +1,4 @@
-"""Backend "triton" of the feature-map ops (convention: kernels/common/stateful.py, maths: ../README.md).
+"""Backend "triton" of the feature-map ops (convention: kernels/common/op/stateful.py, maths: ../README.md).
 
 Read downhill: `launcher` (which kernels a call runs) -> `call` and `launches` (how; `config` holds the tile sizes) ->
 the kernels `sums` (a scan over chunks), `output` (forward), `gradient` (backward) and `recurrent` (token by token) ->
@@ -7,6 +7,6 @@ the kernels `sums` (a scan over chunks), `output` (forward), `gradient` (backwar
 
 from __future__ import annotations
 
-from .launcher import backward, describe, forward
+from linattn.kernels.feature_map.gpu.launcher import backward, describe, forward
 
 __all__ = ["backward", "describe", "forward"]

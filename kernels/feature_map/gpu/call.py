@@ -8,12 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ...common.backend import INTERPRETED
-from ...common.gpu.architecture import architecture
-from ...common.gpu.launch import readable
-from ...common.gpu.numerics import LOW, precision
-from ..contract import Options
-from .config import configuration
+from linattn.kernels.common.gpu.architecture import architecture
+from linattn.kernels.common.gpu.launch import readable
+from linattn.kernels.common.gpu.numerics import LOW, precision
+from linattn.kernels.common.op.backend import INTERPRETED
+from linattn.kernels.feature_map.contract import Options
+from linattn.kernels.feature_map.gpu.config import configuration
 
 State = list[Tensor]
 

@@ -10,10 +10,10 @@ registers. One program makes BLOCK columns of all three; what is contracted is r
 import triton
 import triton.language as tl
 
-from ...common.gpu.numerics import dot, rounded
-from .layout import source, splits_before, stored_sums, tile_at
-from .maps import key_features, load_rows, operand, query_features, slope, store_rows
-from .sums import load_row_gradient
+from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.feature_map.gpu.layout import source, splits_before, stored_sums, tile_at
+from linattn.kernels.feature_map.gpu.maps import key_features, load_rows, operand, query_features, slope, store_rows
+from linattn.kernels.feature_map.gpu.sums import load_row_gradient
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "q_offset"])

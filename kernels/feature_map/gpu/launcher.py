@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...common.allocation import empty_in_storage_order, empty_row_sums
-from ...common.gpu import direct
-from ...common.gpu.architecture import architecture
-from ...common.gpu.launch import readable
-from ...common.gpu.similarity import linear
-from ...common.packed import check_sequences
-from ...common.stateful import Plan
-from ..contract import Options
-from .call import Call, State
-from .config import DECODED, configuration
-from .launches import Rows, Sums, gradients_of_chunks, mapped, read, scan, walked
+from linattn.kernels.common.gpu import direct
+from linattn.kernels.common.gpu.architecture import architecture
+from linattn.kernels.common.gpu.launch import readable
+from linattn.kernels.common.gpu.similarity import linear
+from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
+from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.varlen import check_sequences
+from linattn.kernels.feature_map.contract import Options
+from linattn.kernels.feature_map.gpu.call import Call, State
+from linattn.kernels.feature_map.gpu.config import DECODED, configuration
+from linattn.kernels.feature_map.gpu.launches import Rows, Sums, gradients_of_chunks, mapped, read, scan, walked
 
 
 def forward(

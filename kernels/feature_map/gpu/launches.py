@@ -8,16 +8,16 @@ import torch
 import triton
 from torch import Tensor
 
-from ...common.allocation import empty_in_storage_order
-from ...common.gpu.launch import block, launch, strides
-from ...common.gpu.numerics import LOW
-from .call import Call, State
-from .config import splits_for
-from .gradient import chunk_gradients
-from .maps import map_rows
-from .output import read_sums
-from .recurrent import walk
-from .sums import scan_sums
+from linattn.kernels.common.gpu.launch import block, launch, strides
+from linattn.kernels.common.gpu.numerics import LOW
+from linattn.kernels.common.op.allocation import empty_in_storage_order
+from linattn.kernels.feature_map.gpu.call import Call, State
+from linattn.kernels.feature_map.gpu.config import splits_for
+from linattn.kernels.feature_map.gpu.gradient import chunk_gradients
+from linattn.kernels.feature_map.gpu.maps import map_rows
+from linattn.kernels.feature_map.gpu.output import read_sums
+from linattn.kernels.feature_map.gpu.recurrent import walk
+from linattn.kernels.feature_map.gpu.sums import scan_sums
 
 ROWS_MAPPED = 32
 """By one program."""

@@ -4,7 +4,7 @@ kernels of the chunked form, or beforehand for the direct form."""
 import triton
 import triton.language as tl
 
-from ...common.gpu.numerics import rounded
+from linattn.kernels.common.gpu.numerics import rounded
 
 
 @triton.jit

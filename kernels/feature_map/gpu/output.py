@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ...common.gpu.numerics import dot, rounded
-from .layout import source, splits_before, stored_sums, tile_at
-from .maps import key_features, load_rows, operand, query_features, store_rows
+from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.feature_map.gpu.layout import source, splits_before, stored_sums, tile_at
+from linattn.kernels.feature_map.gpu.maps import key_features, load_rows, operand, query_features, store_rows
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "q_offset"])

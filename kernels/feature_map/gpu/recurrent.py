@@ -4,8 +4,8 @@ step of decoding: one pass over the state, read, updated, read out and written."
 import triton
 import triton.language as tl
 
-from .layout import bounds, clamped
-from .maps import feature
+from linattn.kernels.feature_map.gpu.layout import bounds, clamped
+from linattn.kernels.feature_map.gpu.maps import feature
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "q_offset"])

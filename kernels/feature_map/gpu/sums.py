@@ -10,9 +10,9 @@ BLOCK_D features and all M columns, and keeps its sums in fp32 registers.
 import triton
 import triton.language as tl
 
-from ...common.gpu.numerics import dot, rounded
-from .layout import bounds, clamped, first_tile, stored_sums
-from .maps import key_features, load_rows, operand, query_features
+from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.feature_map.gpu.layout import bounds, clamped, first_tile, stored_sums
+from linattn.kernels.feature_map.gpu.maps import key_features, load_rows, operand, query_features
 
 
 @triton.jit

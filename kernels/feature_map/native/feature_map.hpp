@@ -12,7 +12,7 @@ namespace linattn::feature_map {
 // In the order of MAPS in cpu.py.
 enum class Map : int { identity, elu_plus_one, relu, relu_squared, exp };
 
-// Sums over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is
+// Sums over keys in the canonical layout (linattn/states.py): dense fp32, leading sizes [sequences, Hkv]; n is
 // [sequences].
 struct State {
     Index* n = nullptr;

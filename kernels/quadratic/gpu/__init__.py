@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...common.stateful import Plan
-from ..contract import Options
-from . import chunked, direct, step
+from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.quadratic.contract import Options
+from linattn.kernels.quadratic.gpu import chunked, direct, step
 
 State = list[Tensor]
 

@@ -10,14 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ...common.gpu.architecture import architecture
-from ...common.gpu.launch import block, launch, readable, strides
-from ...common.gpu.numerics import LOW, precision
-from ...common.gpu.similarity import quadratic
-from ...common.stateful import Plan
-from ..contract import Options
-from . import config, layout
-from .layout import State
+from linattn.kernels.common.gpu.architecture import architecture
+from linattn.kernels.common.gpu.launch import block, launch, readable, strides
+from linattn.kernels.common.gpu.numerics import LOW, precision
+from linattn.kernels.common.gpu.similarity import quadratic
+from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.quadratic.contract import Options
+from linattn.kernels.quadratic.gpu import config, layout
+from linattn.kernels.quadratic.gpu.layout import State
 
 FOLD = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
 """Features and sums of products: of fp16 inputs they may leave the range of fp16."""

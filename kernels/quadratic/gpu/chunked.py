@@ -15,19 +15,19 @@ import torch
 import triton
 from torch import Tensor
 
-from ...common.allocation import empty_in_storage_order, empty_row_sums
-from ...common.gpu.architecture import architecture
-from ...common.gpu.launch import readable, strides
-from ...common.gpu.numerics import LOW, precision
-from ...common.packed import check_sequences
-from ...common.stateful import Plan
-from ..contract import Options
-from . import config, layout, sums
-from .call import FOLD, Call, run_kernel
-from .keys import pull_folded_keys, pull_lost_rows
-from .layout import State
-from .memory import Part, joined, keeps_sums, parts
-from .rows import pull_rows, read_rows, share_rows
+from linattn.kernels.common.gpu.architecture import architecture
+from linattn.kernels.common.gpu.launch import readable, strides
+from linattn.kernels.common.gpu.numerics import LOW, precision
+from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
+from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.varlen import check_sequences
+from linattn.kernels.quadratic.contract import Options
+from linattn.kernels.quadratic.gpu import config, layout, sums
+from linattn.kernels.quadratic.gpu.call import FOLD, Call, run_kernel
+from linattn.kernels.quadratic.gpu.keys import pull_folded_keys, pull_lost_rows
+from linattn.kernels.quadratic.gpu.layout import State
+from linattn.kernels.quadratic.gpu.memory import Part, joined, keeps_sums, parts
+from linattn.kernels.quadratic.gpu.rows import pull_rows, read_rows, share_rows
 
 SHARE = config.Fold(32, 4, 2)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...common.gpu import direct
-from ...common.gpu.similarity import quadratic
-from ..contract import Options
+from linattn.kernels.common.gpu import direct
+from linattn.kernels.common.gpu.similarity import quadratic
+from linattn.kernels.quadratic.contract import Options
 
 
 def _problem(

@@ -9,8 +9,8 @@ is formed like a feature.
 import triton
 import triton.language as tl
 
-from ...common.gpu.numerics import dot, rounded
-from .state import SLICE, product
+from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.quadratic.gpu.state import SLICE, product
 
 
 @triton.jit

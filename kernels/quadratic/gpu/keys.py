@@ -4,10 +4,10 @@ its scores; of the rows that are lost to the sums (rows.py), a kernel of its own
 import triton
 import triton.language as tl
 
-from ...common.gpu.numerics import rounded
-from ...common.gpu.pairs import kept_keys, load_rows, pull_keys
-from .folded import pull_pairs, pull_record, read_pairs, read_record
-from .places import existing, first_reader, head_of, place_of, rows_between, tile_of_rows
+from linattn.kernels.common.gpu.numerics import rounded
+from linattn.kernels.common.gpu.pairs import kept_keys, load_rows, pull_keys
+from linattn.kernels.quadratic.gpu.folded import pull_pairs, pull_record, read_pairs, read_record
+from linattn.kernels.quadratic.gpu.places import existing, first_reader, head_of, place_of, rows_between, tile_of_rows
 
 LOOK = tl.constexpr(1024)
 """Tiles of rows that are looked at together, for a lost row."""

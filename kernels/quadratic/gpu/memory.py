@@ -16,10 +16,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ...common.gpu.architecture import architecture
-from . import config, layout
-from .call import Call
-from .layout import State
+from linattn.kernels.common.gpu.architecture import architecture
+from linattn.kernels.quadratic.gpu import config, layout
+from linattn.kernels.quadratic.gpu.call import Call
+from linattn.kernels.quadratic.gpu.layout import State
 
 WORKSPACE = 4 << 30
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)

@@ -8,10 +8,10 @@ and computes all of its scores. The row is noted as lost to the sums, for the ba
 import triton
 import triton.language as tl
 
-from ...common.gpu.numerics import rounded
-from ...common.gpu.pairs import attend, load_rows, no_sums, pull_queries, settled
-from .folded import pull_pairs, pull_record, read_pairs, read_record, read_row_sums
-from .places import existing, head_of, place_of, read_boundary, tile_of_rows
+from linattn.kernels.common.gpu.numerics import rounded
+from linattn.kernels.common.gpu.pairs import attend, load_rows, no_sums, pull_queries, settled
+from linattn.kernels.quadratic.gpu.folded import pull_pairs, pull_record, read_pairs, read_record, read_row_sums
+from linattn.kernels.quadratic.gpu.places import existing, head_of, place_of, read_boundary, tile_of_rows
 
 
 @triton.jit

@@ -11,8 +11,16 @@ Sums are first taken over runs of a few chunks, each in one program, then `scan_
 import triton
 import triton.language as tl
 
-from ...common.gpu.numerics import dot, rounded
-from .places import base_of, first_reader, last_boundary, rows_between, sequence_of, slot_of, span
+from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.quadratic.gpu.places import (
+    base_of,
+    first_reader,
+    last_boundary,
+    rows_between,
+    sequence_of,
+    slot_of,
+    span,
+)
 
 SLICE = tl.constexpr(16)
 FEATURES = tl.constexpr(256)

@@ -13,16 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.allocation import empty_in_storage_order, empty_row_sums
-from ...common.gpu.architecture import architecture
-from ...common.gpu.launch import block, strides
-from ...common.gpu.numerics import rounded
-from ...common.gpu.pairs import weigh
-from ...common.stateful import Plan
-from ..contract import Options, state_shapes
-from . import config
-from .call import Call, run_kernel
-from .layout import State
+from linattn.kernels.common.gpu.architecture import architecture
+from linattn.kernels.common.gpu.launch import block, strides
+from linattn.kernels.common.gpu.numerics import rounded
+from linattn.kernels.common.gpu.pairs import weigh
+from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
+from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.quadratic.contract import Options, state_shapes
+from linattn.kernels.quadratic.gpu import config
+from linattn.kernels.quadratic.gpu.call import Call, run_kernel
+from linattn.kernels.quadratic.gpu.layout import State
 
 STATE = ("n", "k_sum", "kk", "v_sum", "kv", "kkv")
 FINISH = config.Fold(32, 4, 1)

@@ -8,12 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ...common.gpu.launch import strides
-from ...common.gpu.numerics import LOW
-from . import config, layout
-from .call import FOLD, Call, run_kernel
-from .layout import State
-from .state import pair_sums, record_sums, scan_sums
+from linattn.kernels.common.gpu.launch import strides
+from linattn.kernels.common.gpu.numerics import LOW
+from linattn.kernels.quadratic.gpu import config, layout
+from linattn.kernels.quadratic.gpu.call import FOLD, Call, run_kernel
+from linattn.kernels.quadratic.gpu.layout import State
+from linattn.kernels.quadratic.gpu.state import pair_sums, record_sums, scan_sums
 
 SCAN = config.Fold(1024, 4, 2)
 

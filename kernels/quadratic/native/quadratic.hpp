@@ -9,7 +9,7 @@
 
 namespace linattn::quadratic {
 
-// Sums over keys in the canonical layout (linattn/state.py): dense fp32, leading sizes [sequences, Hkv]; n is
+// Sums over keys in the canonical layout (linattn/states.py): dense fp32, leading sizes [sequences, Hkv]; n is
 // [sequences].
 struct State {
     Index* n = nullptr;

@@ -25,7 +25,7 @@ struct Similarity {
     }
 
     bool quadratic() const { return c2 != 0; }
-    // Of a state's fields after n (linattn/state.py).
+    // Of a state's fields after n (linattn/states.py).
     std::vector<Index> sizes(Index D, Index M) const {
         if (quadratic()) return {D, D * D, M, D * M, D * (D + 1) / 2 * M};
         return {D, D * M};

@@ -4,9 +4,9 @@ heads that share it. Each sums alone, so nothing is added atomically and results
 import triton
 import triton.language as tl
 
-from ..numerics import rounded
-from ..pairs import kept_keys, load_rows, pull_keys, pull_queries
-from .place import key_span, own_tile, query_span
+from linattn.kernels.common.gpu.direct.place import key_span, own_tile, query_span
+from linattn.kernels.common.gpu.numerics import rounded
+from linattn.kernels.common.gpu.pairs import kept_keys, load_rows, pull_keys, pull_queries
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

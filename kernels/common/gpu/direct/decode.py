@@ -7,10 +7,10 @@ read once. The sums have no order; those of softmax are brought to a common maxi
 import triton
 import triton.language as tl
 
-from ..numerics import rounded
-from ..pairs import attend, no_sums, settled
-from .forward import finished, signed
-from .place import key_span
+from linattn.kernels.common.gpu.direct.forward import finished, signed
+from linattn.kernels.common.gpu.direct.place import key_span
+from linattn.kernels.common.gpu.numerics import rounded
+from linattn.kernels.common.gpu.pairs import attend, no_sums, settled
 
 
 @triton.jit

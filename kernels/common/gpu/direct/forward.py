@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..numerics import rounded
-from ..pairs import attend, load_rows, no_sums, settled
-from .place import key_span, own_tile
+from linattn.kernels.common.gpu.direct.place import key_span, own_tile
+from linattn.kernels.common.gpu.numerics import rounded
+from linattn.kernels.common.gpu.pairs import attend, load_rows, no_sums, settled
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -10,16 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from ...allocation import empty_in_storage_order, empty_row_sums
-from ...packed import check_sequences
-from ..architecture import architecture
-from ..launch import block, launch, readable, strides
-from ..numerics import LOW, precision
-from ..similarity import Similarity
-from .backward import keys_kernel, queries_kernel
-from .config import MOST_SPLITS, PROGRAMS, Row, Tile, configuration
-from .decode import decode_kernel, merge_kernel
-from .forward import forward_kernel
+from linattn.kernels.common.gpu.architecture import architecture
+from linattn.kernels.common.gpu.direct.backward import keys_kernel, queries_kernel
+from linattn.kernels.common.gpu.direct.config import MOST_SPLITS, PROGRAMS, Row, Tile, configuration
+from linattn.kernels.common.gpu.direct.decode import decode_kernel, merge_kernel
+from linattn.kernels.common.gpu.direct.forward import forward_kernel
+from linattn.kernels.common.gpu.launch import block, launch, readable, strides
+from linattn.kernels.common.gpu.numerics import LOW, precision
+from linattn.kernels.common.gpu.similarity import Similarity
+from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
+from linattn.kernels.common.op.varlen import check_sequences
 
 MOST_QUERIES, MOST_ROWS = 16, 64
 """Beyond either the forward kernel's tiles are filled well enough."""

@@ -1,0 +1,1 @@
+"""What a trained autoencoder knows: principal components and linear probes."""

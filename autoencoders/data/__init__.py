@@ -1,0 +1,1 @@
+"""Sets of samples: MNIST, scikit-learn's digits, a synthetic Gaussian, or a file."""

@@ -1,0 +1,1 @@
+"""Commands on autoencoders: training, probing, sweeps, and their figures."""

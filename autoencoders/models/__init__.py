@@ -1,0 +1,1 @@
+"""Models: the fully connected autoencoder, the one over patches, what corrupts their input, and batched repeats."""

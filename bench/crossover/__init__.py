@@ -1,0 +1,1 @@
+"""The main job: find the length from which the linear form is the faster one."""

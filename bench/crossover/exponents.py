@@ -1,0 +1,160 @@
+"""How fast things grow, as exponents with 95 % intervals: N* with the head size, time and memory with the length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from linattn.bench.crossover.tables import Group, crossing_of, grouped
+from linattn.bench.measuring.cases import QUADRATIC_DIRECT, SDPA, Method, Problem
+from linattn.bench.measuring.power_law import PowerLaw, fit_power_law
+from linattn.bench.measuring.results import Row
+from linattn.cost import crossover, flops
+
+RIVALS = {SDPA: "SDPA", QUADRATIC_DIRECT: "our direct form"}
+INTERVAL_SIGMAS = 3.92
+"""A 95 % interval is this many sigmas wide."""
+BAND_SIGMAS = 1.683
+"""So is the band between the 20th and the 80th percentile of repeats that scatter normally."""
+MEDIAN_OVER_MEAN = 1.2533
+"""The standard error of a median over that of a mean."""
+OCTAVES = 3
+"""An exponent in N is fitted over this many octaves below the longest sequence: shorter calls are mostly overhead."""
+LEAST_MIB = 1.0
+"""Peaks below this are pages and thread stacks rather than the call's own memory."""
+
+
+@dataclass(frozen=True)
+class CrossingGrowth:
+    """N* = a D^p over the head sizes whose N* is bracketed.
+
+    Attributes:
+        series: what the head sizes share; its own D and M are 0.
+        rival: against which N* is meant.
+        law: p, None with fewer than three head sizes.
+        by_flops: p of the length at which both forms take as many flops, over the same head sizes.
+        heads, left_out: head sizes used, and those whose N* is not bracketed.
+    """
+
+    series: Group
+    rival: Method
+    law: PowerLaw | None
+    by_flops: float | None
+    heads: tuple[int, ...]
+    left_out: tuple[int, ...]
+
+    def __str__(self) -> str:
+        mask = "causal" if self.series.is_causal else "non-causal"
+        training = " training" if self.series.direction == "training" else ""
+        what = f"{mask} {self.series.dtype}{training}: exponent of N*(D) against {RIVALS[self.rival]}"
+        left = f"; not bracketed, left out: D = {', '.join(map(str, self.left_out))}" if self.left_out else ""
+        if self.law is None:
+            return f"{what}: bracketed at {len(self.heads)} head sizes, a fit needs 3{left}"
+        heads = ", ".join(map(str, self.heads))
+        return f"{what}: {self.law} over D = {heads} (by flops {self.by_flops:.2f}, by D^2 2){left}"
+
+
+def growth_of_crossings(rows: Iterable[Row]) -> list[CrossingGrowth]:
+    """One fit for each mask, dtype, direction, batch and number of heads, against each rival; M = D only."""
+    series: dict[Group, dict[int, list[Row]]] = {}
+    for group, members in grouped(rows).items():
+        if group.M == group.D:
+            series.setdefault(replace(group, D=0, M=0), {})[group.D] = members
+    return [_fit(key, rival, heads) for key, heads in series.items() if len(heads) > 1 for rival in RIVALS]
+
+
+def _fit(series: Group, rival: Method, heads: dict[int, list[Row]]) -> CrossingGrowth:
+    points, left_out = [], []
+    for D, rows in heads.items():
+        found = crossing_of(rows, rival)
+        if found is None:
+            continue
+        if found.value is None or not found.bracketed:
+            left_out.append(D)
+            continue
+        # An interval that reaches beyond the lengths measured is at least as wide as to the last of them.
+        low, high = max(found.low, found.smallest), min(found.high, found.largest)
+        points.append((float(D), found.value, math.log(high / low) / INTERVAL_SIGMAS))
+    balance = [(D, crossover(int(D), is_causal=series.is_causal), 0.0) for D, _, _ in points]
+    theory = fit_power_law(balance)
+    return CrossingGrowth(
+        series,
+        rival,
+        fit_power_law(points),
+        theory.exponent if theory else None,
+        tuple(int(D) for D, _, _ in points),
+        tuple(left_out),
+    )
+
+
+def crossing_lines(rows: Iterable[Row]) -> list[str]:
+    """A line on each fit of N*(D)."""
+    return [str(found) for found in growth_of_crossings(rows)]
+
+
+@dataclass(frozen=True)
+class MethodGrowth:
+    """Time and peak memory = a N^p of one method in one group, None where fewer than three lengths were measured.
+
+    `flops` is the exponent of the flops that `linattn.cost` counts over the same lengths; `expected` that of the form.
+    """
+
+    method: Method
+    group: Group
+    time: PowerLaw | None
+    memory: PowerLaw | None
+    flops: float | None
+    longest: int
+
+    @property
+    def expected(self) -> int:
+        """2 where every query meets every key, 1 for sums."""
+        return 2 if self.method.form == "direct" else 1
+
+
+def growth_of_methods(rows: Iterable[Row]) -> list[MethodGrowth]:
+    """One entry for each method of each group, over the longest lengths that it was measured on."""
+    found = []
+    for group, members in grouped(rows).items():
+        for method in dict.fromkeys(row.method for row in members):
+            mine = [row for row in members if row.method == method and row.median_ms is not None]
+            if not mine:
+                continue
+            longest = max(row.problem.N for row in mine)
+            mine = [row for row in mine if longest <= 2**OCTAVES * row.problem.N]
+            found.append(
+                MethodGrowth(
+                    method,
+                    group,
+                    _law(mine, lambda row: row.median_ms, _sigma_of_median),
+                    _law(mine, lambda row: row.peak_mib if (row.peak_mib or 0) >= LEAST_MIB else None),
+                    _exponent(mine, lambda row: _counted(row.method, row.problem)),
+                    longest,
+                )
+            )
+    return found
+
+
+def _law(
+    rows: Sequence[Row], value: Callable[[Row], float | None], sigma: Callable[[Row], float] = lambda row: 0.0
+) -> PowerLaw | None:
+    return fit_power_law([(row.problem.N, y, sigma(row)) for row in rows if (y := value(row))])
+
+
+def _exponent(rows: Sequence[Row], value: Callable[[Row], float | None]) -> float | None:
+    law = _law(rows, value)
+    return law.exponent if law else None
+
+
+def _sigma_of_median(row: Row) -> float:
+    assert row.median_ms and row.p20_ms and row.p80_ms
+    spread = (row.p80_ms - row.p20_ms) / row.median_ms / BAND_SIGMAS
+    return MEDIAN_OVER_MEAN * spread / math.sqrt(len(row.samples_ms))
+
+
+def _counted(method: Method, problem: Problem) -> float:
+    """Flops of the form, by `linattn.cost`."""
+    sizes = {"B": problem.B, "H": problem.H, "N": problem.N, "D": problem.D, "M": problem.M}
+    passes = (False, True) if problem.direction == "training" else (False,)
+    return sum(flops(method.kernel, method.form, is_causal=problem.is_causal, backward=p, **sizes) for p in passes)

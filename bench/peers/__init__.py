@@ -1,0 +1,1 @@
+"""Implementations that are not ours: how to call them, and proof of what they compute."""

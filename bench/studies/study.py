@@ -1,0 +1,104 @@
+"""What the studies share: claims with their limits, and the files that a study leaves behind."""
+
+from __future__ import annotations
+
+import argparse
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+import linattn
+from linattn._util import argtypes, figures
+from linattn._util.files import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURE_NAME = "figure.png"
+RESULT_NAME = "result.json"
+HOLDS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
+
+# Distinguishable with every common kind of colour blindness: Okabe and Ito 2008, "Color universal design".
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that a measurement can break: it holds when `measured relation limit`.
+
+    Example:
+        >>> Claim("water boils above 99 C", measured=99.97, relation=">", limit=99.0).holds
+        True
+    """
+
+    text: str
+    measured: float
+    relation: Literal["<=", ">=", "<", ">", "=="]
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        return bool(HOLDS[self.relation](self.measured, self.limit))
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.holds else "BROKEN"
+        return f"{verdict}: {self.text} ({self.measured:.4g}, claimed {self.relation} {self.limit:.4g})"
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Declare the options that every study has."""
+    parser.add_argument("--out", type=Path, default=Path("runs") / "studies" / name, help="folder (%(default)s)")
+    parser.add_argument("--seed", type=argtypes.seed, default=0, help="of everything random (%(default)s)")
+
+
+def require_matplotlib() -> None:
+    """Raise MissingExtraError now rather than after the computation."""
+    figures.require_matplotlib("studies", "drawing the figure of a study")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, its parts kept from overlapping."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def finish(name: str, text: str, claims: Sequence[Claim], figure: Figure, args: argparse.Namespace) -> int:
+    """Print the tables and the claims, save figure and JSON; return 0 when every claim holds, else 1.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    print(text, *map(str, claims), sep="\n")
+    result = {
+        "study": name,
+        "seed": args.seed,
+        "linattn": linattn.__version__,
+        "torch": torch.__version__,
+        "claims": [
+            {
+                "claim": claim.text,
+                "measured": claim.measured,
+                "relation": claim.relation,
+                "limit": claim.limit,
+                "holds": claim.holds,
+            }
+            for claim in claims
+        ],
+    }
+    figures.save(figure, args.out / FIGURE_NAME)
+    write_json(args.out / RESULT_NAME, result, indent=2)
+    print(f"\n{args.out / FIGURE_NAME}, {args.out / RESULT_NAME}")
+    return 0 if all(claim.holds for claim in claims) else 1

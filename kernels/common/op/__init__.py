@@ -1,0 +1,1 @@
+"""How an op is declared: schema, fake, backends, allocation, first derivative."""

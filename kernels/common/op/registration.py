@@ -1,0 +1,46 @@
+"""How an op gets its schema, its fake and its backends. Every op of the library is registered here, once."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from linattn.kernels.common.op.backend import Backend
+
+_library = torch.library.Library("linattn", "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any], run: Callable[..., Any]) -> None:
+    """Register `linattn::<schema>` for every device.
+
+    `run` picks the backend's module (`implementation`) by the schema's last argument, so a kernel for a new device is a
+    new row in an op's BACKENDS. `define` + `impl` is used instead of `custom_op`, which costs three times as much a
+    call and fails under `torch.func.grad`.
+    """
+    name = schema.split("(")[0]
+
+    def guarded(*arguments: Any) -> Any:
+        device = next(x for x in arguments if isinstance(x, torch.Tensor)).device.type
+        # Derivatives are the business of autograd.py, also inside a backward pass. Inputs were autocast already.
+        with torch.no_grad(), full_precision(device):
+            return run(*arguments)
+
+    _library.define(schema)
+    _library.impl(name, guarded, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"linattn::{name}", fake, lib=_library)
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """No autocast inside: sums stay in the accumulation dtype."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def implementation(backends: dict[str, Backend], backend: str) -> Any:
+    """The module behind a backend's name, imported when first called."""
+    return importlib.import_module(backends[backend].module)

@@ -1,0 +1,1 @@
+"""From a call to a plan: check the inputs, choose a backend and a form."""

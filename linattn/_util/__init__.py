@@ -1,0 +1,1 @@
+"""Leaf helpers without knowledge of attention: files, figures, tables, progress, the environment."""

@@ -1,0 +1,1 @@
+"""Tasks with known answers: surnames, the running average, the scalar RNN."""
