@@ -1,6 +1,7 @@
 """Lets `pytest` find the package in a checkout that was never installed, and adds the option `--benchmark`.
 
-Plain `pytest` runs the tests and never measures a time; `pytest --benchmark` runs `bench/suite/bench_*.py` and nothing else.
+Plain `pytest` runs the tests and never measures a time; `pytest --benchmark` runs `bench/suite/bench_*.py` and nothing
+else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ sys.path.append(str(ROOT))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("linattn benchmarks")
-    group.addoption("--benchmark", action="store_true", help="measure bench/suite/bench_*.py instead of running the tests")
+    group.addoption("--benchmark", action="store_true", help="measure bench/suite/ instead of running the tests")
     group.addoption(
         "--benchmark-quick", action="store_true", help="the same in under 2 minutes: shorter, fewer repeats"
     )

@@ -1,8 +1,8 @@
 """`linattn calibrate`: measure from which length on the chunked quadratic form pays on this machine.
 
-dispatch then reads the answer (linattn/_dispatch/calibration.py). Only the two forms of one backend are compared, forward, on 4
-heads, at lengths a factor of sqrt(2) apart around the expected crossing, until the order is the same on two lengths on
-each side. The table is written after every head size, so an interrupted run loses little. Where the chunked form may
+dispatch then reads the answer (linattn/_dispatch/calibration.py). Only the two forms of one backend are compared, forward,
+on 4 heads, at lengths a factor of sqrt(2) apart around the expected crossing, until the order is the same on two
+lengths on each side. The table is written after every head size, so an interrupted run loses little. Where the chunked form may
 keep its sums for the backward pass or make them again, both are timed too, forward and backward at the crossing.
 
 `--predict` measures nothing: it writes the lengths at which both forms of the GPU kernels take as long, if both reach

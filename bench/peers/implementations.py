@@ -1,7 +1,7 @@
 """Implementations that are not ours, by name.
 
-Each says which operation it computes, so that `linattn.bench.peers.verify` can hold it against the truth of that operation
-before it is compared with anything, and from which package it comes.
+Each says which operation it computes, so that `linattn.bench.peers.verify` can hold it against the truth of that
+operation before it is compared with anything, and from which package it comes.
 """
 
 from __future__ import annotations
