@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ import linattn
 from linattn import cost, distributed
 from linattn._util.tables import text_table
 from linattn.bench.studies.train_parallel import join_processes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 KERNELS: tuple[cost.Kernel, ...] = ("quadratic", "feature_map")
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,9 @@ from linattn._util.files import write_json
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.lm.text import Characters, consecutive_windows, random_windows
 from linattn.training.trainer import Record, Trainer, TrainingConfig, write_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SEED = 0
 

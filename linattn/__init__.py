@@ -7,10 +7,10 @@ from linattn._util.version import __version__
 
 __path__ = search_path(__path__)
 
-from linattn import cost, errors  # noqa: E402
-from linattn._dispatch.plan import use_backend  # noqa: E402
-from linattn.decode import DecodeCache  # noqa: E402
-from linattn.functional import (  # noqa: E402
+from linattn import cost, errors
+from linattn._dispatch.plan import use_backend
+from linattn.decode import DecodeCache
+from linattn.functional import (
     argmax_attention,
     attention,
     explain,
@@ -20,13 +20,13 @@ from linattn.functional import (  # noqa: E402
     quadratic_condition,
     softmax_attention,
 )
-from linattn.states import FeatureMapState, QuadraticState  # noqa: E402
+from linattn.states import FeatureMapState, QuadraticState
 
 __all__ = [
-    "__version__",
     "DecodeCache",
     "FeatureMapState",
     "QuadraticState",
+    "__version__",
     "argmax_attention",
     "attention",
     "cost",

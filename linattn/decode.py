@@ -25,8 +25,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,9 @@ from linattn.errors import ArgumentError, ShapeError, StateError, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap
 from linattn.kernels.common.reference.scan import DIRECT_KEYS
 from linattn.states import FeatureMapState, QuadraticState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 POLYNOMIAL = ("quadratic", "taylor")
 SHORTEST_BUFFER = 64
@@ -370,7 +372,8 @@ class FixedKeyCache(_Keys):
         return outputs[0] if T == 1 else torch.cat(outputs, dim=2)
 
     def _one(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, seen: Tensor, after: Tensor) -> Tensor:
-        assert self.k is not None and self.v is not None
+        assert self.k is not None
+        assert self.v is not None
         slots = self.k.shape[2]
         place = seen.clamp(max=slots - 1)[:, None, None, None]
         for held, new in ((self.k, k), (self.v, v)):
@@ -393,7 +396,7 @@ class ModelCache(nn.ModuleList):
     @property
     def layers(self) -> list[DecodeCache]:
         """In order."""
-        return cast(list[DecodeCache], list(self))
+        return cast("list[DecodeCache]", list(self))
 
     def reorder(self, index: Tensor) -> None:
         """See `DecodeCache.reorder`."""

@@ -18,8 +18,7 @@ Sources: Sun et al. 2024, "Linear attention sequence parallelism"; Hillis and St
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,9 @@ from linattn import functional
 from linattn._dispatch.checks import check_flag
 from linattn.errors import ArgumentError
 from linattn.states import FeatureMapState, QuadraticState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 State = TypeVar("State", QuadraticState, FeatureMapState)
 # The results of calls would differ from those of one process, or their meaning is taken.

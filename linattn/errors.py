@@ -6,7 +6,10 @@ All inherit `LinattnError` and the builtin that a PyTorch user would expect to c
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class LinattnError(Exception):

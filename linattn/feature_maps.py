@@ -41,13 +41,14 @@ FeatureMap = str | Callable[[Tensor], Tensor]
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 for x > 0, else exp(x), elementwise. Source: Katharopoulos et al. 2020, "Transformers are RNNs"."""
+    """X + 1 for x > 0, else exp(x), elementwise. Source: Katharopoulos et al. 2020, "Transformers are RNNs"."""
     return MAPS["elu+1"][0](x)
 
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), elementwise; a row may vanish. Source: Kasai et al. 2021, "Finetuning pretrained transformers into
-    RNNs"."""
+    RNNs".
+    """
     return MAPS["relu"][0](x)
 
 
@@ -58,12 +59,13 @@ def relu2(x: Tensor) -> Tensor:
 
 def exp(x: Tensor) -> Tensor:
     """exp(x), elementwise: each feature is positive. Source of exponential features: Choromanski et al. 2021,
-    "Rethinking attention with performers"."""
+    "Rethinking attention with performers".
+    """
     return MAPS["exp"][0](x)
 
 
 def softmax_features(x: Tensor) -> Tensor:
-    """softmax over the D entries: positive features that sum to 1.
+    """Softmax over the D entries: positive features that sum to 1.
 
     Source: Shen et al. 2021, "Efficient attention", which takes it for queries; here for keys too, whose softmax over
     positions would not be causal.

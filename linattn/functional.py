@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
@@ -33,7 +32,6 @@ from torch import Tensor
 from linattn import cost
 from linattn._dispatch import checks
 from linattn._dispatch import plan as dispatch
-from linattn._dispatch.checks import Form
 from linattn.errors import ArgumentError, ShapeError, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap, mapped
 from linattn.kernels.common.op.allocation import accumulation_dtype
@@ -50,7 +48,11 @@ from linattn.kernels.softmax.autograd import softmax as _softmax
 from linattn.states import FeatureMapState, QuadraticState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from typing_extensions import Unpack
+
+    from linattn._dispatch.checks import Form
 
 TAYLOR = (1.0, 1.0, 0.5)
 
@@ -389,7 +391,8 @@ def _without_data(value: Any) -> Any:
 
 def _resolve(kernel: str, q: Tensor, options: dict[str, Any]) -> tuple[Callable[..., Any], cost.Kernel, dict[str, Any]]:
     """The function behind a kernel's name, its operation and its own defaults; raises on an option that it does not
-    have."""
+    have.
+    """
     if not isinstance(q, Tensor) or q.dim() != 4:
         raise ShapeError(
             f"q must be [B, H, T, D]; given: {tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__}"

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,11 @@ from torch import Tensor, nn
 from linattn import feature_maps, functional
 from linattn.decode import POLYNOMIAL, DecodeCache, ModelCache
 from linattn.errors import ArgumentError, ShapeError, unknown_name
-from linattn.feature_maps import FeatureMap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from linattn.feature_maps import FeatureMap
 
 LayerKind = Literal["prenorm", "course"]
 
@@ -192,7 +195,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
-        """x [B, T, dim] -> [B, T, dim].
+        """X [B, T, dim] -> [B, T, dim].
 
         Args:
             key_mask: bool [B, T], True where a position is real, not padding, which takes no rotary position either.
@@ -373,12 +376,13 @@ class Transformer(nn.Module):
 
     def decode_cache(self, capacity: int | None = None) -> ModelCache:
         """Empty caches for all layers; see `linattn.decode`."""
-        layers = cast(Iterable[CourseLayer | PreNormLayer], self.layers)
+        layers = cast("Iterable[CourseLayer | PreNormLayer]", self.layers)
         return ModelCache(layer.attention.decode_cache(capacity) for layer in layers)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: ModelCache | None = None) -> Tensor:
         """`key_mask` bool [B, T], True where a position is real and False where it is padding; `cache` stands in for
-        the positions before these, which are added to it."""
+        the positions before these, which are added to it.
+        """
         caches = itertools.repeat(None) if cache is None else cache.layers
         for layer, held in zip(self.layers, caches, strict=False):
             x = layer(x, key_mask=key_mask, cache=held)

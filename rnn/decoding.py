@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from linattn.errors import ArgumentError
-from linattn.rnn.beam import Step
 from linattn.rnn.checks import check_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from linattn.rnn.beam import Step
 
 
 class RecurrentLM(nn.Module):

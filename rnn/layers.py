@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from linattn.errors import ArgumentError, StateError, unknown_name
 from linattn.recurrence import Activation, State, check_state, recur
 from linattn.rnn.checks import check_size
 from linattn.rnn.sequences import Sequences, sequences
+
+if TYPE_CHECKING:
+    from torch.nn.utils.rnn import PackedSequence
 
 NONLINEARITIES = ("tanh", "relu", "identity")
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from linattn.errors import ArgumentError
-from linattn.recurrence import Activation, State
 from linattn.rnn.checks import check_size
 from linattn.rnn.layers import LSTMLayer, Reader, ReaderWithCell, ReaderWithH, RecurrentLayer, RNNLayer
-from linattn.rnn.sequences import Sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from linattn.recurrence import Activation, State
+    from linattn.rnn.sequences import Sequences
 
 
 class _Stack(Reader):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linattn.autoencoders.data.synthetic import Split
 from linattn.errors import ArgumentError, DataError, ShapeError
+
+if TYPE_CHECKING:
+    from linattn.autoencoders.data.synthetic import Split
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import math
 import os
 import urllib.request
 import zlib
-from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +23,9 @@ from torch import Tensor
 from linattn._util.files import atomic_file
 from linattn._util.progress import progress
 from linattn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -165,7 +167,7 @@ def _download(path: Path, part: Part, mirrors: Sequence[str]) -> None:
                 _copy(url, file)
             try:
                 read_idx(trial, sha256=part.sha256)
-                os.replace(trial, path)
+                trial.replace(path)
                 return
             finally:
                 trial.unlink(missing_ok=True)

@@ -7,8 +7,7 @@ labelled samples of `valid` and are scored on `test`, which nothing is ever fitt
 from __future__ import annotations
 
 import zipfile
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,9 @@ from torch import Tensor
 from linattn.autoencoders.data.mnist import load_mnist
 from linattn.autoencoders.data.synthetic import Split, synthetic_set
 from linattn.errors import ArgumentError, DataError, MissingExtraError, unknown_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAMES = ("digits", "mnist", "synthetic", "file")
 

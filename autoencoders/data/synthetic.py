@@ -7,13 +7,15 @@ With the defaults, 20 directions of variance 10 and 80 of variance 1: 230 at k =
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from linattn.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Split(NamedTuple):

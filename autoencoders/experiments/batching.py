@@ -6,12 +6,11 @@ sweep ae` uses them: it runs as many processes as there are cores. `repeats.BATC
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +20,10 @@ from linattn._util.files import write_json
 from linattn._util.tables import text_table
 from linattn.autoencoders.models.autoencoder import DenoisingAutoencoder
 from linattn.autoencoders.models.repeats import BATCHED_PAYS_BELOW, Batched, Repeats, Separate
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
 
 # Input size and batch of digits, synthetic and MNIST; sizes of the sweep's encoders.
 SETS = {"digits": (64, 50), "synthetic": (100, 100), "mnist": (784, 200)}

@@ -6,23 +6,26 @@ own, `linattn.training.trainer.Trainer`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from linattn.autoencoders.analysis.probe import choose_labelled, probe_accuracy
 from linattn.autoencoders.data.sets import SampleSet, check_samples
-from linattn.autoencoders.experiments.settings import Settings
 from linattn.autoencoders.models.autoencoder import Autoencoder, reconstruction_loss
 from linattn.autoencoders.models.corruption import AdditiveNoise, Masking
 from linattn.autoencoders.models.patches import PatchAutoencoder
 from linattn.autoencoders.models.repeats import Repeats, repeats_of
 from linattn.errors import ArgumentError
 from linattn.training.trainer import Record, Trainer, TrainingConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from linattn.autoencoders.experiments.settings import Settings
 
 # Samples pushed through a model at once where no gradient is needed.
 CHUNK = 2000

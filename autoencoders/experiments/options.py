@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linattn._util import figures as drawing
 from linattn.autoencoders.analysis.probe import ProbeConfig
 from linattn.autoencoders.data.sets import NAMES, SampleSet, load_set
 from linattn.autoencoders.experiments.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _FEW_LABELS = ProbeConfig(labels=200, epochs=1000)
 PRESETS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,8 +14,10 @@ from linattn._util.files import write_json
 from linattn._util.tables import text_table
 from linattn.autoencoders.analysis.probe import ProbeConfig, choose_labelled, probe_accuracy
 from linattn.autoencoders.data.sets import check_labels
-from linattn.autoencoders.experiments.experiment import Experiment
 from linattn.autoencoders.experiments.train_command import load_run
+
+if TYPE_CHECKING:
+    from linattn.autoencoders.experiments.experiment import Experiment
 
 RESULT_NAME = "probe.json"
 

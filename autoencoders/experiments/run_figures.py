@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +9,19 @@ from torch import Tensor
 
 from linattn._util.figures import log_scale, save
 from linattn.autoencoders.analysis.principal import principal_components
-from linattn.autoencoders.experiments.experiment import Experiment
 from linattn.autoencoders.experiments.figures import GREY, OBJECTIVE_COLOURS, band, new_figure
 from linattn.autoencoders.models.autoencoder import Autoencoder
 from linattn.autoencoders.models.patches import PatchAutoencoder
-from linattn.training.trainer import Record
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from linattn.autoencoders.experiments.experiment import Experiment
+    from linattn.training.trainer import Record
 
 IMAGES = 12
 FILTERS = 32

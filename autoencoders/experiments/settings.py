@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linattn.autoencoders.analysis.probe import ProbeConfig
 from linattn.errors import ArgumentError, CheckpointError, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 OBJECTIVES = ("vanilla", "denoising", "masked")
 

@@ -6,18 +6,16 @@ What it leaves in its folder: `jobs/` (one file a finished job; a sweep that was
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,6 +40,10 @@ from linattn.autoencoders.models.repeats import batching_pays
 from linattn.errors import ArgumentError
 from linattn.training import jobs as sweeps
 from linattn.training.workers import side_by_side
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator, Sequence
 
 MODELS = ("linear", "relu")
 SIZES = (5, 10, 100, 1000)

@@ -9,8 +9,7 @@ Both compute the same. Which is the faster one is a matter of size: see `BATCHED
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,9 @@ from torch.func import functional_call, vmap
 
 from linattn.autoencoders.models.autoencoder import Autoencoder, reconstruction_loss
 from linattn.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Measured on 2 cores (`linattn sweep batching`): small models are bound by the overhead of operations, which batching
 # shares; large ones by arithmetic, which torch does better for one matrix than for a batch. With 784 inputs (MNIST)
@@ -35,7 +37,7 @@ class Separate(nn.Module):
     def losses(self, x: Tensor, reduction: str, generators: Sequence[torch.Generator]) -> Tensor:
         return torch.stack(
             [
-                cast(Autoencoder, model).loss(part, reduction, generator)
+                cast("Autoencoder", model).loss(part, reduction, generator)
                 for model, part, generator in zip(self.members, x, generators, strict=True)
             ]
         )
@@ -44,10 +46,12 @@ class Separate(nn.Module):
         return torch.stack([model(part) for model, part in zip(self.members, x, strict=True)])
 
     def encode(self, x: Tensor) -> Tensor:
-        return torch.stack([cast(Autoencoder, model).encode(part) for model, part in zip(self.members, x, strict=True)])
+        return torch.stack(
+            [cast("Autoencoder", model).encode(part) for model, part in zip(self.members, x, strict=True)]
+        )
 
     def member(self, index: int) -> Autoencoder:
-        return cast(Autoencoder, self.members[index])
+        return cast("Autoencoder", self.members[index])
 
 
 class Batched(nn.Module):
@@ -126,4 +130,4 @@ def batching_pays(models: Sequence[nn.Module]) -> bool:
 
 def repeats_of(models: Sequence[nn.Module]) -> Repeats:
     """The models as one where that pays (see `batching_pays`), else one after another."""
-    return Batched(cast(Sequence[Autoencoder], models)) if batching_pays(models) else Separate(models)
+    return Batched(cast("Sequence[Autoencoder]", models)) if batching_pays(models) else Separate(models)

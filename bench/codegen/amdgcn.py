@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from linattn.bench.codegen.machine_code import Instruction, Loop, Reading, hottest, innermost_loops, programs_that_fit
-from linattn.bench.codegen.offline import Compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from linattn.bench.codegen.offline import Compiled
 
 _LABEL = re.compile(r"^(\.LBB\w+):")
 _LINE = re.compile(r"^\s+([a-z]\w+)\s*([^;]*)")

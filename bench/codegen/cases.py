@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,9 @@ from linattn.kernels.common.gpu.architecture import as_architecture
 from linattn.kernels.common.gpu.launch import Launch, recording
 from linattn.kernels.common.op.registration import implementation
 from linattn.kernels.common.op.stateful import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 B, H, T = 4, 16, 4096
 """Every call's batch, heads and length; a decoding step has one query."""

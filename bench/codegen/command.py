@@ -6,14 +6,12 @@ Exit status 1 if a kernel that the gate requires breaks its limits.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import json
 import multiprocessing
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,10 +21,15 @@ from linattn._util.tables import text_table
 from linattn.bench.codegen import cases
 from linattn.bench.codegen import limits as gate
 from linattn.bench.codegen.cases import CASES, Case, launches
-from linattn.bench.codegen.machine_code import Loop, Reading
 from linattn.errors import ArgumentError, BackendError, unknown_name
-from linattn.kernels.common.gpu.launch import Launch
 from linattn.kernels.common.op.backend import INTERPRETED, TRITON_ABSENT
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Iterator
+
+    from linattn.bench.codegen.machine_code import Loop, Reading
+    from linattn.kernels.common.gpu.launch import Launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 OPERATIONS = ("softmax", "quadratic", "feature_map")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from linattn.bench.codegen import amdgcn, sass
-from linattn.bench.codegen.machine_code import Reading
 from linattn.bench.codegen.offline import TARGETS, compiled
-from linattn.kernels.common.gpu.launch import Launch
+
+if TYPE_CHECKING:
+    from linattn.bench.codegen.machine_code import Reading
+    from linattn.kernels.common.gpu.launch import Launch
 
 _readings: dict[str, Reading] = {}
 

@@ -6,8 +6,10 @@ counted from instructions and the rates in `CHIPS`, without latencies, bank conf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 class Chip(NamedTuple):
@@ -134,7 +136,8 @@ def hottest(matrix_loops: Sequence[Loop], memory_loops: Sequence[Loop], whole: L
 
 def programs_that_fit(architecture: str, registers: int, num_warps: int, shared_bytes: int) -> int:
     """How many programs a multiprocessor holds at once. Registers are given out by 8 a thread, and 1 KB of shared
-    memory goes with each program (NVIDIA)."""
+    memory goes with each program (NVIDIA).
+    """
     chip = CHIPS[architecture]
     is_amd = architecture == "gfx942"
     by_threads = chip.registers // (-(-max(registers, 1) // 8) * 8 * num_warps * (64 if is_amd else 32))

@@ -7,7 +7,7 @@ import io
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -15,7 +15,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
-from linattn.kernels.common.gpu.launch import Launch
+if TYPE_CHECKING:
+    from linattn.kernels.common.gpu.launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from linattn.bench.codegen.machine_code import (
     CHIPS,
@@ -17,7 +17,11 @@ from linattn.bench.codegen.machine_code import (
     innermost_loops,
     programs_that_fit,
 )
-from linattn.bench.codegen.offline import Compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from linattn.bench.codegen.offline import Compiled
 
 KINDS = {"HGMMA": "HGMMA", "HMMA": "HMMA", "UTCHMMA": "tcgen05"}
 HALF_RATE = (

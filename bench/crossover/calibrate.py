@@ -1,24 +1,22 @@
 """`linattn calibrate`: measure from which length on the chunked quadratic form pays on this machine.
 
-dispatch then reads the answer (linattn/_dispatch/calibration.py). Only the two forms of one backend are compared, forward,
-on 4 heads, at lengths a factor of sqrt(2) apart around the expected crossing, until the order is the same on two
-lengths on each side. The table is written after every head size, so an interrupted run loses little. Where the chunked form may
-keep its sums for the backward pass or make them again, both are timed too, forward and backward at the crossing.
-
-`--predict` measures nothing: it writes the lengths at which both forms of the GPU kernels take as long, if both reach
-the same share of the matrix unit's peak.
+dispatch then reads the answer (linattn/_dispatch/calibration.py). Only the two forms of one backend are compared,
+forward, on 4 heads, at lengths a factor of sqrt(2) apart around the expected crossing, until the order is the same on
+two lengths on each side. The table is written after every head size, so an interrupted run loses little. Where the
+chunked form may keep its sums for the backward pass or make them again, both are timed too, forward and backward at the
+crossing. `--predict` measures nothing: it writes the lengths at which both forms of the GPU kernels take as long, if
+both reach the same share of the matrix unit's peak.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -31,6 +29,10 @@ from linattn.bench.measuring.cases import DTYPES, QUADRATIC_CHUNKED, QUADRATIC_D
 from linattn.bench.measuring.crossing import BRACKET, Crossing, find_crossing
 from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.errors import BackendError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
 
 HEAD_SIZES = (16, 32, 64, 128)
 BUDGET_S = 0.6
@@ -85,7 +87,8 @@ def predicted() -> calibration.Table:
     """Lengths at which the direct and the chunked Triton kernels take as many flops as they do them, for every row of
     their table. Per token, with F = D (D + 16) / 2 features: direct 2 N (D + M), half when causal; chunked
     4 F M + 4 D M for sums over values, twice 4 D^2 for those of the row sum, in TF32 at half the rate, and causal
-    c (D + M) for the own chunk."""
+    c (D + M) for the own chunk.
+    """
     from linattn.kernels.quadratic.gpu import config, layout
 
     table: calibration.Table = {}

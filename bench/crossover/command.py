@@ -19,12 +19,16 @@ if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from typing import TYPE_CHECKING
+
 from linattn._util.environment import pick_device
 from linattn.bench.crossover import exponents, figures, tables, winner_map
 from linattn.bench.crossover.sweep import Plan, add_run_arguments, run_sweep, set_threads
 from linattn.bench.measuring.cases import DIRECTIONS, DTYPES, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
-from linattn.bench.measuring.results import Results
 from linattn.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from linattn.bench.measuring.results import Results
 
 METHODS = (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from linattn.bench.crossover.tables import Group, crossing_of, grouped
 from linattn.bench.measuring.cases import QUADRATIC_DIRECT, SDPA, Method, Problem
 from linattn.bench.measuring.power_law import PowerLaw, fit_power_law
-from linattn.bench.measuring.results import Row
 from linattn.cost import crossover, flops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from linattn.bench.measuring.results import Row
 
 RIVALS = {SDPA: "SDPA", QUADRATIC_DIRECT: "our direct form"}
 INTERVAL_SIGMAS = 3.92
@@ -148,7 +152,9 @@ def _exponent(rows: Sequence[Row], value: Callable[[Row], float | None]) -> floa
 
 
 def _sigma_of_median(row: Row) -> float:
-    assert row.median_ms and row.p20_ms and row.p80_ms
+    assert row.median_ms
+    assert row.p20_ms
+    assert row.p80_ms
     spread = (row.p80_ms - row.p20_ms) / row.median_ms / BAND_SIGMAS
     return MEDIAN_OVER_MEAN * spread / math.sqrt(len(row.samples_ms))
 

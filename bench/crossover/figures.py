@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from linattn._util import figures as drawing
 from linattn.bench.crossover.tables import Group, crossing_of, grouped
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
-from linattn.bench.measuring.crossing import Crossing
-from linattn.bench.measuring.environment import Environment
-from linattn.bench.measuring.results import Results, Row
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from linattn.bench.measuring.crossing import Crossing
+    from linattn.bench.measuring.environment import Environment
+    from linattn.bench.measuring.results import Results, Row
 
 
 @dataclass(frozen=True)

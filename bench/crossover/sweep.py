@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +19,10 @@ from linattn.bench.measuring.memory import MemoryProbe
 from linattn.bench.measuring.results import Results, Row, resume
 from linattn.bench.measuring.timing import MIN_ROUNDS, side_by_side
 from linattn.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)

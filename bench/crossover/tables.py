@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
 from linattn.bench.measuring.crossing import Crossing, find_crossing
-from linattn.bench.measuring.results import Row
 from linattn.cost import crossover
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from linattn.bench.measuring.results import Row
 
 HEADINGS = ("N", "method", "backend", "ms", "20-80 %", "SDPA/this", "GFLOP/s", "error", "peak MiB")
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linattn._util.figures import save
 from linattn.bench.crossover.figures import STYLES, machine_of, new_figure, parts_of, title
-from linattn.bench.crossover.tables import Group
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
-from linattn.bench.measuring.environment import Environment
-from linattn.bench.measuring.results import Results, Row
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from linattn.bench.crossover.tables import Group
+    from linattn.bench.measuring.environment import Environment
+    from linattn.bench.measuring.results import Results, Row
 
 METHODS = (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED)
 FILL = {SDPA: "#BBBBBB", QUADRATIC_DIRECT: "#F2B58B", QUADRATIC_CHUNKED: "#8FC1E3"}

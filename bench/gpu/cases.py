@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from linattn.bench.measuring.cases import Method, Problem
 from linattn.cost import Kernel, state_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 Quantity = Literal["TFLOP/s", "ms", "speedup", "share of limit", "share of bandwidth", "GiB", "N*/D^2"]
 

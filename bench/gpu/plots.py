@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linattn._util.figures import save
 from linattn.bench.crossover.figures import new_figure
-from linattn.bench.gpu.stages import Record
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
+
+    from linattn.bench.gpu.stages import Record
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#444444"
 

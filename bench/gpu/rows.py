@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from linattn.bench.measuring.measure import least_bytes, useful_gflops
 from linattn.bench.measuring.timing import in_rounds, summarise
 from linattn.cost import flops
 from linattn.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 Row = dict[str, object]
 CHUNK = 1024

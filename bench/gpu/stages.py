@@ -1,5 +1,6 @@
 """A long measurement in stages: each a process of its own with a time limit, so that none can take the others down, and
-one file of what is known so far, written after every finding."""
+one file of what is known so far, written after every finding.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linattn._util.files import write_json
 from linattn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 DONE = "done"
 SHORTEST_S = 5.0
@@ -25,7 +28,8 @@ SHORTEST_S = 5.0
 
 class Record:
     """A JSON file of sections `{section: {key: value}}`. Every `put` reads, replaces one value and renames, so that a
-    cut-off loses nothing; threads of one process may write at any time, processes in turn."""
+    cut-off loses nothing; threads of one process may write at any time, processes in turn.
+    """
 
     _writing = threading.Lock()
 

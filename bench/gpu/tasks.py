@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -34,6 +33,8 @@ from linattn.errors import BackendError
 from linattn.states import FeatureMapState, QuadraticState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +72,8 @@ def environment(run: Run) -> int:
 
 def correctness(run: Run) -> int:
     """The tests of the Triton kernels: on all processors if pytest-xdist is there, for most of the time goes into
-    compiling. In a rehearsal all are collected and a few are run."""
+    compiling. In a rehearsal all are collected and a few are run.
+    """
     import pytest
 
     # Other people's plugins and newer versions' warnings are no reason for a test to fail here.
@@ -229,7 +231,8 @@ def decoding_step(step: cases.Step, device: torch.device) -> Callable[[], object
 
 def host(run: Run) -> int:
     """Time until a call returns, of calls so small that the device is never waited for. In a rehearsal launches are
-    recorded and not executed: what remains is the time until they would be handed to Triton."""
+    recorded and not executed: what remains is the time until they would be handed to Triton.
+    """
     q, k, v = (torch.randn(1, 1, 16, 16, device=run.device).mul(0.3).bfloat16().requires_grad_() for _ in range(3))
     upstream = torch.randn_like(q)
 

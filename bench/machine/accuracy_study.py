@@ -15,10 +15,9 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,9 @@ from linattn.bench.measuring.environment import describe
 from linattn.kernels.common.op.backend import INTERPRETED
 from linattn.kernels.quadratic.gpu import config
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 JUDGED = 64
 """Rows of long sequences, the last of them; gradients are judged where all rows are."""
 ALL_ROWS_UP_TO = 1024
@@ -42,7 +44,8 @@ CANCELLING = ("near -1", "orthogonal")
 class Case:
     """kind: "normal", "positive" (scores > 0, values about 3), "large" (scores beyond the square root of fp16's range),
     "near -1" (all scores within `spread`, standard deviation) or "orthogonal" (queries to keys, but for `spread` of
-    their length, in directions that no axis shows; coefficients (0, 0, 1))."""
+    their length, in directions that no axis shows; coefficients (0, 0, 1)).
+    """
 
     kind: str
     N: int

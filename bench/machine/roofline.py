@@ -8,13 +8,9 @@ GPU.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from linattn._util.environment import pick_device
 from linattn._util.figures import save
@@ -38,6 +34,10 @@ from linattn.bench.measuring.timing import side_by_side
 from linattn.errors import DataError
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Sequence
+
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 

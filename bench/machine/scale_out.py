@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +26,8 @@ from linattn.bench.crossover.figures import DPI, require_matplotlib
 from linattn.bench.report.marked_tables import replaced
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,11 +99,11 @@ def table(rows: Sequence[Row]) -> str:
         "| kernel | D | tokens | GPUs | ms a layer | of it exchange | efficiency | MB a GPU sends | ring: ms | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row.kernel} | {row.D} | {row.tokens / 1e6:g}M | {row.gpus} | {row.ms:.3g} | {row.exchange_ms:.3g} | "
-            f"{row.efficiency:.0%} | {row.sent_mb:.3g} | {row.ring_ms:.3g} | {row.ring_mb:.3g} |"
-        )
+    lines.extend(
+        f"| {row.kernel} | {row.D} | {row.tokens / 1e6:g}M | {row.gpus} | {row.ms:.3g} | {row.exchange_ms:.3g} | "
+        f"{row.efficiency:.0%} | {row.sent_mb:.3g} | {row.ring_ms:.3g} | {row.ring_mb:.3g} |"
+        for row in rows
+    )
     return "\n".join(lines)
 
 

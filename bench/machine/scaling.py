@@ -6,8 +6,6 @@ where every query meets every key. Results go to --out after every problem; what
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from linattn._util.environment import pick_device
@@ -29,11 +27,15 @@ from linattn.bench.measuring.cases import (
     Method,
     Problem,
 )
-from linattn.bench.measuring.results import Results, Row
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Mapping, Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from linattn.bench.measuring.results import Results, Row
 
 METHODS = (
     SDPA,

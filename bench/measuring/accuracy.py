@@ -6,14 +6,17 @@ of 64 rows costs 64 N (D + M) and not N^2 (D + M). dk and dv need every row; the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from linattn.bench.measuring.cases import COEFFICIENTS, Method, Problem
 from linattn.testing import TRUE_FEATURE_MAPS, relative_error, truth_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ALL_ROWS_UP_TO = 1024
 SAMPLED_ROWS = 64

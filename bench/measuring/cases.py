@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 import linattn
 from linattn.bench.peers.implementations import PEERS
-from linattn.cost import Form
 from linattn.errors import ArgumentError, unknown_name
 from linattn.testing import make_inputs
+
+if TYPE_CHECKING:
+    from linattn.cost import Form
 
 Direction = Literal["forward", "training"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "training")
@@ -104,7 +106,8 @@ ARGMAX = Method("argmax_attention", "argmax", "direct", GENERAL)
 
 def takes(method: Method, problem: Problem) -> bool:
     """Whether a method is defined on a problem: decoding goes forwards in time, looking up the best key has no mask
-    and no gradient to queries and keys."""
+    and no gradient to queries and keys.
+    """
     if method.form == "recurrent":
         return problem.is_causal
     return method.op != "argmax" or (problem.direction == "forward" and not problem.is_causal)

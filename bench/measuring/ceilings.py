@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from linattn.bench.measuring.cases import DTYPES
 from linattn.bench.measuring.timing import summarise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 COPY = "copy"
 

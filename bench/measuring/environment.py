@@ -6,11 +6,13 @@ import hashlib
 import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import linattn
 from linattn._util import environment
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from linattn.bench.measuring.accuracy import Truth, truth_of
 from linattn.bench.measuring.cases import DTYPES, SDPA, Method, Problem, backend_used, prepare
-from linattn.bench.measuring.memory import MemoryProbe
 from linattn.bench.measuring.results import Row
 from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.cost import Form, flops
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from linattn.bench.measuring.memory import MemoryProbe
 
 
 def measure(

@@ -14,13 +14,15 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 import linattn
 from linattn.bench.measuring.cases import DTYPES, Method, Problem, prepare
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -91,7 +93,8 @@ class MemoryProbe:
                 # Ctrl-C is for the process that asks; this one ends when its stdin closes.
                 start_new_session=True,
             )
-        assert self._worker.stdin is not None and self._worker.stdout is not None
+        assert self._worker.stdin is not None
+        assert self._worker.stdout is not None
         return self._worker.stdin, self._worker.stdout
 
     def close(self) -> None:
@@ -145,7 +148,8 @@ def _status_kib(field: str) -> int:
 
 def _serve(threads: int) -> None:
     """Answer one peak a line until stdin closes, each in a fork: kernels keep scratch memory, which a second call would
-    find resident, and a call that the system kills for its memory takes only its fork along."""
+    find resident, and a call that the system kills for its memory takes only its fork along.
+    """
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

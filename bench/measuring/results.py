@@ -9,15 +9,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linattn._util.files import write_json, write_text
 from linattn.bench.measuring.cases import Method, Problem
 from linattn.bench.measuring.environment import Environment
 from linattn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SCHEMA = 1
 
@@ -142,7 +144,7 @@ def resume(path: Path, kind: str, environment: Environment, settings: dict[str, 
         reason = f"{path} is {what} ({found.environment.date})"
     aside = path.with_suffix(".previous.json")
     try:
-        os.replace(path, aside)
+        path.replace(aside)
     except OSError as problem:
         raise DataError(f"cannot put {path} aside: {problem}") from problem
     return fresh, f"{reason}; kept as {aside.name}, measuring afresh"

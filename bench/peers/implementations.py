@@ -6,14 +6,16 @@ operation before it is compared with anything, and from which package it comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from linattn.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def _load_sdpa() -> Callable[..., Tensor]:
 
 def _load_flex() -> Callable[..., Tensor]:
     """FlexAttention with the score 2 log|1 + s|, whose softmax is exactly (1 + s)^2 over its sum. Compiled: the eager
-    one builds N x N. The clamp keeps log(0) out of it."""
+    one builds N x N. The clamp keeps log(0) out of it.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -122,7 +125,8 @@ def _load_retention(chunk: int = 1024) -> Callable[..., Tensor]:
 
 def _load_lightning() -> Callable[..., Tensor]:
     """lightning-attn: q.k without feature map and normaliser, on `[B, H, T, D]`; no decay. Its public function fails
-    without decay in 0.0.5, so this is what that would call."""
+    without decay in 0.0.5, so this is what that would call.
+    """
     from lightning_attn.ops.triton import lightning_attn2_no_decay
 
     def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:

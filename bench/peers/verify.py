@@ -8,13 +8,11 @@ A peer that is not installed is listed as missing, one that does not run here wi
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -38,8 +36,13 @@ from linattn.bench.measuring.measure import measure
 from linattn.bench.measuring.memory import MemoryProbe
 from linattn.bench.measuring.results import Results, Row
 from linattn.bench.peers.implementations import PEERS
-from linattn.cost import Form
 from linattn.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Sequence
+
+    from linattn.cost import Form
 
 State = Literal["proved", "differs", "missing", "cannot run here"]
 

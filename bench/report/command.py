@@ -9,11 +9,10 @@ The exit status is 1 if something is worse than it was, or wrong.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linattn._util.files import write_text
 from linattn.bench.crossover import figures as plots
@@ -26,6 +25,10 @@ from linattn.bench.report.page import Section
 from linattn.bench.report.regressions import Flag, committed_before, compare
 from linattn.bench.report.summaries import section
 from linattn.errors import DataError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Sequence
 
 TITLES = {
     "crossover": "Crossover",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linattn.bench.gpu import plots
 from linattn.bench.gpu.stages import Record
 from linattn.bench.report import page
 from linattn.bench.report.page import Section
 from linattn.bench.report.summaries import Table
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RECORD = "gpu.json"
 

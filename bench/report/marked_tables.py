@@ -11,11 +11,14 @@ writes what stands between; a test holds the pages of this repository against th
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linattn.bench.measuring.results import Results
 from linattn.bench.report.summaries import section
 from linattn.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 END = "<!-- end of table -->"
 MARK = re.compile(r"<!-- linattn report: (?P<section>\S+) (?P<file>\S+) -->\n")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
-from linattn.bench.report.summaries import Table
-
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
+
+    from linattn.bench.report.summaries import Table
 
 STYLE = """
 :root { color-scheme: light; }

@@ -11,15 +11,17 @@ import math
 import random
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from linattn.bench.measuring.cases import DTYPES, SDPA, Problem
 from linattn.bench.measuring.results import Results, Row
 from linattn.errors import DataError
 from linattn.testing import BUDGETS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 RUN_TO_RUN = 0.10
 """What two runs of the same code may differ by beyond what the repeats of one run tell: clocks and neighbours drift."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from linattn.bench.crossover import exponents as growth
 from linattn.bench.crossover import tables
-from linattn.bench.crossover.tables import Group
 from linattn.bench.machine import roofline, scaling
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
-from linattn.bench.measuring.crossing import Crossing
-from linattn.bench.measuring.results import Results, Row
 from linattn.bench.peers import verify
 from linattn.bench.suite import targets
 from linattn.cost import crossover
 from linattn.errors import unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from linattn.bench.crossover.tables import Group
+    from linattn.bench.measuring.crossing import Crossing
+    from linattn.bench.measuring.results import Results, Row
 
 SHOWN_N = 16384
 """The length at which the speed over SDPA is stated beside N*."""

@@ -13,10 +13,8 @@ That is momentum 1: nothing is ever forgotten, and it overshoots further and fur
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +34,9 @@ from linattn.bench.studies.convnets import ConvNet, Norm
 from linattn.bench.studies.digits import Digits, load_digits
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 BATCH = 32

@@ -9,7 +9,6 @@ be learned: x = R k_j for an unknown rotation R, and a matrix W shall make queri
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from linattn._util.tables import text_table
 from linattn.bench.studies import study
 
 if TYPE_CHECKING:
+    import argparse
+
     from matplotlib.figure import Figure
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

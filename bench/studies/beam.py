@@ -6,10 +6,8 @@ and drops "neural neural", which is a little less probable then, but goes on to 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,10 +24,14 @@ from linattn._util.tables import text_table
 from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.bench.studies import study
 from linattn.rnn import beam_search
-from linattn.rnn.beam import Step
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
+
+    from linattn.rnn.beam import Step
 
 WORDS = ("neural", "network")
 STEPS = 3
@@ -126,10 +128,10 @@ def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs
         study.Claim("two beams: log p lost against the optimum", best - two[0][1], ">=", 0.38),
         study.Claim("three beams: log p lost against the optimum", best - three, "<=", 1e-6),
     ]
-    for axis in AXES if costs else ():
-        claims.append(
-            study.Claim(f"exponent of the time over T K M log M, along {axis}", growth(costs, axis), "<=", 1.15)
-        )
+    claims.extend(
+        study.Claim(f"exponent of the time over T K M log M, along {axis}", growth(costs, axis), "<=", 1.15)
+        for axis in (AXES if costs else ())
+    )
     return claims
 
 

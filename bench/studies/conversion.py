@@ -17,9 +17,7 @@ Source: Zhang et al. 2024, "The hedgehog & the porcupine: expressive linear atte
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +39,9 @@ from linattn.modules import Attention, rotate
 from linattn.training.trainer import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
     from matplotlib.figure import Figure
 
 BATCH = 8
@@ -90,7 +91,8 @@ def swapped(teacher: CausalLM, kernel: str) -> CausalLM:
     """The teacher with another kernel and the same weights; feature maps that learn stand at their first values."""
     student = CausalLM(replace(teacher.config, kernel=kernel, form="chunked"))
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    assert not unexpected and all(".kernel." in name for name in missing)
+    assert not unexpected
+    assert all(".kernel." in name for name in missing)
     return student
 
 

@@ -16,9 +16,7 @@ landscapes of regularized linear autoencoders".
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -35,6 +33,9 @@ from linattn.autoencoders import orthonormality_defect, principal_angles, shrunk
 from linattn.bench.studies import study
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 # Variances of the samples: three wide directions, well apart, and five narrow ones.

@@ -12,9 +12,7 @@ for image recognition", there on CIFAR-10; here on 8 x 8 digits with 4 to 16 cha
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +31,9 @@ from linattn.bench.studies.convnets import ConvNet
 from linattn.bench.studies.digits import Digits, load_digits
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 DEPTHS = (20, 56)

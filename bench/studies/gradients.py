@@ -9,10 +9,8 @@ the weights.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression
@@ -32,6 +30,9 @@ from linattn.rnn import LSTMLayer, LSTMState, RecurrentRegressionModel, RNNLayer
 from linattn.rnn import running_average_loss as loss_of
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 

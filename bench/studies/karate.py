@@ -18,7 +18,6 @@ the number of contexts in which the two met.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ from linattn.bench.studies.karate_club import (
 )
 
 if TYPE_CHECKING:
+    import argparse
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -60,7 +63,8 @@ EPSILON = 1e-4
 
 class GraphConvolution(nn.Module):
     """tanh(A^ H W^T) with A^ = D~^-1/2 (A + I) D~^-1/2. Source: Kipf and Welling 2017, "Semi-supervised classification
-    with graph convolutional networks"."""
+    with graph convolutional networks".
+    """
 
     propagation: Tensor
 
@@ -116,7 +120,7 @@ class NodeClassifier(nn.Module):
     def __init__(self, layer: Layer, adjacency: Tensor) -> None:
         super().__init__()
         self.register_buffer("features", torch.eye(len(adjacency), dtype=adjacency.dtype))
-        self.layers = nn.Sequential(*(layer(a, b, adjacency) for a, b in zip(SIZES, SIZES[1:], strict=False)))
+        self.layers = nn.Sequential(*(layer(a, b, adjacency) for a, b in itertools.pairwise(SIZES)))
         self.head = nn.Linear(SIZES[-1], len(CLUBS), dtype=adjacency.dtype)
 
     def forward(self) -> tuple[Tensor, Tensor]:

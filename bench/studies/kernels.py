@@ -13,10 +13,8 @@ Without the sqrt2 on the linear terms, as it is sometimes printed, it yields 1 +
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +34,9 @@ from linattn._util.tables import text_table
 from linattn.bench.studies import study
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
     from matplotlib.figure import Figure
 
 # Similarities as functions of the score s. Their smallest values over all s are known exactly.

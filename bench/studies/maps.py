@@ -17,7 +17,6 @@ queries and keys. The elementwise maps were not made to approximate softmax and 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,8 @@ from linattn.bench.studies import study
 from linattn.feature_maps import Favor, Hedgehog, make
 
 if TYPE_CHECKING:
+    import argparse
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 

@@ -15,9 +15,7 @@ Source: Baldi and Hornik 1989, "Neural networks and principal component analysis
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +42,9 @@ from linattn.errors import MissingExtraError
 from linattn.training.trainer import Trainer, TrainingConfig
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 BATCH = 200
@@ -109,10 +110,12 @@ def outcome_of(name: str, k: int, steps: int, seed: int) -> Outcome:
     with torch.enable_grad():
         model = train(x, k, steps, seed)
     encoder, decoder = model.encoder[0].weight, model.decoder[0].weight
-    assert isinstance(encoder, Tensor) and isinstance(decoder, Tensor)
+    assert isinstance(encoder, Tensor)
+    assert isinstance(decoder, Tensor)
     start = Autoencoder(x.shape[1], k, "identity", dtype=torch.float64)
     first, last = start.encoder[0].weight, start.decoder[0].weight
-    assert isinstance(first, Tensor) and isinstance(last, Tensor)
+    assert isinstance(first, Tensor)
+    assert isinstance(last, Tensor)
     return Outcome(
         name,
         k,

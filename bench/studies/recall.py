@@ -15,11 +15,9 @@ Source: Arora et al. 2023, "Zoology: Measuring and improving recall in efficient
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +43,9 @@ from linattn.modules import Transformer
 from linattn.training.trainer import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.figure import Figure
 
 SYMBOLS = 64  # different keys, and as many values

@@ -11,10 +11,8 @@ grows, and the gradient falls apart: the few queries that still waver between tw
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +29,9 @@ from linattn._util.tables import text_table
 from linattn.bench.studies import study
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +14,9 @@ from linattn._util import argtypes, figures
 from linattn._util.files import write_json
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 FIGURE_NAME = "figure.png"

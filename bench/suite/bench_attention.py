@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import product
-
-import pytest
+from typing import TYPE_CHECKING
 
 from linattn.bench.measuring.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SOFTMAX, Problem
-from linattn.bench.suite.pytest_plugin import BenchmarkPlugin
+
+if TYPE_CHECKING:
+    import pytest
+
+    from linattn.bench.suite.pytest_plugin import BenchmarkPlugin
 
 METHODS = (SOFTMAX, QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)
 HEAD_SIZES = (16, 32, 64)

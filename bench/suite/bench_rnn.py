@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
 from linattn.bench.measuring.environment import describe
 from linattn.bench.suite import rnn_cases
-from linattn.bench.suite.pytest_plugin import BenchmarkPlugin
 from linattn.bench.suite.rnn_cases import CASES, Case, Result
 from linattn.testing import BUDGETS
+
+if TYPE_CHECKING:
+    from linattn.bench.suite.pytest_plugin import BenchmarkPlugin
 
 BUDGET_S, QUICK_BUDGET_S = 3.0, 1.0
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import TYPE_CHECKING
 
-from linattn.bench.measuring.cases import Problem
-from linattn.bench.suite.pytest_plugin import BenchmarkPlugin
 from linattn.bench.suite.targets import Target, methods_on, of_this_process
+
+if TYPE_CHECKING:
+    import pytest
+
+    from linattn.bench.measuring.cases import Problem
+    from linattn.bench.suite.pytest_plugin import BenchmarkPlugin
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,8 +5,7 @@ The root conftest.py registers it when the option is given, and only then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,6 +18,10 @@ from linattn.bench.measuring.memory import MemoryProbe
 from linattn.bench.measuring.results import Results
 from linattn.bench.report.regressions import wrong
 from linattn.bench.suite import targets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 QUICK_BUDGET_S, QUICK_LIMIT_S = 0.4, 0.6
 BUDGET_S, LIMIT_S = 3.0, 4.0

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from linattn._dispatch.plan import use_backend
 from linattn._util.files import write_json
-from linattn.bench.measuring.environment import Environment
 from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.rnn import LSTM, RNN, to_torch_state_dict
 from linattn.testing import relative_error
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from linattn.bench.measuring.environment import Environment
 
 Call = Callable[[], tuple[Tensor, ...]]
 NETWORKS = {"rnn": (RNN, nn.RNN), "lstm": (LSTM, nn.LSTM)}

@@ -6,13 +6,17 @@ a prototype that reached them, or are goals that nobody had reached when they we
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from linattn.bench.measuring.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
-from linattn.bench.measuring.results import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from linattn.bench.measuring.results import Row
 
 FLEX = Method("FlexAttention", "quadratic", "direct", "flex")
 ONE_HEAD_SHARE = 0.75
@@ -22,7 +26,8 @@ ONE_HEAD_SHARE = 0.75
 @dataclass(frozen=True)
 class Target:
     """`goal` times as fast as the rival; `kind`: "P" a prototype reached it, "G" a goal, "1" follows from the P of
-    four heads."""
+    four heads.
+    """
 
     method: Method
     problem: Problem

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from linattn.kernels.common.op.double_backward import distinct
 from linattn.kernels.custom_similarity.reference import Argmax, Similarity, kernel_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Similarity", "argmax_attention", "kernel_attention"]
 

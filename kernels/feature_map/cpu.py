@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from linattn._native import FeatureMapOptions, feature_map_backward, feature_map_forward
 from linattn.kernels.common.native.binding import NativeOp
 from linattn.kernels.common.native.binding import describe as describe
-from linattn.kernels.common.op.stateful import Plan
 from linattn.kernels.feature_map.contract import Options, state_shapes
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.op.stateful import Plan
 
 MAPS = {"identity": 0, "elu+1": 1, "relu": 2, "relu2": 3, "exp": 4}
 

@@ -12,7 +12,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 for x > 0, else exp(x): `F.elu(x) + 1` would round to 0 below about x = -17 in fp32."""
+    """X + 1 for x > 0, else exp(x): `F.elu(x) + 1` would round to 0 below about x = -17 in fp32."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 

@@ -1,15 +1,20 @@
 """Feature-map linear attention in plain PyTorch: any device, fp64 too. A polynomial similarity of degree 1 in
-phi(q).phi(k)."""
+phi(q).phi(k).
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from linattn.kernels.common.op.allocation import accumulation_dtype, empty_in_storage_order
 from linattn.kernels.common.reference.attention import Reference
 from linattn.kernels.common.reference.problem import Problem
-from linattn.kernels.feature_map.contract import Options
 from linattn.kernels.feature_map.maps import MAPS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from linattn.kernels.feature_map.contract import Options
 
 LINEAR = (0.0, 1.0, 0.0)
 

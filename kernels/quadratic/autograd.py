@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.op.stateful import Plan, attend
 from linattn.kernels.quadratic import ops as ops  # registers the schemas
-from linattn.kernels.quadratic.contract import Options
+
+if TYPE_CHECKING:
+    from linattn.kernels.quadratic.contract import Options
 
 # (q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, plan) -> out, state
 quadratic = functools.partial(attend, "quadratic")

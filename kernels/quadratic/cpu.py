@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from linattn._native import QuadraticOptions, quadratic_backward, quadratic_forward
 from linattn.kernels.common.native.binding import NativeOp
 from linattn.kernels.common.native.binding import describe as describe
-from linattn.kernels.common.op.stateful import Plan
 from linattn.kernels.quadratic.contract import Options, state_shapes
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.op.stateful import Plan
 
 FORMS = {"direct": 0, "chunked": 1, "recurrent": 2}
 

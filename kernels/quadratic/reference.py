@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from linattn.kernels.common.reference.attention import Reference
 from linattn.kernels.common.reference.problem import Problem
-from linattn.kernels.quadratic.contract import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from linattn.kernels.quadratic.contract import Options
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, options: Options) -> Problem:

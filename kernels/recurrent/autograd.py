@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.op.double_backward import derivative_wanted, first_derivative_only
 from linattn.kernels.recurrent import ops as ops  # registers the schemas
-from linattn.kernels.recurrent.reference import State
+
+if TYPE_CHECKING:
+    from linattn.kernels.recurrent.reference import State
 
 
 def recur(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # h_t = act(z_t), or an LSTM; z_t = projected_t + W_h h_{t-1}. The order is that of `Cell` in native/recurrent.hpp.
 CELLS = ("tanh", "relu", "identity", "lstm")

@@ -92,7 +92,8 @@ def step_back(
     CELL: tl.constexpr, PADDED: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of the state after a step, `pulled` + `through` and dc, to dz. dc and `through` become those
-    of the state before, where `through` is what passes sequences that have ended."""
+    of the state before, where `through` is what passes sequences that have ended.
+    """
     b = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < H

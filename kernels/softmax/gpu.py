@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from linattn.kernels.common.gpu import direct
 from linattn.kernels.common.gpu.similarity import softmax
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _problem(

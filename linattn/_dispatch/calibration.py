@@ -8,6 +8,7 @@ which `linattn calibrate --predict` writes. `linattn calibrate` measures the mac
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -130,7 +131,7 @@ def _interpolated(points: list[tuple[int, float]], D: int) -> float:
     """Linear in log D between points, constant beyond them."""
     if points[0][0] >= D:
         return points[0][1]
-    for (left, a), (right, b) in zip(points, points[1:], strict=False):
+    for (left, a), (right, b) in itertools.pairwise(points):
         if right >= D:
             share = math.log(D / left) / math.log(right / left)
             return a * math.exp(share * math.log(b / a))

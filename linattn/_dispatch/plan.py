@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from linattn import cost
 from linattn._dispatch import calibration
-from linattn._dispatch.checks import Form, Inputs
 from linattn.errors import BackendError, unknown_name
 from linattn.kernels.common.op.backend import Backend, Call, anything
 from linattn.kernels.common.op.registration import implementation
@@ -22,6 +19,12 @@ from linattn.kernels.feature_map.ops import BACKENDS as FEATURE_MAP
 from linattn.kernels.quadratic.ops import BACKENDS as QUADRATIC
 from linattn.kernels.recurrent.ops import BACKENDS as RECURRENT
 from linattn.kernels.softmax.ops import BACKENDS as SOFTMAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from linattn import cost
+    from linattn._dispatch.checks import Form, Inputs
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, dict[str, Backend]] = {
@@ -90,10 +93,11 @@ def named_backend(backend: str) -> str:
 @contextmanager
 def noting(device: str) -> Iterator[Callable[[], Choice]]:
     """Remember what is decided about the calls inside, as if their tensors were on `device`; yields a function that
-    returns the last decision."""
+    returns the last decision.
+    """
     _chosen.notes, _chosen.device = True, device
     try:
-        yield lambda: cast(Choice, _chosen.choice)
+        yield lambda: cast("Choice", _chosen.choice)
     finally:
         _chosen.notes, _chosen.device, _chosen.choice = False, "", None
 
@@ -144,7 +148,8 @@ def _beyond_torch(inputs: Inputs) -> str:
 
 def plan(op: str, inputs: Inputs, form: Form, backend: str, with_state: bool) -> Plan:
     """How an op is to be computed: on the backend that the call or `use_backend` names, or else on the first that can;
-    the reference always can."""
+    the reference always can.
+    """
     asked = named_backend(backend)
     if asked != "auto" and asked not in BACKENDS[op]:
         raise unknown_name(f"backend of {op} attention", asked, ("auto", *BACKENDS[op]), BackendError)
@@ -158,7 +163,7 @@ def plan(op: str, inputs: Inputs, form: Form, backend: str, with_state: bool) ->
             raise BackendError(f"backend {name!r} cannot run this {op} attention: {refused}; backend='auto' can")
     assert chosen is not None
     if _chosen.notes:
-        _chosen.choice = Choice(inputs, chosen.backend, cast(cost.Form, chosen.form), with_state)
+        _chosen.choice = Choice(inputs, chosen.backend, cast("cost.Form", chosen.form), with_state)
     return chosen
 
 
@@ -201,7 +206,8 @@ def effective_length(inputs: Inputs) -> float:
 
 def chunked_from(op: str, backend: str, inputs: Inputs, with_state: bool) -> float:
     """The length from which the chunked form of a backend is the faster one. A call with a state computes the sums
-    anyway."""
+    anyway.
+    """
     D, M = inputs.q.shape[3], inputs.v.shape[3]
     if op == "feature_map":
         if backend == "native":

@@ -8,9 +8,12 @@ at the repository root finds the bare `./linattn` first, installed or not.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def search_path(package_path: Iterable[str]) -> list[str]:

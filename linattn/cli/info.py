@@ -5,19 +5,21 @@ Made for bug reports and for a first look. Every probe is guarded: where one fai
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import platform
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import linattn
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
 
 OPERATIONS = ("softmax", "quadratic", "feature_map", "recurrent")
 

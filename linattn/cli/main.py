@@ -12,11 +12,13 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import linattn
 from linattn.errors import LinattnError, unknown_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 class Command(NamedTuple):

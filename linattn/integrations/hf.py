@@ -17,15 +17,18 @@ and time after a million others as after ten. Needs transformers 4.57 or newer: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from linattn import functional
 from linattn.errors import ArgumentError, MissingExtraError, StateError
 from linattn.kernels.feature_map.maps import MAPS
-from linattn.states import FeatureMapState, QuadraticState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from linattn.states import FeatureMapState, QuadraticState
 
 try:
     from transformers import AttentionInterface, masking_utils
@@ -241,9 +244,8 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
     prefetch = offload
 
     def crop(self, tokens: int) -> None:
-        """
-        Raises:
-            StateError: always: sums do not tell the last keys from the others.
+        """Raises:
+        StateError: always: sums do not tell the last keys from the others.
         """
         raise StateError(f"crop({tokens}) asks a StateCache to forget keys; accepted: a DynamicCache, which keeps them")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,9 @@ from linattn.lm import train as language
 from linattn.lm.model import CausalLM
 from linattn.lm.text import decode, encode
 from linattn.training.trainer import CHECKPOINT_NAME, read_checkpoint
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

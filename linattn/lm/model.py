@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linattn.decode import ModelCache
 from linattn.errors import ArgumentError, ShapeError
 from linattn.modules import LayerKind, Transformer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from linattn.decode import ModelCache
 
 
 @dataclass(frozen=True)

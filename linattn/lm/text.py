@@ -169,7 +169,7 @@ class Trigram:
         return -self.log_probability(text).mean().item()
 
     def log_probability(self, text: Tensor) -> Tensor:
-        """ln P of each character of `text` [T], read as the continuation of the training text: float64 [T]."""
+        """Ln P of each character of `text` [T], read as the continuation of the training text: float64 [T]."""
         return self._mix(self._look_up(text), self.smoothing).log()
 
     def _count(self, train: Tensor) -> None:

@@ -22,12 +22,13 @@ from linattn._util.files import atomic_file
 from linattn.errors import ArgumentError, CheckpointError, DataError
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.lm.text import Characters, Trigram, consecutive_windows, random_windows
-from linattn.modules import LayerKind
 from linattn.training import resume
 from linattn.training.trainer import CHECKPOINT_NAME, Record, Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from linattn.modules import LayerKind
 
 VALIDATION_BATCH = 32
 

@@ -40,12 +40,12 @@ from linattn.testing.truth import (
 
 __all__ = [
     "BUDGETS",
-    "Budget",
     "LAYOUTS",
+    "TRUE_FEATURE_MAPS",
+    "Budget",
     "Layout",
     "Past",
     "Similarity",
-    "TRUE_FEATURE_MAPS",
     "assert_close_to_truth",
     "assert_matches_truth",
     "condition_number",

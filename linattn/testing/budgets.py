@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from linattn.testing.truth import visible_keys
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Let uninitialised memory hold NaN (integers: their smallest), so that an operation that forgets to write a place
-    cannot pass by luck. Memory that compiled code allocates stays as it is."""
+    cannot pass by luck. Memory that compiled code allocates stays as it is.
+    """
     names = {torch: ("empty", "empty_like", "empty_strided"), Tensor: ("new_empty", "new_empty_strided")}
     before = [(owner, name, getattr(owner, name)) for owner, some in names.items() for name in some]
     try:

@@ -9,7 +9,6 @@ of `quadratic_condition`) are judged place by place alone and get no upstream gr
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -18,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +39,9 @@ from linattn.testing.random_calls import (
     state_of,
     truth,
 )
+
+if TYPE_CHECKING:
+    import argparse
 
 KAPPA_LIMIT = 32.0
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,7 +166,7 @@ class Noise:
     def _about_state(self, state: list[Tensor], exact: list[Tensor]) -> Iterator[str]:
         if not state:
             return
-        n, *names = STATE_FIELDS[self.call.op]
+        _n, *names = STATE_FIELDS[self.call.op]
         if not torch.equal(state[0], exact[0].to(state[0])):
             yield f"state n is {state[0].tolist()}, truth {exact[0].tolist()}"
         spreads = self._dense.state_spreads()

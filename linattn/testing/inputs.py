@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Layout = Literal["contiguous", "transposed", "fused", "strided"]
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "transposed", "fused", "strided")

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import linattn
 from linattn.errors import unknown_name
-from linattn.feature_maps import FeatureMap
 from linattn.kernels.common.op.allocation import accumulation_dtype
 from linattn.states import FeatureMapState, QuadraticState
 from linattn.testing import (
@@ -33,6 +31,11 @@ from linattn.testing import (
     truth_quadratic_state,
     truth_softmax,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from linattn.feature_maps import FeatureMap
 
 OPS = ("quadratic", "feature_map", "softmax")
 COEFFICIENTS = ((1.0, 2.0, 1.0), (1.0, 1.0, 0.5), (0.0, 0.0, 1.0), (3.0, -1.0, 0.25))
@@ -64,7 +67,8 @@ EXTENTS = {
 @dataclass(frozen=True)
 class RandomCall:
     """One call, without its numbers. `lengths`: of the packed sequences, or (). `past`: keys in the initial state, None
-    for no state. `wanted`: inputs whose gradients are asked for, out of q, k, v and past."""
+    for no state. `wanted`: inputs whose gradients are asked for, out of q, k, v and past.
+    """
 
     op: str
     seed: int

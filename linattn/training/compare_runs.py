@@ -6,9 +6,7 @@ not finished, in `checkpoint.pt`. No tracker has to have been on.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,9 @@ from linattn.errors import ArgumentError, CheckpointError, DataError
 from linattn.training.trainer import CHECKPOINT_NAME, HISTORY_NAME, Record, read_checkpoint
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
     from matplotlib.figure import Figure
 
 RESULTS_NAME = "results.json"

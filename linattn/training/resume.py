@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linattn.errors import ArgumentError, CheckpointError
 from linattn.training import tracking
 from linattn.training.trainer import Trainer, read_checkpoint
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,6 @@ asked for. `linattn runs` compares runs without either.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from linattn.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+
     from matplotlib.figure import Figure
 
 

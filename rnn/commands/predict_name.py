@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linattn._util.tables import text_table
 from linattn.errors import CheckpointError
 from linattn.rnn.tasks.name_model import saved_classifier
 from linattn.training.trainer import CHECKPOINT_NAME
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

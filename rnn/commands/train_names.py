@@ -6,7 +6,6 @@ folder with `checkpoint.pt` and `history.jsonl`.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +26,8 @@ from linattn.rnn.tasks.names import Duplicates, Names, duplicates, embedded_name
 from linattn.training.trainer import Record, Trainer
 
 if TYPE_CHECKING:
+    import argparse
+
     from matplotlib.figure import Figure
 
 

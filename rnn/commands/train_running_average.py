@@ -6,9 +6,7 @@ What it leaves in its folder: `results.json`, `figure.png`, and for each run a f
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -28,6 +26,9 @@ from linattn.rnn.tasks.running_average import running_average_batch, running_ave
 from linattn.training.trainer import Record, Trainer
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 CELLS = ("lstm", "rnn")

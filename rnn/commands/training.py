@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linattn._util import figures
 from linattn.errors import CheckpointError
 from linattn.training import tracking
 from linattn.training.trainer import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
 
 
 def adam(steps: int, learning_rate: float, validate_every: int, *, final_learning_rate: float = 1.0) -> TrainingConfig:

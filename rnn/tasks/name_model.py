@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,9 @@ from linattn.rnn.heads import RecurrentClassifier
 from linattn.rnn.stacks import LSTM, RNN
 from linattn.rnn.tasks.names import PADDING, VOCABULARY, encode
 from linattn.training.trainer import read_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CELLS = {"rnn": RNN, "lstm": LSTM}
 

@@ -6,14 +6,17 @@ import json
 import string
 import unicodedata
 import zipfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from linattn.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 ALPHABET = string.ascii_letters + " .,;'"
 PADDING = len(ALPHABET)

@@ -13,10 +13,13 @@ factor w^(T-t) in front of step t vanishes for |w| < 1 and explodes for |w| > 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from linattn.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)

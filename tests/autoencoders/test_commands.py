@@ -53,15 +53,18 @@ def test_a_run_leaves_its_results_and_can_be_probed(
     assert train(own, out, "--objective", objective, "--repeats", 2) == 0
     assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "history.jsonl", "results.json"}
     results = read(out / "results.json")
-    assert results["settings"]["objective"] == objective and results["settings"]["hidden"] == [6, 3]
-    assert results["epochs"] == 2 and len(results["measures"]["accuracy"]) == 2
+    assert results["settings"]["objective"] == objective
+    assert results["settings"]["hidden"] == [6, 3]
+    assert results["epochs"] == 2
+    assert len(results["measures"]["accuracy"]) == 2
     lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert lines[-1]["measures"] == results["measures"]
     assert str(tmp_path) not in (out / "results.json").read_text()
 
     assert call("probe", out, "--data", own, "--draws", 3, "--epochs", 20) == 0
     found = read(out / "probe.json")
-    assert found["labelled samples"] == 12 and np.shape(found["codes"]) == (3, 2)
+    assert found["labelled samples"] == 12
+    assert np.shape(found["codes"]) == (3, 2)
     assert np.shape(found["raw samples"]) == (3, 1)
     assert "probe on" in capsys.readouterr().out
 
@@ -118,7 +121,8 @@ def test_wrong_use_is_one_line(
 ) -> None:
     assert train(own, tmp_path / "run", *options) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -176,7 +180,8 @@ def test_a_sweep_leaves_every_curve_a_table_and_figures(own: Path, tmp_path: Pat
         for k in (2, 9)
     ]
     for cell in results["cells"]:
-        assert cell["epochs"] == [0, 1, 2] and cell["seconds"] > 0
+        assert cell["epochs"] == [0, 1, 2]
+        assert cell["seconds"] > 0
         assert {name: np.shape(curves) for name, curves in cell["curves"].items()} == dict.fromkeys(
             ("train", "validation", "reconstruction", "accuracy"), (2, 3)
         )
@@ -185,7 +190,9 @@ def test_a_sweep_leaves_every_curve_a_table_and_figures(own: Path, tmp_path: Pat
             assert min(curve[-1] for curve in cell["curves"]["reconstruction"]) > 0.95 * cell["pca"]
     with (out / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and rows[0]["k"] == "2" and float(rows[0]["lowest"]) <= float(rows[0]["probe %"])
+    assert len(rows) == 12
+    assert rows[0]["k"] == "2"
+    assert float(rows[0]["lowest"]) <= float(rows[0]["probe %"])
     assert {path.name for path in out.glob("*.png")} == {
         "epochs-vanilla.png",
         "epochs-denoising.png",
@@ -211,7 +218,8 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_the_same(
     assert call(*options, "--out", tmp_path / "parts") == 130
     assert "stopped with 2 of 6 jobs done" in capsys.readouterr().err
     assert call(*options, "--out", tmp_path / "parts") == 0
-    assert done[3:] == done[2:3] + done[4:] and len(done) == 3 + 4  # the one that was cut off is done again
+    assert done[3:] == done[2:3] + done[4:]
+    assert len(done) == 3 + 4
 
     whole, parts = (read(tmp_path / name / "results.json")["cells"] for name in ("whole", "parts"))
     assert [cell["curves"] for cell in parts] == [cell["curves"] for cell in whole]
@@ -233,8 +241,10 @@ def test_pinned_table_of_the_synthetic_set(tmp_path: Path) -> None:
     found = {int(row["k"]): row for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())}
     losses = {k: float(row["training"]) for k, row in found.items()}
     accuracies = {k: float(row["probe %"]) for k, row in found.items()}
-    assert losses[5] == pytest.approx(229.8, rel=0.01) and losses[20] == pytest.approx(79.9, rel=0.01)
-    assert losses[100] <= 0.6 and losses[500] <= 0.005
+    assert losses[5] == pytest.approx(229.8, rel=0.01)
+    assert losses[20] == pytest.approx(79.9, rel=0.01)
+    assert losses[100] <= 0.6
+    assert losses[500] <= 0.005
     assert 55 < accuracies[5] < 80
     assert [accuracies[k] for k in (20, 100, 500)] == pytest.approx([98.3, 98.0, 98.4], abs=1)
 

@@ -103,7 +103,8 @@ def test_measures_are_what_they_say() -> None:
     trainer = experiment.trainer()
     trainer.run()
     first, last = trainer.history
-    assert "train" not in first.measures and last.step == 5
+    assert "train" not in first.measures
+    assert last.step == 5
     assert last.train_loss == pytest.approx(last.measures["train"][0], rel=1e-6)
     assert last.validation_loss == last.measures["validation"][0]
     clean = (experiment.models.member(0)(data.valid.x) - data.valid.x).square().mean().item()
@@ -119,7 +120,8 @@ def test_every_sample_is_seen_once_an_epoch_in_an_order_of_each_repeats_own() ->
     epochs = [torch.cat([experiment._batch(step) for step in range(5 * e, 5 * e + 5)], 1) for e in range(2)]
     for seen in (*epochs[0], *epochs[1]):
         assert torch.equal(seen.sort(0).values, data.train.x.sort(0).values)
-    assert not torch.equal(epochs[0][0], epochs[0][1]) and not torch.equal(epochs[0][0], epochs[1][0])
+    assert not torch.equal(epochs[0][0], epochs[0][1])
+    assert not torch.equal(epochs[0][0], epochs[1][0])
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -141,7 +143,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 def test_early_stopping() -> None:
     settings = replace(SMALL, epochs=60, lr=0.5, patience=2, repeats=1)
     trainer = Experiment(settings, small_set()).trainer()
-    assert trainer.run() and trainer.stopped_early and trainer.step < 60 * 5
+    assert trainer.run()
+    assert trainer.stopped_early
+    assert trainer.step < 60 * 5
     losses = [record.validation_loss for record in trainer.history]
     assert min(losses[-2:]) >= min(losses[:-2])
     assert all(min(losses[i - 1 : i + 1]) < min(losses[: i - 1]) for i in range(2, len(losses) - 1))

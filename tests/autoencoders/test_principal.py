@@ -108,10 +108,12 @@ def course(k: int) -> tuple[Tensor, Tensor, float, float]:
 def test_equal_variances_have_one_loss_and_no_directions() -> None:
     """At k = 5 of 20 equal variances the loss agrees while the angle says nothing; at k = 20 both agree."""
     decoder, x, loss, bound = course(5)
-    assert bound == pytest.approx(228, abs=3) and bound <= loss < 1.02 * bound
+    assert bound == pytest.approx(228, abs=3)
+    assert bound <= loss < 1.02 * bound
     assert principal_angles(decoder, principal_components(x, 5).directions).max() > 45
     decoder, x, loss, bound = course(20)
-    assert bound == pytest.approx(79.8, abs=1) and bound <= loss < 1.02 * bound
+    assert bound == pytest.approx(79.8, abs=1)
+    assert bound <= loss < 1.02 * bound
     assert principal_angles(decoder, principal_components(x, 20).directions).max() < 3
 
 

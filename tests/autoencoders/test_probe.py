@@ -50,13 +50,16 @@ def test_the_codes_stay_as_they_are_and_no_gradient_reaches_them() -> None:
     x, y = clusters(50, 0)
     codes = x[None].clone().requires_grad_()
     probe_accuracy(codes.detach(), y, x[None], y, ProbeConfig(epochs=2), classes=3)
-    assert codes.grad is None and torch.equal(codes.detach()[0], x)
+    assert codes.grad is None
+    assert torch.equal(codes.detach()[0], x)
 
 
 def test_labelled_samples_are_drawn_by_the_seed() -> None:
     split = Split(torch.zeros(100, 2), torch.arange(100))
     first, again, other = (choose_labelled(split, 20, seed) for seed in (0, 0, 1))
-    assert len(first.unique()) == 20 and torch.equal(first, again) and not torch.equal(first, other)
+    assert len(first.unique()) == 20
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
     assert torch.equal(choose_labelled(split, None, 0).sort().values, torch.arange(100))
     with pytest.raises(DataError, match="101 labelled samples were asked for; accepted: at most 100"):
         choose_labelled(split, 101, 0)

@@ -58,7 +58,8 @@ def test_idx_files_come_back_as_they_went(tmp_path: Path, shape: list[int], pack
     path = tmp_path / ("a.gz" if packed else "a")
     path.write_bytes(gzip.compress(idx(array), mtime=0) if packed else idx(array))
     found = read_idx(path)
-    assert found.dtype == torch.uint8 and list(found.shape) == shape
+    assert found.dtype == torch.uint8
+    assert list(found.shape) == shape
     assert np.array_equal(found.numpy(), array)
     assert torch.equal(read_idx(path, sha256=hashlib.sha256(idx(array)).hexdigest()), found)
 
@@ -184,8 +185,11 @@ def test_digits_are_split_by_the_seed_alone() -> None:
     pytest.importorskip("sklearn", reason="the handwritten digits need scikit-learn")
     data = load_set("digits")
     assert [len(split.x) for split in data[1:4]] == [1078, 360, 359]
-    assert data.image_shape == (8, 8) and data.classes == 10 and data.input_size == 64
-    assert data.train.x.min() == 0 and data.train.x.max() == 1
+    assert data.image_shape == (8, 8)
+    assert data.classes == 10
+    assert data.input_size == 64
+    assert data.train.x.min() == 0
+    assert data.train.x.max() == 1
     splits_are_disjoint_and_whole(data, sets.load_digits().x)
     assert torch.equal(load_set("digits").test.x, data.test.x)
     assert not torch.equal(load_set("digits", seed=1).test.x, data.test.x)
@@ -204,7 +208,8 @@ def test_mnists_own_test_images_stay_the_test_split() -> None:
     data, files = load_set("mnist"), load_mnist()
     assert [len(split.x) for split in data[1:4]] == [36_000, 24_000, 10_000]
     assert torch.equal((data.test.x * 255).round().to(torch.uint8).view(-1, 28, 28), files.test_images)
-    assert data.image_shape == (28, 28) and data.classes == 10
+    assert data.image_shape == (28, 28)
+    assert data.classes == 10
     assert torch.equal(torch.cat([data.train.y, data.valid.y]).bincount(), files.train_labels.bincount())
 
 
@@ -216,7 +221,8 @@ def test_a_file_of_ones_own(tmp_path: Path, labelled: bool) -> None:
     data = load_set("file", data=path)
     assert [len(split.x) for split in data[1:4]] == [30, 10, 10]
     splits_are_disjoint_and_whole(data, torch.tensor(x.reshape(50, 6), dtype=torch.float32))
-    assert data.has_labels is labelled and data.classes == (4 if labelled else 0)
+    assert data.has_labels is labelled
+    assert data.classes == (4 if labelled else 0)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_implemented_crossover_balances_implemented_flops(D: int, M: int, is_cau
     at = crossover(D, M, is_causal=is_causal, chunk=chunk, count="implemented")
 
     def ratio(N: int) -> float:
-        sizes = dict(B=1, H=1, N=N, D=D, M=M, is_causal=is_causal, chunk=chunk, tile=chunk)
+        sizes = {"B": 1, "H": 1, "N": N, "D": D, "M": M, "is_causal": is_causal, "chunk": chunk, "tile": chunk}
         return flops_implemented("quadratic", "direct", **sizes) / flops_implemented("quadratic", "chunked", **sizes)
 
     assert ratio(math.floor(at)) <= 1 <= ratio(math.ceil(at) + 1)
@@ -69,7 +69,7 @@ def test_implemented_crossover_balances_implemented_flops(D: int, M: int, is_cau
 
 
 def test_flops_by_hand() -> None:
-    sizes = dict(B=2, H=3, N=1000, D=64, M=32)
+    sizes = {"B": 2, "H": 3, "N": 1000, "D": 64, "M": 32}
     assert flops("softmax", "direct", **sizes) == 6 * 2 * 1000 * 1000 * 96
     assert flops("quadratic", "direct", is_causal=True, **sizes) == 6 * 1000 * 1000 * 96
     assert flops("quadratic", "chunked", **sizes) == 6 * 1000 * 4 * 2145 * 33
@@ -80,7 +80,7 @@ def test_flops_by_hand() -> None:
 
 
 def test_queries_and_keys_may_differ_in_number() -> None:
-    sizes = dict(B=1, H=1, D=8, M=8)
+    sizes = {"B": 1, "H": 1, "D": 8, "M": 8}
     assert flops("softmax", "direct", N=1, keys=1000, **sizes) == 2 * 1000 * 16
     # The last two queries of five keys see 4 and 5 of them; on average over the diagonal half a key is saved.
     assert flops("softmax", "direct", N=2, keys=5, is_causal=True, **sizes) == 2 * (3 + 5) * 16
@@ -89,7 +89,7 @@ def test_queries_and_keys_may_differ_in_number() -> None:
 
 def test_backward_takes_five_products_for_two() -> None:
     for kernel, form in [("softmax", "direct"), ("quadratic", "chunked"), ("feature_map", "chunked")]:
-        sizes = dict(B=1, H=1, N=4096, D=64, M=64, is_causal=True)
+        sizes = {"B": 1, "H": 1, "N": 4096, "D": 64, "M": 64, "is_causal": True}
         assert flops(kernel, form, backward=True, **sizes) == 2.5 * flops(kernel, form, **sizes)
 
 
@@ -119,7 +119,7 @@ def test_memory_grows_linearly_in_every_form() -> None:
 
 
 def test_prefix_states_are_what_recomputing_saves() -> None:
-    sizes = dict(B=2, H=4, N=10_000, D=32, M=16, is_causal=True, chunk=1000, training=True)
+    sizes = {"B": 2, "H": 4, "N": 10_000, "D": 32, "M": 16, "is_causal": True, "chunk": 1000, "training": True}
     saved = attention_cost("quadratic", "chunked", recompute=False, **sizes).memory_bytes
     recomputed = attention_cost("quadratic", "chunked", **sizes).memory_bytes
     assert saved - recomputed == 2 * 4 * 10 * state_size("quadratic", 32, 16) * 4
@@ -136,7 +136,7 @@ def test_state_size_is_that_of_the_canonical_state() -> None:
 
 
 def test_cost_sums_forward_and_backward_and_cannot_be_changed() -> None:
-    sizes = dict(B=1, H=2, N=512, D=16, M=16)
+    sizes = {"B": 1, "H": 2, "N": 512, "D": 16, "M": 16}
     trained = attention_cost("quadratic", "chunked", training=True, **sizes)
     assert trained.flops == flops("quadratic", "chunked", **sizes) + flops(
         "quadratic", "chunked", backward=True, **sizes
@@ -183,7 +183,7 @@ def counted_by_torch(
 def test_implemented_flops_are_those_of_the_reference_path(
     D: int, form: str, is_causal: bool, backward: bool, monkeypatch
 ) -> None:
-    sizes = dict(H=2, N=2048, D=D, M=24, is_causal=is_causal, chunk=64, tile=256, backward=backward)
+    sizes = {"H": 2, "N": 2048, "D": D, "M": 24, "is_causal": is_causal, "chunk": 64, "tile": 256, "backward": backward}
     expected = flops_implemented("quadratic", form, B=1, **sizes)
     # Products of matrices only are counted, not the making of features; the first chunk and the last fold are left out.
     assert counted_by_torch(monkeypatch, form, **sizes) == pytest.approx(expected, rel=0.06)
@@ -227,7 +227,7 @@ def test_flops_are_those_counted_pair_by_pair(kernel: str, form: str, is_causal:
 def test_flops_that_torch_counts_grow_as_the_model_says(
     form: str, is_causal: bool, backward: bool, monkeypatch
 ) -> None:
-    sizes = dict(D=8, M=8, is_causal=is_causal, chunk=64, backward=backward)
+    sizes = {"D": 8, "M": 8, "is_causal": is_causal, "chunk": 64, "backward": backward}
     counted = {N: counted_by_torch(monkeypatch, form, H=1, N=N, tile=64, **sizes) for N in (2048, 8192)}
     predicted = {N: flops("quadratic", form, B=1, H=1, N=N, **sizes) for N in counted}
     assert exponent(predicted) == pytest.approx(2.0 if form == "direct" else 1.0, abs=1e-9)
@@ -259,7 +259,7 @@ def test_symbolic_length_compiles_once() -> None:
     testing = pytest.importorskip("torch._dynamo.testing")
 
     def choose(x):
-        sizes = dict(B=1, H=1, N=x.shape[0], D=4, M=4, is_causal=True)
+        sizes = {"B": 1, "H": 1, "N": x.shape[0], "D": 4, "M": 4, "is_causal": True}
         cheaper = flops("quadratic", "chunked", chunk=8, **sizes) < flops("quadratic", "direct", **sizes)
         return x + 1 if cheaper else x - 1
 

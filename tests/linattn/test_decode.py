@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ POLYNOMIAL = ("quadratic", "taylor")
 
 def pieces_of(x: Tensor, cuts: list[int]) -> list[Tensor]:
     bounds = [0, *sorted(cuts), x.shape[2]]
-    return [x[:, :, a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+    return [x[:, :, a:b] for a, b in itertools.pairwise(bounds) if b > a]
 
 
 def decode(cache: DecodeCache, q: Tensor, k: Tensor, v: Tensor, cuts: list[int]) -> Tensor:
@@ -62,7 +63,8 @@ def steps_after(prompt: int, T: int) -> list[int]:
 
 
 def assert_same_cache(a: DecodeCache, b: DecodeCache, q: Tensor, k: Tensor, v: Tensor) -> None:
-    assert torch.equal(a.seen, b.seen) and a.nbytes > 0
+    assert torch.equal(a.seen, b.seen)
+    assert a.nbytes > 0
     assert torch.equal(a(q, k, v), b(q, k, v))
 
 
@@ -179,8 +181,7 @@ def test_a_batch_of_different_lengths_is_its_sequences(
     hidden = ~mask[:, None, :, None]
     prompt = (q[:, :, :longest], *(x[:, :, :longest].masked_fill(hidden, torch.nan) for x in (k, v)))
     outputs = [cache(*prompt, key_mask=mask)]
-    for t in range(longest, longest + after):
-        outputs.append(cache(*(x[:, :, t : t + 1] for x in (q, k, v))))
+    outputs.extend(cache(*(x[:, :, t : t + 1] for x in (q, k, v))) for t in range(longest, longest + after))
     out = torch.cat(outputs, dim=2)
     assert cache.seen.tolist() == [length + after for length in lengths]
     real = torch.cat((mask, torch.ones(len(lengths), after, dtype=torch.bool)), dim=1)

@@ -50,7 +50,8 @@ def test_size_and_sign_are_as_stated(name: str, D: int, seed: int) -> None:
 def test_dtype_and_shape_are_kept(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 5, 8).to(dtype)
     out = make(name, 8)(x)
-    assert out.dtype == dtype and out.shape[:-1] == x.shape[:-1]
+    assert out.dtype == dtype
+    assert out.shape[:-1] == x.shape[:-1]
     assert_close_to_truth(out.detach(), make(name, 8)(x.double()).detach())
 
 
@@ -109,7 +110,8 @@ def test_orthogonal_rows_are_perpendicular_with_gaussian_lengths() -> None:
     cosines = block @ block.T / (block.norm(dim=1)[:, None] * block.norm(dim=1))
     assert torch.allclose(cosines, torch.eye(16), atol=1e-5)
     lengths = phi.projection.square().sum(1)
-    assert abs(lengths.mean() - 16) < 1.5 and lengths.std() > 2  # chi squared with 16 degrees of freedom
+    assert abs(lengths.mean() - 16) < 1.5
+    assert lengths.std() > 2
     free = Favor(16, 500, orthogonal=False)
     assert (free.projection[:16] @ free.projection[:16].T).fill_diagonal_(0).abs().max() > 1
 
@@ -122,7 +124,8 @@ def test_redraw_changes_the_features_and_a_generator_repeats_them() -> None:
     assert not torch.allclose(first, second)
     assert torch.equal(Favor(8, generator=torch.Generator().manual_seed(5))(x), second)
     assert torch.equal(Favor(8)(x), first)
-    assert "projection" in phi.state_dict() and not list(phi.parameters())
+    assert "projection" in phi.state_dict()
+    assert not list(phi.parameters())
 
 
 def test_hedgehog_begins_as_softmax_of_both_signs_and_learns() -> None:
@@ -183,7 +186,7 @@ def test_favor_approaches_softmax_attention() -> None:
 
 @pytest.mark.parametrize("name", ["dpfp", "favor+", "taylor-features"])
 def test_named_maps_compile_without_a_break(name: str) -> None:
-    q, k, v = make_inputs(keys=20, head_size=6, dtype=torch.float32)
+    _q, _k, _v = make_inputs(keys=20, head_size=6, dtype=torch.float32)
     layer = Attention(12, 2, kernel=name, is_causal=True)
     x = torch.randn(1, 9, 12)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)

@@ -157,8 +157,10 @@ def test_worked_example_step_by_step() -> None:
 
 def test_two_beams_miss_the_optimum_that_three_find() -> None:
     text, best = exhaustive(example_step, 2, 3)
-    assert text == (0, 0, 0) and best == pytest.approx(-1.46, abs=1e-6)
-    assert found(2)[0][1] == pytest.approx(-1.85) and found(1)[0][1] == pytest.approx(-1.85)
+    assert text == (0, 0, 0)
+    assert best == pytest.approx(-1.46, abs=1e-6)
+    assert found(2)[0][1] == pytest.approx(-1.85)
+    assert found(1)[0][1] == pytest.approx(-1.85)
     assert found(3)[0] == ("neural neural neural", pytest.approx(-1.46))
 
 

@@ -59,7 +59,8 @@ def test_a_sequence_may_be_cut_anywhere_and_go_on_by_steps() -> None:
 def test_it_stands_where_a_recurrent_layer_does() -> None:
     model = RecurrentRegressionModel(LinearAttentionLayer(3, 8))
     predictions, all_h = model(torch.randn(2, 5, 3))
-    assert predictions.shape == (2, 5, 1) and all_h.shape == (2, 5, 8)
+    assert predictions.shape == (2, 5, 1)
+    assert all_h.shape == (2, 5, 8)
 
 
 def test_bad_calls() -> None:

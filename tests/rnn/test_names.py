@@ -38,7 +38,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_alphabet() -> None:
-    assert len(ALPHABET) == PADDING == 57 and VOCABULARY == 58
+    assert len(ALPHABET) == PADDING == 57
+    assert VOCABULARY == 58
 
 
 def test_folder_and_zip_hold_the_same(folder: Path, tmp_path: Path) -> None:
@@ -144,10 +145,13 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["train", "names", "--epochs", "2", *options]) == 0
     assert "always the most frequent" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert results["names"] == 432 and len(results["seeds"]) == 2
+    assert results["names"] == 432
+    assert len(results["seeds"]) == 2
     assert sum(map(sum, results["seeds"][0]["confusion"])) == 87
     card = (out / "model-card.md").read_text()
-    assert "misuse" in card and "recall" in card.lower() and "most frequent" in card
+    assert "misuse" in card
+    assert "recall" in card.lower()
+    assert "most frequent" in card
     for figure in ("confusion.png", "curve.png"):
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
 
@@ -162,7 +166,8 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main(["names", "predict", "Satoshi", "--run", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("Satoshi") == 3 and "model card" in printed
+    assert printed.count("Satoshi") == 3
+    assert "model card" in printed
     assert main(["names", "predict", "Satoshi", "--run", str(tmp_path / "nowhere")]) == 2
     assert "linattn train names" in capsys.readouterr().err
 

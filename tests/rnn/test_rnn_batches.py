@@ -121,7 +121,8 @@ def test_regression_head_on_both_directions(kind: type) -> None:
     ours = RecurrentRegressionModel(LSTM(2, 3, bidirectional=True))
     for model in (theirs, ours):
         predictions, all_h = model(torch.randn(4, 5, 2))
-        assert predictions.shape == (4, 5, 1) and all_h.shape == (4, 5, 6)
+        assert predictions.shape == (4, 5, 1)
+        assert all_h.shape == (4, 5, 6)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_kept_states_hold_the_gradient_through_all_later_steps(kind: type) -> No
     model = RecurrentRegressionModel(net)
     x = draw(2, 5, 2)
     kept: list = []
-    predictions, all_h = model(x, kept_states=kept)
+    predictions, _all_h = model(x, kept_states=kept)
     predictions[:, -1].sum().backward()
     depth = 2 if kind in (RNN, LSTM) else 1
     assert len(kept) == 5 * depth
@@ -266,7 +266,7 @@ def test_a_network_learns_the_running_average() -> None:
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_regression_head_on_torch_networks(kind: type) -> None:
-    predictions, all_h = RecurrentRegressionModel(kind(2, 3, batch_first=True, dtype=torch.float64))(draw(4, 5, 2))
+    predictions, _all_h = RecurrentRegressionModel(kind(2, 3, batch_first=True, dtype=torch.float64))(draw(4, 5, 2))
     assert predictions.shape == (4, 5, 1)
     assert predictions.dtype == torch.float64
 
@@ -347,7 +347,8 @@ def test_orthogonal_recurrence_keeps_the_length_of_a_state(kind: type, gates: in
     layer.draw_orthogonal()
     for gate in layer.weight_h.view(gates, 5, 5):
         torch.testing.assert_close(gate @ gate.T, torch.eye(5))
-    assert torch.equal(layer.weight_x, others[0]) and torch.equal(layer.bias, others[1])
+    assert torch.equal(layer.weight_x, others[0])
+    assert torch.equal(layer.bias, others[1])
 
 
 @pytest.mark.parametrize("kind", [LSTMLayer, LSTM])

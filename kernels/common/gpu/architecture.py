@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from linattn.kernels.common.op.backend import INTERPRETED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 KNOWN = ("sm_80", "sm_90", "sm_100", "gfx942", "consumer", "interpreter")
 """consumer: 99 KB of shared memory a program (sm_86, sm_89, sm_120), and whatever else has no row of its own.

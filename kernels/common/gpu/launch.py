@@ -7,13 +7,15 @@ how the static report compiles, without a GPU, exactly what would run on one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.op.backend import INTERPRETED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Launch(NamedTuple):
@@ -37,7 +39,8 @@ FARTHEST_ROWS = 2**23
 
 def readable(x: Tensor) -> Tensor:
     """A tensor `[B, H, T, size]` as kernels read it: its last stride is 1. All other strides are free: it is copied
-    only if the last one is not, or if rows lie 32 MB apart."""
+    only if the last one is not, or if rows lie 32 MB apart.
+    """
     adjacent = x.stride(3) == 1 or x.shape[3] == 1
     return x if adjacent and x.stride(2) < FARTHEST_ROWS else x.contiguous()
 
@@ -82,7 +85,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: Any, num_stages: An
 
 def _interpret(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Triton's interpreter computes with bf16 and fp16 wrongly, or in their own precision. So kernels see fp32 tensors
-    that hold the same values, round where they say so (`numerics.rounded`), and what they wrote is rounded again."""
+    that hold the same values, round where they say so (`numerics.rounded`), and what they wrote is rounded again.
+    """
     low = {n: x for n, x in arguments.items() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)}
     memory = {name: _memory(x).float() for name, x in low.items()}
     wide = {name: flat.as_strided(low[name].shape, low[name].stride()) for name, flat in memory.items()}

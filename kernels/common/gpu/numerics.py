@@ -23,21 +23,19 @@ def precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def rounded(x, LOW: tl.constexpr):
-    """x to the precision of LOW."""
+    """X to the precision of LOW."""
     if EMULATED:
         if tl.bfloat16 == LOW:
             bits = x.to(tl.int32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             return bits.to(tl.float32, bitcast=True)
-        elif tl.float16 == LOW:
+        if tl.float16 == LOW:
             return x.to(tl.float16).to(tl.float32)
-        else:
-            return x
-    else:
-        return x.to(LOW)
+        return x
+    return x.to(LOW)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in fp32."""
+    """Acc + a @ b, accumulated in fp32."""
     return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -24,12 +24,11 @@ def load_rows(ptr, start, stride, keep, offs_t, offs_d, SIZE, MASKED: tl.constex
     tile = ptr + tl.cast(start, tl.int64) * stride + (offs_t[:, None] * stride + offs_d[None, :])
     if MASKED and EVEN:
         return tl.load(tile, mask=keep[:, None], other=0.0)
-    elif MASKED:
+    if MASKED:
         return tl.load(tile, mask=keep[:, None] & (offs_d < SIZE)[None, :], other=0.0)
-    elif EVEN:
+    if EVEN:
         return tl.load(tile)
-    else:
-        return tl.load(tile, mask=(offs_d < SIZE)[None, :], other=0.0)
+    return tl.load(tile, mask=(offs_d < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -47,10 +46,9 @@ def weigh(t, a, b, c, SIMILARITY: tl.constexpr):
     if SIMILARITY == "square":
         x = t * a + b
         return x * x + c
-    elif SIMILARITY == "polynomial":
+    if SIMILARITY == "polynomial":
         return (t * a + b) * t + c
-    else:
-        return t * a
+    return t * a
 
 
 @triton.jit
@@ -58,16 +56,16 @@ def pull_weights(t, dp, a, b, SIMILARITY: tl.constexpr):
     """The gradient to t of the gradient dp to the weights, up to the factor `Similarity.slope`."""
     if SIMILARITY == "square":
         return (t * a + b) * dp
-    elif SIMILARITY == "polynomial":
+    if SIMILARITY == "polynomial":
         return (t * (2 * a) + b) * dp
-    else:
-        return dp
+    return dp
 
 
 @triton.jit
 def no_sums(BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, SIMILARITY: tl.constexpr):
     """acc, l and m of rows that have seen nothing. The sums are held divided by what m stands for (`settled`); sums
-    that do not start at nothing start with m = 1."""
+    that do not start at nothing start with m = 1.
+    """
     acc = tl.zeros([BLOCK_Q, BLOCK_M], tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
     if SIMILARITY == "softmax":
@@ -82,8 +80,7 @@ def settled(acc, l, m, SIMILARITY: tl.constexpr, LOW: tl.constexpr):
     """The sums themselves: l is sum p. Those of softmax stay divided by 2^m."""
     if SIMILARITY != "softmax" and tl.float16 == LOW:
         return acc * m[:, None], l * m
-    else:
-        return acc, l
+    return acc, l
 
 
 @triton.jit
@@ -157,7 +154,7 @@ def attend(
 
 @triton.jit
 def pull_pairs(t, g, norm, seen, a, b, c, SIMILARITY: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr):
-    """p of a tile, and ds, the gradient to t up to the slope; norm and seen are broadcastable to t."""
+    """P of a tile, and ds, the gradient to t up to the slope; norm and seen are broadcastable to t."""
     if SIMILARITY == "softmax":
         s = t * a - norm
         if MASKED:

@@ -34,7 +34,8 @@ def linear(scale: float) -> Similarity:
 
 def quadratic(scale: float, coefficients: Coefficients, normalize: bool) -> Similarity:
     """A sum of squares cannot turn negative where it is divided by; without a division the polynomial itself keeps
-    more digits, since its root may be far from all scores."""
+    more digits, since its root may be far from all scores.
+    """
     c0, c1, c2 = coefficients
     if not normalize:
         return Similarity("polynomial", c2 * scale * scale, c1 * scale, c0, 1.0)

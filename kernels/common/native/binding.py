@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from linattn._native import Problem, capability
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.common.op.stateful import Plan, StateShapes
 from linattn.kernels.common.op.varlen import sequence_bounds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from linattn.kernels.common.op.stateful import Plan, StateShapes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Strided = tuple[int, ...]

@@ -6,12 +6,14 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from linattn._util.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LARGEST_HEAD = 256
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linattn.kernels.common.op.backend import Backend
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from linattn.kernels.common.op.backend import Backend
 
 _library = torch.library.Library("linattn", "DEF")
 

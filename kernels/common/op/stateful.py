@@ -16,15 +16,17 @@ nondeterministic sums follow PyTorch's global switches, as its own matrix produc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.op.allocation import accumulation_dtype, empty_in_storage_order, empty_row_sums
-from linattn.kernels.common.op.backend import Backend
 from linattn.kernels.common.op.double_backward import derivative_wanted, distinct, first_derivative_only
 from linattn.kernels.common.op.registration import define, implementation
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.op.backend import Backend
 
 StateShapes = Callable[[int, int, int, int], list[tuple[int, ...]]]
 BACKEND_CHOOSES = 0

@@ -28,7 +28,8 @@ def sequence_bounds(cu_seqlens: Tensor, T: int) -> list[tuple[int, int]]:
 
 def check_sequences(cu_seqlens: Tensor, T: int) -> None:
     """Raise if the values of `cu_seqlens` do not partition `[0, T)`. On a GPU the check runs there, and an error comes
-    when its result is next waited for: reading the values here would stall every call."""
+    when its result is next waited for: reading the values here would stall every call.
+    """
     if cu_seqlens.device.type == "cpu":
         sequence_bounds(cu_seqlens, T)
     elif cu_seqlens.device.type != "meta":

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.common.op.stateful import Plan
 from linattn.kernels.common.reference import direct, scan
 from linattn.kernels.common.reference.few_keys import FewKeyRows
-from linattn.kernels.common.reference.problem import Problem
 from linattn.kernels.common.reference.state import KeySumGradients, KeySums
 from linattn.kernels.common.reference.tiles import Gradients, Outputs, sequences, spans
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.common.reference.problem import Problem
 
 State = list[Tensor]
 

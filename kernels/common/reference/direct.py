@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from linattn.kernels.common.reference.problem import Problem
-from linattn.kernels.common.reference.state import KeySumGradients, KeySums
 from linattn.kernels.common.reference.tiles import Gradients, spans
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.reference.problem import Problem
+    from linattn.kernels.common.reference.state import KeySumGradients, KeySums
 
 
 def forward(problem: Problem, out: Tensor, row_sums: Tensor, sums: KeySums) -> None:
@@ -47,7 +49,8 @@ def backward(
     want_initial: bool,
 ) -> Gradients:
     """Return dq, dk, dv. `sums` holds keys before this call's; `dsums` starts as the gradients to the sums after it
-    and ends as those to the sums before it."""
+    and ends as those to the sums before it.
+    """
     length = problem.tile_length()
     gradients = Gradients.zeros(problem)
     if dsums.any:

@@ -9,15 +9,18 @@ moves them.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.reference import direct
-from linattn.kernels.common.reference.problem import Problem
 from linattn.kernels.common.reference.scan import DIRECT_KEYS
 from linattn.kernels.common.reference.state import KeySumGradients, KeySums
-from linattn.kernels.common.reference.tiles import Gradients
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.reference.problem import Problem
+    from linattn.kernels.common.reference.tiles import Gradients
 
 
 class FewKeyRows:

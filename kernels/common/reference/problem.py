@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from linattn.kernels.common.reference.tiles import Tiles, divided
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Coefficients = tuple[float, float, float]
 
@@ -50,7 +52,7 @@ class Problem(Tiles):
         row_sums[:, :, i0:i1].copy_(self.unfold(l))
 
     def row_gradients(self, dout: Tensor, out: Tensor, row_sums: Tensor, i0: int, i1: int) -> tuple[Tensor, Tensor]:
-        """dO' = dO / l and delta = rowsum(dO' * out), the gradients to the sum of p v and (negated) to the sum of p."""
+        """DO' = dO / l and delta = rowsum(dO' * out), the gradients to the sum of p v and (negated) to the sum of p."""
         do = self.fold(dout[:, :, i0:i1])
         if not self.normalize:
             return do, do.new_zeros(do.shape[:-1])
@@ -59,7 +61,7 @@ class Problem(Tiles):
 
 
 def complete_square(coefficients: Coefficients) -> tuple[float, float]:
-    """b and r of c0 + c1 s + c2 s^2 = c2 (s + b)^2 + r; an r that is negative by rounding only is zero."""
+    """B and r of c0 + c1 s + c2 s^2 = c2 (s + b)^2 + r; an r that is negative by rounding only is zero."""
     c0, c1, c2 = coefficients
     r = c0 - c1 * c1 / (4 * c2)
     return c1 / (2 * c2), max(r, 0.0) if abs(r) <= 1e-9 * abs(c0) else r

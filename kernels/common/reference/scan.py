@@ -7,16 +7,18 @@ backward pass computes again instead of keeping one set a chunk.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.reference.direct import Rows, add_tile, add_tile_gradients, load_rows
 from linattn.kernels.common.reference.features import features_for
-from linattn.kernels.common.reference.problem import Problem
-from linattn.kernels.common.reference.state import KeySumGradients, KeySums
 from linattn.kernels.common.reference.tiles import Gradients, spans
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.reference.problem import Problem
+    from linattn.kernels.common.reference.state import KeySumGradients, KeySums
 
 CHUNK_ELEMENTS = 1 << 23  # features held at once: 32 MiB in fp32
 DIRECT_KEYS = 16  # rows that have seen fewer keys are ill-conditioned through the sums: their scores are computed
@@ -88,7 +90,8 @@ def backward(
     want_initial: bool,
 ) -> Gradients:
     """Return dq, dk, dv. `sums` starts as before the call; `dsums` starts as the gradients to the sums after it and,
-    if these are wanted, ends as those to the sums before it."""
+    if these are wanted, ends as those to the sums before it.
+    """
     steps = schedule(problem, chunk)
     last_read = read_by_later_rows(steps)
     gradients = Gradients.zeros(problem)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.reference.features import features_for
-from linattn.kernels.common.reference.problem import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from linattn.kernels.common.reference.problem import Problem
 
 
 class Sums(abc.ABC):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.op.allocation import accumulation_dtype, empty_in_storage_order
 from linattn.kernels.common.op.varlen import sequence_bounds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TILE_ELEMENTS = 1 << 18  # scores held at once: 1 MiB in fp32, which stays in a core's cache
 SHORTEST_TILE = 128  # below this the calls cost more than the arithmetic
@@ -210,5 +212,5 @@ def spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
 
 
 def divided(x: Tensor, l: Tensor) -> Tensor:
-    """x / l by rows, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation. NaN stays NaN."""
+    """X / l by rows, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation. NaN stays NaN."""
     return x / l.masked_fill(l <= 0, math.inf)[..., None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -12,8 +12,10 @@ from linattn.kernels.common.gpu.architecture import architecture
 from linattn.kernels.common.gpu.launch import readable
 from linattn.kernels.common.gpu.numerics import LOW, precision
 from linattn.kernels.common.op.backend import INTERPRETED
-from linattn.kernels.feature_map.contract import Options
 from linattn.kernels.feature_map.gpu.config import configuration
+
+if TYPE_CHECKING:
+    from linattn.kernels.feature_map.contract import Options
 
 State = list[Tensor]
 
@@ -64,7 +66,8 @@ class Call:
 
     def places(self, chunk: int, from_keys: bool) -> tuple[int, int]:
         """How many tiles of rows (and keys) a grid holds for each batch element, and how often packed sequences take a
-        place (layout.py)."""
+        place (layout.py).
+        """
         Tq, Tk = self.q.shape[2], self.k.shape[2]
         if self.cu_seqlens is not None:
             W = 1 if self.q_offset == 0 else 2
@@ -76,7 +79,8 @@ class Call:
 
     def stored_sums(self, chunk: int, splits: int) -> int:
         """How many sums a scan stores for each head: at every chunk, if anybody reads them there, and of every split
-        (layout.py)."""
+        (layout.py).
+        """
         if not self.is_causal:
             return self.sequences * splits
         if self.cu_seqlens is not None:
@@ -89,7 +93,7 @@ class Call:
         return [self.k.new_empty(*leading, self.Hkv, *size, dtype=torch.float32) for size in sizes]
 
     def keys_seen(self, initial_state: State) -> Tensor:
-        """n of the state after this call."""
+        """N of the state after this call."""
         if self.cu_seqlens is not None:
             ends = self.cu_seqlens.long()
             if self.key_mask is not None:

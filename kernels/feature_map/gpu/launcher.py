@@ -5,6 +5,8 @@ A chunk is a tile of rows here, so the table in `config` sets its size: `plan.ch
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,14 @@ from linattn.kernels.common.gpu.architecture import architecture
 from linattn.kernels.common.gpu.launch import readable
 from linattn.kernels.common.gpu.similarity import linear
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.common.op.stateful import Plan
 from linattn.kernels.common.op.varlen import check_sequences
-from linattn.kernels.feature_map.contract import Options
 from linattn.kernels.feature_map.gpu.call import Call, State
 from linattn.kernels.feature_map.gpu.config import DECODED, configuration
 from linattn.kernels.feature_map.gpu.launches import Rows, Sums, gradients_of_chunks, mapped, read, scan, walked
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.feature_map.contract import Options
 
 
 def forward(
@@ -107,7 +111,8 @@ def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str
 
 def runs_direct(form: str, dtype: torch.dtype, with_state: bool) -> bool:
     """Whether the scores of all pairs are computed. States are read and made in chunks, and fp16 needs TF32's range for
-    features that grow fast."""
+    features that grow fast.
+    """
     return form == "direct" and not with_state and dtype != torch.float16
 
 

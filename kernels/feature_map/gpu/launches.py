@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -11,13 +11,15 @@ from torch import Tensor
 from linattn.kernels.common.gpu.launch import block, launch, strides
 from linattn.kernels.common.gpu.numerics import LOW
 from linattn.kernels.common.op.allocation import empty_in_storage_order
-from linattn.kernels.feature_map.gpu.call import Call, State
 from linattn.kernels.feature_map.gpu.config import splits_for
 from linattn.kernels.feature_map.gpu.gradient import chunk_gradients
 from linattn.kernels.feature_map.gpu.maps import map_rows
 from linattn.kernels.feature_map.gpu.output import read_sums
 from linattn.kernels.feature_map.gpu.recurrent import walk
 from linattn.kernels.feature_map.gpu.sums import scan_sums
+
+if TYPE_CHECKING:
+    from linattn.kernels.feature_map.gpu.call import Call, State
 
 ROWS_MAPPED = 32
 """By one program."""
@@ -47,7 +49,7 @@ class Sums(NamedTuple):
 
 
 def mapped(q: Tensor, k: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """phi of q and of k."""
+    """Phi of q and of k."""
     fq, fk = (empty_in_storage_order(x, x.shape[3]) for x in (q, k))
     q_programs, k_programs = (x.shape[0] * x.shape[1] * triton.cdiv(x.shape[2], ROWS_MAPPED) for x in (q, k))
     launch(

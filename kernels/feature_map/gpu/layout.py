@@ -20,8 +20,7 @@ def bounds(s, cu_seqlens_ptr, Tq, Tk, PACKED: tl.constexpr):
         start = tl.load(cu_seqlens_ptr + s).to(tl.int32)
         length = tl.load(cu_seqlens_ptr + s + 1).to(tl.int32) - start
         return start, length, length
-    else:
-        return tl.full([], 0, tl.int32), Tq, Tk
+    return tl.full([], 0, tl.int32), Tq, Tk
 
 
 @triton.jit
@@ -29,8 +28,7 @@ def clamped(q_offset, Tq, Tk, IS_CAUSAL: tl.constexpr):
     """An offset beyond which nothing changes is as good as any other."""
     if IS_CAUSAL:
         return tl.minimum(tl.maximum(q_offset, -Tq), Tk)
-    else:
-        return tl.full([], 0, tl.int32)
+    return tl.full([], 0, tl.int32)
 
 
 @triton.jit
@@ -76,8 +74,7 @@ def stored_sums(s, start, Tk, CHUNK: tl.constexpr, SPLITS: tl.constexpr, PACKED:
     chunks = tl.cdiv(Tk, CHUNK)
     if PACKED:
         return start // CHUNK + s * (1 + SPLITS), chunks
-    else:
-        return s * (chunks + SPLITS), chunks
+    return s * (chunks + SPLITS), chunks
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """phi and its slope on tiles (definitions: kernels/feature_map/maps.py), and how rows become features: within the
-kernels of the chunked form, or beforehand for the direct form."""
+kernels of the chunked form, or beforehand for the direct form.
+"""
 
 import triton
 import triton.language as tl
@@ -12,15 +13,14 @@ def feature(x, MAP: tl.constexpr):
     """phi(x) for an fp32 tile. NaN stays NaN."""
     if MAP == "elu+1":
         return tl.where(x > 0, x + 1, tl.exp(x))
-    elif MAP == "relu":
+    if MAP == "relu":
         return tl.where(x <= 0, 0.0, x)
-    elif MAP == "relu2":
+    if MAP == "relu2":
         x = tl.where(x <= 0, 0.0, x)
         return x * x
-    elif MAP == "exp":
+    if MAP == "exp":
         return tl.exp(x)
-    else:
-        return x
+    return x
 
 
 @triton.jit
@@ -28,14 +28,13 @@ def slope(x, MAP: tl.constexpr):
     """phi'(x) for an fp32 tile."""
     if MAP == "elu+1":
         return tl.where(x > 0, 1.0, tl.exp(x))
-    elif MAP == "relu":
+    if MAP == "relu":
         return tl.where(x > 0, 1.0, 0.0)
-    elif MAP == "relu2":
+    if MAP == "relu2":
         return 2 * tl.where(x <= 0, 0.0, x)
-    elif MAP == "exp":
+    if MAP == "exp":
         return tl.exp(x)
-    else:
-        return tl.full(x.shape, 1.0, tl.float32)
+    return tl.full(x.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -43,8 +42,7 @@ def inside(offs_c, kept, SIZE: tl.constexpr):
     """Which entries of a tile exist: rows that are kept, columns below SIZE (0: all of them)."""
     if SIZE == 0:
         return kept[:, None]
-    else:
-        return kept[:, None] & (offs_c < SIZE)[None, :]
+    return kept[:, None] & (offs_c < SIZE)[None, :]
 
 
 @triton.jit
@@ -62,17 +60,16 @@ def store_rows(pointer, first, stride, offs_t, offs_c, kept, SIZE: tl.constexpr,
 
 @triton.jit
 def key_features(k, kept, offs_c, SIZE: tl.constexpr, MAP: tl.constexpr, LOW: tl.constexpr):
-    """phi of loaded keys; 0 where a key is not kept, for phi(0) may be 1."""
+    """Phi of loaded keys; 0 where a key is not kept, for phi(0) may be 1."""
     if MAP == "identity":
         return operand(k, LOW)
-    else:
-        f = feature(k.to(tl.float32), MAP)
-        return rounded(tl.where(inside(offs_c, kept, SIZE), f, 0.0), LOW)
+    f = feature(k.to(tl.float32), MAP)
+    return rounded(tl.where(inside(offs_c, kept, SIZE), f, 0.0), LOW)
 
 
 @triton.jit
 def query_features(q, scale, offs_c, SIZE: tl.constexpr, MAP: tl.constexpr, LOW: tl.constexpr):
-    """scale * phi of loaded queries."""
+    """Scale * phi of loaded queries."""
     f = scale * feature(q.to(tl.float32), MAP)
     if SIZE > 0:
         f = tl.where((offs_c < SIZE)[None, :], f, 0.0)
@@ -84,8 +81,7 @@ def operand(x, LOW: tl.constexpr):
     """Loaded numbers as a factor of a product: fp16 is multiplied as fp32."""
     if tl.float32 == LOW:
         return x.to(tl.float32)
-    else:
-        return x
+    return x
 
 
 @triton.jit
@@ -96,7 +92,7 @@ def map_rows(
     H, Hkv, Tq, Tk, q_programs,
     D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, MAP: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """phi of queries and of keys. One program: a tile of rows of either."""
+    """Phi of queries and of keys. One program: a tile of rows of either."""
     pid = tl.program_id(0)
     if pid < q_programs:
         _map_tile(

@@ -1,5 +1,6 @@
 """Token by token: the state stays in registers, is updated by each key and read by each row. With one token this is a
-step of decoding: one pass over the state, read, updated, read out and written."""
+step of decoding: one pass over the state, read, updated, read out and written.
+"""
 
 import triton
 import triton.language as tl

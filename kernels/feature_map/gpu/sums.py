@@ -27,8 +27,7 @@ def load_row_gradient(
         l = tl.load(l_ptr + first + offs_t, mask=kept, other=1.0)
         do = rounded(dout.to(tl.float32) * (1 / tl.where(l <= 0, float("inf"), l))[:, None], LOW)
         return do, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    else:
-        return operand(dout, LOW), tl.zeros([dout.shape[0]], tl.float32)
+    return operand(dout, LOW), tl.zeros([dout.shape[0]], tl.float32)
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "q_offset"])
@@ -44,7 +43,8 @@ def scan_sums(
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x, w: keys and values, or queries and dout. first: where the walk starts, fp32 [S, Hkv, ...]. sums: what has been
-    walked before each chunk and in each split, rounded. last: that of the splits in fp32, [S, SPLITS, Hkv, ...]."""
+    walked before each chunk and in each split, rounded. last: that of the splits in fp32, [S, SPLITS, Hkv, ...].
+    """
     D_SLICES: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     D_MASK: tl.constexpr = D if D % BLOCK_D else 0
     M_MASK: tl.constexpr = M if M % BLOCK_M else 0

@@ -6,12 +6,16 @@ state: `step`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from linattn.kernels.common.op.stateful import Plan
-from linattn.kernels.quadratic.contract import Options
 from linattn.kernels.quadratic.gpu import chunked, direct, step
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.quadratic.contract import Options
 
 State = list[Tensor]
 

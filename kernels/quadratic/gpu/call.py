@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -14,10 +14,12 @@ from linattn.kernels.common.gpu.architecture import architecture
 from linattn.kernels.common.gpu.launch import block, launch, readable, strides
 from linattn.kernels.common.gpu.numerics import LOW, precision
 from linattn.kernels.common.gpu.similarity import quadratic
-from linattn.kernels.common.op.stateful import Plan
-from linattn.kernels.quadratic.contract import Options
 from linattn.kernels.quadratic.gpu import config, layout
-from linattn.kernels.quadratic.gpu.layout import State
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.quadratic.contract import Options
+    from linattn.kernels.quadratic.gpu.layout import State
 
 FOLD = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
 """Features and sums of products: of fp16 inputs they may leave the range of fp16."""
@@ -121,7 +123,8 @@ class Call:
     @property
     def guarded(self) -> bool:
         """Whether rows are watched whose sums cancel (rows.py). Those of a state cannot be helped: its keys are
-        gone."""
+        gone.
+        """
         return self.options.normalize and self.n_before is None and not self.all_scores
 
     @property
@@ -132,7 +135,7 @@ class Call:
 
     @functools.cached_property
     def tables(self) -> tuple[Tensor, Tensor] | None:
-        """reads and rows_from, where they are not simply the boundary itself."""
+        """Reads and rows_from, where they are not simply the boundary itself."""
         Tk = self.k.shape[2]
         regular = self.key_mask is None and self.cu_seqlens is None and Tk >= layout.FEW_KEYS
         if regular and not self.all_scores:
@@ -160,14 +163,14 @@ class Call:
     def constants(self) -> dict[str, Any]:
         D, M = self.q.shape[3], self.v.shape[3]
         reads, rows_from = self.tables or (None, None)
-        return dict(
-            cu_seqlens_ptr=self.cu_seqlens, S=self.sequences, q_offset=self.options.q_offset, CHUNK=self.chunk,
-            slots=self.boundaries, D=D, M=M, BLOCK_D=self.BLOCK_D, BLOCK_M=self.BLOCK_M,
-            reads_ptr=reads, rows_from_ptr=rows_from, TABLE=reads is not None,
-            CAUSAL=self.options.is_causal, PACKED=self.cu_seqlens is not None,
-            EVEN=D == self.BLOCK_D and M == self.BLOCK_M, PRECISION=precision(FOLD[self.q.dtype]), GUARD=self.guarded,
-            GRAM=gram_precision(self.q.dtype), size=layout.record_size(self.BLOCK_D, self.BLOCK_M),
-        )  # fmt: skip
+        return {
+            "cu_seqlens_ptr": self.cu_seqlens, "S": self.sequences, "q_offset": self.options.q_offset, "CHUNK": self.chunk,
+            "slots": self.boundaries, "D": D, "M": M, "BLOCK_D": self.BLOCK_D, "BLOCK_M": self.BLOCK_M,
+            "reads_ptr": reads, "rows_from_ptr": rows_from, "TABLE": reads is not None,
+            "CAUSAL": self.options.is_causal, "PACKED": self.cu_seqlens is not None,
+            "EVEN": D == self.BLOCK_D and M == self.BLOCK_M, "PRECISION": precision(FOLD[self.q.dtype]), "GUARD": self.guarded,
+            "GRAM": gram_precision(self.q.dtype), "size": layout.record_size(self.BLOCK_D, self.BLOCK_M),
+        }  # fmt: skip
 
     def pairs(self) -> dict[str, Any]:
         """Rows, keys and what their scores weigh."""
@@ -183,4 +186,4 @@ class Call:
 
     def scores(self, read: config.Read) -> dict[str, Any]:
         """What kernels that compute scores and read sums take."""
-        return self.constants() | self.pairs() | dict(WIDTH=read.WIDTH, FOLD=LOW[FOLD[self.q.dtype]])
+        return self.constants() | self.pairs() | {"WIDTH": read.WIDTH, "FOLD": LOW[FOLD[self.q.dtype]]}

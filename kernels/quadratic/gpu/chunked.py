@@ -9,7 +9,7 @@ The direct form beside a state runs on the same kernels: one chunk, in which all
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -25,9 +25,11 @@ from linattn.kernels.quadratic.contract import Options
 from linattn.kernels.quadratic.gpu import config, layout, sums
 from linattn.kernels.quadratic.gpu.call import FOLD, Call, run_kernel
 from linattn.kernels.quadratic.gpu.keys import pull_folded_keys, pull_lost_rows
-from linattn.kernels.quadratic.gpu.layout import State
 from linattn.kernels.quadratic.gpu.memory import Part, joined, keeps_sums, parts
 from linattn.kernels.quadratic.gpu.rows import pull_rows, read_rows, share_rows
+
+if TYPE_CHECKING:
+    from linattn.kernels.quadratic.gpu.layout import State
 
 SHARE = config.Fold(32, 4, 2)
 
@@ -53,7 +55,7 @@ def forward(
     def read(part: Part) -> State:
         some, before = part.its_call(), part.of_all(initial_state)
         of_keys = sums.of_keys(some, before, keep=return_state)
-        rows = dict(l_ptr=part.of(l), lost_ptr=part.of(lost), limit=config.CANCELLATION[q.dtype])
+        rows = {"l_ptr": part.of(l), "lost_ptr": part.of(lost), "limit": config.CANCELLATION[q.dtype]}
         _over_rows(read_rows, some, call.row.read, of_keys, rows | strides("out", part.of(out), "o"))
         if save and keeps_sums(call):
             kept.extend((of_keys.pairs, of_keys.record))
@@ -155,10 +157,10 @@ def _over_rows(kernel: Any, call: Call, read: config.Read, of_keys: sums.Sums, a
     first = call.options.q_offset // read.rows * read.rows
     tiles = triton.cdiv(call.q.shape[2] + call.options.q_offset - first, read.rows)
     c0, c1, c2 = call.weights
-    arguments = call.scores(read) | arguments | dict(
-        sums_ptr=of_keys.pairs, record_ptr=of_keys.record, H=call.q.shape[1], first_position=first, tiles=tiles,
-        BLOCK_Q=read.rows, BLOCK_K=read.others, weight_0=c0, weight_1=c1, weight_2=c2,
-    )  # fmt: skip
+    arguments = call.scores(read) | arguments | {
+        "sums_ptr": of_keys.pairs, "record_ptr": of_keys.record, "H": call.q.shape[1], "first_position": first, "tiles": tiles,
+        "BLOCK_Q": read.rows, "BLOCK_K": read.others, "weight_0": c0, "weight_1": c1, "weight_2": c2,
+    }  # fmt: skip
     run_kernel(kernel, (call.pieces(tiles, read.rows), call.q.shape[1]), read, arguments)
 
 

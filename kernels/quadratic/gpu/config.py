@@ -19,7 +19,8 @@ class Fold:
 @dataclass(frozen=True)
 class Read:
     """Rows of a program (queries; keys for dk, dv), rows of the other side in one step, WIDTH * 16 features of one
-    step, warps of a program, loads in flight."""
+    step, warps of a program, loads in flight.
+    """
 
     rows: int
     others: int
@@ -63,7 +64,7 @@ CANCELLATION = {torch.bfloat16: 32.0, torch.float16: 32.0, torch.float32: 1024.0
 """How many times larger than a row's sum the numbers may be that it comes from. From sums in bf16 a row then has an
 error of up to 1 %, from fp32 up to 1e-4; where it would be larger its scores are computed."""
 
-FLOPS_PER_BYTE = dict(sm_80=150, sm_90=184, sm_100=280, gfx942=245, consumer=160, interpreter=184)
+FLOPS_PER_BYTE = {"sm_80": 150, "sm_90": 184, "sm_100": 280, "gfx942": 245, "consumer": 160, "interpreter": 184}
 """Matrix products in bf16 against memory. sm_90: as measured on an H200; the others from data sheets."""
 
 PRODUCTS = {2: 1, 4: 6}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from linattn.kernels.common.gpu import direct
 from linattn.kernels.common.gpu.similarity import quadratic
-from linattn.kernels.quadratic.contract import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from linattn.kernels.quadratic.contract import Options
 
 
 def _problem(
@@ -20,7 +24,7 @@ def _problem(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """out and the row sums, without a state."""
+    """Out and the row sums, without a state."""
     return direct.forward(_problem(q, k, v, key_mask, cu_seqlens, options))
 
 

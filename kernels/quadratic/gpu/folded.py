@@ -18,8 +18,7 @@ def load_columns(tile, first, offs, size, EVEN: tl.constexpr):
     """Columns first + offs of a tile of rows. All rows must exist, and none matters to another."""
     if EVEN:
         return tl.load(tile + first + offs[None, :])
-    else:
-        return tl.load(tile + first + offs[None, :], mask=(first + offs < size)[None, :], other=0.0)
+    return tl.load(tile + first + offs[None, :], mask=(first + offs < size)[None, :], other=0.0)
 
 
 @triton.jit
@@ -28,7 +27,7 @@ def read_pairs(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + phi(x) S over products of two."""
+    """Acc + phi(x) S over products of two."""
     ROWS: tl.constexpr = acc.shape[0]
     offs_i, offs_j, offs = tl.arange(0, WIDTH), tl.arange(0, SLICE), tl.arange(0, WIDTH * SLICE)
     s_tile = sums_ptr + offs[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -53,7 +52,7 @@ def pull_pairs(
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + the gradient to x of phi(x) S . y."""
+    """Acc + the gradient to x of phi(x) S . y."""
     ROWS: tl.constexpr = acc.shape[0]
     offs_i, offs_m, offs = tl.arange(0, WIDTH), tl.arange(0, SLICE), tl.arange(0, WIDTH * SLICE)
     offs_j = tl.arange(0, BLOCK_D)
@@ -82,8 +81,9 @@ def read_record(
     acc, x_tile, record_ptr, D, weight_0, weight_1, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     EVEN: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + the terms of degree 1 and 0. Wide numbers go through shared memory by slices, since three TF32 products
-    hold each twice there."""
+    """Acc + the terms of degree 1 and 0. Wide numbers go through shared memory by slices, since three TF32 products
+    hold each twice there.
+    """
     STEP: tl.constexpr = SLICE if tl.float32 == FOLD else BLOCK_D
     offs_d, offs_m = tl.arange(0, STEP), tl.arange(0, BLOCK_M)
     linear_ptr = record_ptr + BLOCK_D * BLOCK_D
@@ -99,7 +99,7 @@ def add_squares(
     squares, x, x_tile, record_ptr, first, D, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr,
     GRAM: tl.constexpr,
 ):  # fmt: skip
-    """squares + the part of x.Z x that a slice of columns of Z gives."""
+    """Squares + the part of x.Z x that a slice of columns of Z gives."""
     offs_d, offs = tl.arange(0, BLOCK_D), tl.arange(0, SLICE)
     gram = tl.load(record_ptr + offs_d[:, None] * BLOCK_D + (first + offs)[None, :])
     row = dot(x, gram, None, GRAM)
@@ -113,7 +113,8 @@ def read_row_sums(
 ):  # fmt: skip
     """Row sums l = w0 n + w1 x.z + w2 x.Z x in fp32, a slice of columns of Z at a time to save registers, and how large
     numbers they come from: |w0 n| + |w1 x.z| + |w2| max(x.Z x, |x|^2 tr Z / D). For want of the latter, a row that is
-    orthogonal to all keys would seem exact; its x.Z x is a sum of products as large as those of any other x."""
+    orthogonal to all keys would seem exact; its x.Z x is a sum of products as large as those of any other x.
+    """
     offs_d = tl.arange(0, BLOCK_D)
     x = load_columns(x_tile, 0, offs_d, D, EVEN).to(tl.float32)
     squares = tl.zeros([x.shape[0]], tl.float32)
@@ -135,7 +136,8 @@ def pull_record(
     EVEN: tl.constexpr, ROW_SUMS: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
     """Add the gradient to x of the terms of degree 1 against y, and `factor` (by row) times that of the row sum; by
-    slices as in `read_record`."""
+    slices as in `read_record`.
+    """
     STEP_M: tl.constexpr = SLICE if tl.float32 == FOLD else BLOCK_M
     STEP_D: tl.constexpr = SLICE if tl.float32 == FOLD else BLOCK_D
     offs_d = tl.arange(0, BLOCK_D)

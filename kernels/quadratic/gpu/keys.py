@@ -1,5 +1,6 @@
 """A tile of keys: dk (GRAD) or dv (QUERY): the sums of later rows that read its boundary, and the rows that computed
-its scores; of the rows that are lost to the sums (rows.py), a kernel of its own."""
+its scores; of the rows that are lost to the sums (rows.py), a kernel of its own.
+"""
 
 import triton
 import triton.language as tl
@@ -38,7 +39,8 @@ def tile_of_keys(
     cu_seqlens_ptr, S, T, Tk, CHUNK, tiles, slots, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of keys: the batch element, the first row of the sequence there, its numbers of rows and of
-    keys, the tile's first key, the first boundary after it, the last one, and the slot of the former."""
+    keys, the tile's first key, the first boundary after it, the last one, and the slot of the former.
+    """
     batch, start, Tk, _, key_0, last, slot = tile_of_rows(
         tl.program_id(0), cu_seqlens_ptr, S, Tk, Tk, 0, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED
     )
@@ -52,7 +54,8 @@ def load_keys(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, KEY_MASK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The keys of a tile, which of them count, k and v of these, and zeros for dk and dv. `first`: where the mask of
-    the sequence begins."""
+    the sequence begins.
+    """
     offs_k, offs_d, offs_m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     keys = key_0 + offs_k
     if KEY_MASK:
@@ -177,7 +180,8 @@ def pull_lost_rows(
     EVEN: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dv what lost rows of later boundaries give back: their norm is not 0 in `lost_norm`, and their
-    tiles of BLOCK_Q rows are marked. Where there are none, this ends at once."""
+    tiles of BLOCK_Q rows are marked. Where there are none, this ends at once.
+    """
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
     batch, start, T, Tk, key_0, boundary, last, slot = tile_of_keys(
         cu_seqlens_ptr, S, T, Tk, CHUNK, tiles, slots, BLOCK_K, CAUSAL, PACKED

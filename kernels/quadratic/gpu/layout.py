@@ -46,7 +46,8 @@ def products_of(blocks: Tensor, D: int, M: int) -> Tensor:
 
 def pulled_blocks_of(dkkv: Tensor, D: int, BLOCK_D: int, BLOCK_M: int) -> Tensor:
     """The gradient to canonical products as sums over rows carry it: twice that of a square x_a x_a, once that of a
-    product x_a x_b, which is written twice on blocks of the diagonal; whoever reads these blocks takes the half."""
+    product x_a x_b, which is written twice on blocks of the diagonal; whoever reads these blocks takes the half.
+    """
     return blocks_of(dkkv * _weight_of_pair(D, dkkv.device)[:, None], D, BLOCK_D, BLOCK_M)
 
 
@@ -119,7 +120,8 @@ def tables(
     all_scores: bool,
 ) -> tuple[Tensor, Tensor]:
     """`reads` and `rows_from` of every slot, int32; each holds the sums at `boundary` of `sequence`. Sequences lie at
-    [starts, ends) of all batch elements' `rows`, end to end. all_scores: rows read boundary 0 only."""
+    [starts, ends) of all batch elements' `rows`, end to end. all_scores: rows read boundary 0 only.
+    """
     last = (ends - starts + chunk - 1) // chunk if is_causal else torch.ones_like(starts)
     if all_scores:
         first, enough = torch.zeros_like(starts), last + 1

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.gpu.architecture import architecture
 from linattn.kernels.quadratic.gpu import config, layout
-from linattn.kernels.quadratic.gpu.call import Call
-from linattn.kernels.quadratic.gpu.layout import State
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from linattn.kernels.quadratic.gpu.call import Call
+    from linattn.kernels.quadratic.gpu.layout import State
 
 WORKSPACE = 4 << 30
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
@@ -66,7 +69,8 @@ def _cat(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
 
 def parts(call: Call) -> Iterator[Part]:
     """Whole batch elements as long as one fits, then heads of one: so a part's rows lie as densely
-    as the whole. The result is the same bit by bit: runs are cut by the heads of the whole call."""
+    as the whole. The result is the same bit by bit: runs are cut by the heads of the whole call.
+    """
     B, Hkv = call.k.shape[:2]
     heads = max(1, workspace() // _bytes_of_head(call))
     if heads >= B * Hkv:

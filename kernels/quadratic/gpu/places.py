@@ -20,7 +20,8 @@ NOWHERE = tl.constexpr(1 << 30)
 @triton.jit
 def base_of(sequence, cu_seqlens_ptr, SIZE, SPARE: tl.constexpr):
     """The number of the first piece of a packed sequence when sequences are cut into pieces of SIZE rows. A sequence
-    gets at least SPARE - 1 more than it fills; so nobody has to count pieces."""
+    gets at least SPARE - 1 more than it fills; so nobody has to count pieces.
+    """
     return (tl.load(cu_seqlens_ptr + sequence) // SIZE).to(tl.int32) + SPARE * sequence
 
 
@@ -36,8 +37,7 @@ def sequence_of(pid, cu_seqlens_ptr, S, SIZE, per_sequence, SPARE: tl.constexpr,
             else:
                 high = middle
         return low, pid - base_of(low, cu_seqlens_ptr, SIZE, SPARE)
-    else:
-        return pid // per_sequence, pid % per_sequence
+    return pid // per_sequence, pid % per_sequence
 
 
 @triton.jit
@@ -46,8 +46,7 @@ def span(sequence, cu_seqlens_ptr, T, PACKED: tl.constexpr):
     if PACKED:
         start = tl.load(cu_seqlens_ptr + sequence).to(tl.int32)
         return start, tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int32) - start
-    else:
-        return 0, T
+    return 0, T
 
 
 @triton.jit
@@ -60,8 +59,7 @@ def slot_of(sequence, cu_seqlens_ptr, CHUNK, slots, CAUSAL: tl.constexpr, PACKED
     """Where the sums at boundary 0 of a sequence are kept; those at the other boundaries follow."""
     if PACKED and CAUSAL:
         return base_of(sequence, cu_seqlens_ptr, CHUNK, 2)
-    else:
-        return sequence * slots
+    return sequence * slots
 
 
 @triton.jit
@@ -80,9 +78,8 @@ def rows_between(first, end, q_offset, Tq, CAUSAL: tl.constexpr):
     """The rows at positions [first, end): all or none without causality, where they all are at position 0."""
     if CAUSAL:
         return tl.minimum(tl.maximum(first - q_offset, 0), Tq), tl.minimum(tl.maximum(end - q_offset, 0), Tq)
-    else:
-        holds = (first <= 0) & (end > 0)
-        return 0, tl.where(holds, Tq, 0)
+    holds = (first <= 0) & (end > 0)
+    return 0, tl.where(holds, Tq, 0)
 
 
 @triton.jit
@@ -112,7 +109,8 @@ def tile_of_rows(
     BLOCK_Q: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """A tile of BLOCK_Q positions: the batch element, the first row of the sequence there, its numbers of rows and of
-    keys, the tile's first position, the last boundary and the slot of boundary 0."""
+    keys, the tile's first position, the last boundary and the slot of boundary 0.
+    """
     sequence, tile = sequence_of(pid, cu_seqlens_ptr, S, BLOCK_Q, tiles, 2, PACKED)
     start, T = span(sequence, cu_seqlens_ptr, T, PACKED)
     Tk = T if PACKED else Tk

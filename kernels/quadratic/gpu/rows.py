@@ -108,7 +108,8 @@ def share_rows(
 ):  # fmt: skip
     """What a row hands on: norm = 1/l, delta = dout.out, and for the sums dO' = norm dout, rounded, with the delta
     of just these rounded numbers. A row without a sum (l <= 0) hands nothing on, and a lost one nothing to the sums:
-    its norm is given apart, and which tiles have such rows."""
+    its norm is given apart, and which tiles have such rows.
+    """
     tile, h, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64), tl.cast(tl.program_id(2), tl.int64)
     offs_q, offs_m, first = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_M), tl.cast(tile * BLOCK_Q, tl.int64)
     real = first + offs_q < T
@@ -149,7 +150,7 @@ def pull_rows(
     KEY_MASK: tl.constexpr, PACKED: tl.constexpr, TABLE: tl.constexpr, GUARD: tl.constexpr, EVEN: tl.constexpr,
     LOW: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
-    """dq. A tile with lost rows computes all scores, as it did in `read_rows`."""
+    """Dq. A tile with lost rows computes all scores, as it did in `read_rows`."""
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
     batch, start, T, Tk, position, last, slot = tile_of_rows(
         tl.program_id(0), cu_seqlens_ptr, S, T, Tk, first_position, CHUNK, tiles, slots, BLOCK_Q, CAUSAL, PACKED

@@ -28,7 +28,7 @@ FEATURES = tl.constexpr(256)
 
 @triton.jit
 def product(a, b, LOW: tl.constexpr):
-    """a * b rounded once to LOW; fp16 factors may leave their range, so they are multiplied in fp32."""
+    """A * b rounded once to LOW; fp16 factors may leave their range, so they are multiplied in fp32."""
     if a.dtype == tl.float16:
         a = a.to(tl.float32)
     if b.dtype == tl.float16:
@@ -50,12 +50,11 @@ def load_slice(tile, columns, size, real, MASKED: tl.constexpr, EVEN: tl.constex
     """Some columns of a tile of rows, of which those not `real` are 0."""
     if MASKED and EVEN:
         return tl.load(tile + columns[None, :], mask=real[:, None], other=0.0)
-    elif MASKED:
+    if MASKED:
         return tl.load(tile + columns[None, :], mask=real[:, None] & (columns < size)[None, :], other=0.0)
-    elif EVEN:
+    if EVEN:
         return tl.load(tile + columns[None, :])
-    else:
-        return tl.load(tile + columns[None, :], mask=(columns < size)[None, :], other=0.0)
+    return tl.load(tile + columns[None, :], mask=(columns < size)[None, :], other=0.0)
 
 
 @triton.jit
@@ -86,7 +85,8 @@ def pair_sums(
     TOTALS: tl.constexpr, EVEN: tl.constexpr, EVEN_T: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of features of one run of RUN rows. Causal: a run is some chunks (in reverse, boundaries), and the sum
-    so far is stored at each. The sum of the whole run goes to `totals`. EVEN_T: all rows of all tiles count."""
+    so far is stored at each. The sum of the whole run goes to `totals`. EVEN_T: all rows of all tiles count.
+    """
     pair, h = tl.program_id(0), tl.program_id(2)
     PAIRS: tl.constexpr = BLOCK_D // 16 * (BLOCK_D // 16 + 1) // 2
     sequence, run = sequence_of(tl.program_id(1), cu_seqlens_ptr, S, RUN, runs, 2, PACKED)
@@ -154,7 +154,8 @@ def record_sums(
     FACTOR: tl.constexpr, EVEN: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
     """The record of one chunk (causal), stored at its boundary, or of PART tokens, stored by program. Without FACTOR
-    f = 1 forward, and in reverse, where rows are not normalised, f = 0."""
+    f = 1 forward, and in reverse, where rows are not normalised, f = 0.
+    """
     h = tl.program_id(1)
     sequence, part = sequence_of(tl.program_id(0), cu_seqlens_ptr, S, PART, parts, 2, PACKED)
     start, T = span(sequence, cu_seqlens_ptr, T, PACKED)
@@ -217,7 +218,8 @@ def scan(
 ):  # fmt: skip
     """Some elements of one sequence and head: turn sums within runs into sums from the beginning (REVERSE: from the
     end). `offset` is what stands before all of them; what stands after goes to `end`. IN_PLACE: each run is one
-    boundary, and its own total. EMPTY: nothing was stored, for want of keys."""
+    boundary, and its own total. EMPTY: nothing was stored, for want of keys.
+    """
     inside = offs < size
     sums_ptr += (tl.cast(slot, tl.int64) * H + h) * size + offs
     totals_ptr += (tl.cast(run_0, tl.int64) * H + h) * size + offs
@@ -264,7 +266,8 @@ def scan_sums(
     OFFSET: tl.constexpr, END: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Scan the record, cut into parts of PART rows, and before it, in the first OF_PAIRS programs of a sequence and
-    head, the sums over pairs, cut into runs of RUN rows."""
+    head, the sums over pairs, cut into runs of RUN rows.
+    """
     block, sequence, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, T = span(sequence, cu_seqlens_ptr, T, PACKED)
     Tk = T if PACKED else Tk

@@ -8,21 +8,25 @@ gave and the scores of the new keys, which no query reads from a state.
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from linattn.kernels.common.gpu.architecture import architecture
 from linattn.kernels.common.gpu.launch import block, strides
 from linattn.kernels.common.gpu.numerics import rounded
 from linattn.kernels.common.gpu.pairs import weigh
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.common.op.stateful import Plan
 from linattn.kernels.quadratic.contract import Options, state_shapes
 from linattn.kernels.quadratic.gpu import config
 from linattn.kernels.quadratic.gpu.call import Call, run_kernel
-from linattn.kernels.quadratic.gpu.layout import State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.quadratic.gpu.layout import State
 
 STATE = ("n", "k_sum", "kk", "v_sum", "kv", "kkv")
 FINISH = config.Fold(32, 4, 1)
@@ -95,8 +99,7 @@ def key_counts(key_mask_ptr, t, KEY_MASK: tl.constexpr):
     """1 if key t counts, else 0."""
     if KEY_MASK:
         return tl.load(key_mask_ptr + t).to(tl.int32)
-    else:
-        return 1
+    return 1
 
 
 @triton.jit

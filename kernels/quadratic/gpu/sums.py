@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -12,15 +12,18 @@ from linattn.kernels.common.gpu.launch import strides
 from linattn.kernels.common.gpu.numerics import LOW
 from linattn.kernels.quadratic.gpu import config, layout
 from linattn.kernels.quadratic.gpu.call import FOLD, Call, run_kernel
-from linattn.kernels.quadratic.gpu.layout import State
 from linattn.kernels.quadratic.gpu.state import pair_sums, record_sums, scan_sums
+
+if TYPE_CHECKING:
+    from linattn.kernels.quadratic.gpu.layout import State
 
 SCAN = config.Fold(1024, 4, 2)
 
 
 class Sums(NamedTuple):
     """Sums at boundaries `[slots, Hkv, ...]`; and, if asked for, what they come to after all keys (in reverse: before
-    all rows) `[sequences, Hkv, ...]`."""
+    all rows) `[sequences, Hkv, ...]`.
+    """
 
     pairs: Tensor
     record: Tensor
@@ -67,11 +70,11 @@ def _sums(
     ends = (record.new_empty(S, H, features, call.BLOCK_M), record.new_empty(S, H, size)) if keep else None
     offsets, kept = offset or (None, None), ends or (None, None)
     scanned = triton.cdiv(features * call.BLOCK_M, SCAN.BLOCK_T) if of_pairs["TOTALS"] else 0
-    arguments |= of_record | of_pairs | dict(
-        weight=1.0 if reverse else 2 * call.weights[2], OF_PAIRS=scanned, OFFSET=offset is not None, END=keep,
-        offset_ptr=offsets[0], record_offset_ptr=offsets[1], end_ptr=kept[0], record_end_ptr=kept[1], size=size,
-        BLOCK=SCAN.BLOCK_T,
-    )  # fmt: skip
+    arguments |= of_record | of_pairs | {
+        "weight": 1.0 if reverse else 2 * call.weights[2], "OF_PAIRS": scanned, "OFFSET": offset is not None, "END": keep,
+        "offset_ptr": offsets[0], "record_offset_ptr": offsets[1], "end_ptr": kept[0], "record_end_ptr": kept[1], "size": size,
+        "BLOCK": SCAN.BLOCK_T,
+    }  # fmt: skip
     run_kernel(scan_sums, (scanned + triton.cdiv(size, SCAN.BLOCK_T), S, H), SCAN, arguments)
     return Sums(pairs, record, ends)
 
@@ -89,8 +92,8 @@ def _pairs(call: Call, shared: dict[str, Any], always_scanned: bool) -> tuple[Te
     totals = pairs.new_empty(runs if scanned else 0, *pairs.shape[1:], dtype=torch.float32)
     regular = not shared["MASKED"] and call.cu_seqlens is None and call.tables is None
     whole = regular and T % tile.BLOCK_T == 0 and (call.options.q_offset if reverse else 0) % tile.BLOCK_T == 0
-    cut = dict(sums_ptr=pairs, totals_ptr=totals, RUN=run, runs=per_sequence, TOTALS=scanned)
-    arguments = shared | cut | dict(weight=2 * call.weights[2], BLOCK_T=tile.BLOCK_T, EVEN_T=whole)
+    cut = {"sums_ptr": pairs, "totals_ptr": totals, "RUN": run, "runs": per_sequence, "TOTALS": scanned}
+    arguments = shared | cut | {"weight": 2 * call.weights[2], "BLOCK_T": tile.BLOCK_T, "EVEN_T": whole}
     run_kernel(pair_sums, (features // 256, runs, call.Hkv), tile, arguments)
     return pairs, cut
 
@@ -104,13 +107,13 @@ def _record(call: Call, shared: dict[str, Any], f: Tensor | None) -> tuple[Tenso
     record = call.q.new_empty(call.slots, call.Hkv, size, dtype=torch.float32)
     of_parts = record if causal else record.new_empty(parts, call.Hkv, size)
     weights = call.weights if shared["REVERSE"] else (1.0, 1.0, 1.0)
-    arguments = shared | dict(
-        record_ptr=of_parts, PART=part, parts=per_sequence, f_ptr=f, FACTOR=f is not None, BLOCK_T=tile.BLOCK_T,
-        stride_fb=0 if f is None else f.stride(0), stride_fh=0 if f is None else f.stride(1),
-        weight_0=weights[0], weight_1=weights[1], weight_2=weights[2],
-    )  # fmt: skip
+    arguments = shared | {
+        "record_ptr": of_parts, "PART": part, "parts": per_sequence, "f_ptr": f, "FACTOR": f is not None, "BLOCK_T": tile.BLOCK_T,
+        "stride_fb": 0 if f is None else f.stride(0), "stride_fh": 0 if f is None else f.stride(1),
+        "weight_0": weights[0], "weight_1": weights[1], "weight_2": weights[2],
+    }  # fmt: skip
     run_kernel(record_sums, (parts, call.Hkv), tile, arguments)
-    return record, dict(record_ptr=record, parts_ptr=of_parts, PART=part, parts=per_sequence)
+    return record, {"record_ptr": record, "parts_ptr": of_parts, "PART": part, "parts": per_sequence}
 
 
 def _run(call: Call, T: int) -> int:

@@ -74,7 +74,8 @@ def test_matrix_instructions_are_found(architecture: str, kind: str) -> None:
     kernel = reading(architecture)
     assert set(kernel.matrix) == {kind}
     assert kernel.hot.matrix > 0
-    assert kernel.registers > 0 and kernel.shared_bytes > 0
+    assert kernel.registers > 0
+    assert kernel.shared_bytes > 0
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -138,7 +139,9 @@ def test_json_has_what_the_table_shows(monkeypatch: pytest.MonkeyPatch, capsys: 
     (row,) = report["rows"]
     assert report["note"] == "compiled offline; nothing was run on a GPU"
     assert row["configuration"] == "Q128 K128 w4 s2"
-    assert row["serialized"] and row["problems"] and row["required"]
+    assert row["serialized"]
+    assert row["problems"]
+    assert row["required"]
     assert row["flops_per_tile"] == 2 * 128 * 128 * (64 + 64)
     assert 0 < row["share"][0] < row["share"][1] < 1
 

@@ -25,7 +25,8 @@ def test_the_search_brackets_a_crossing_away_from_where_it_began(
 
     monkeypatch.setattr(calibrate, "_measure", timed)
     found = calibrate.crossing_near(Problem(1000, 16, 16), "reference", torch.device("cpu"), 1.0)
-    assert found is not None and found.value == pytest.approx(crossing, rel=0.02)
+    assert found is not None
+    assert found.value == pytest.approx(crossing, rel=0.02)
     assert found.bracketed
     assert len(measured) == len(set(measured)) <= 10
 
@@ -39,7 +40,9 @@ def test_calls_too_long_to_wait_for_end_the_search(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(calibrate, "_measure", slow)
     found = calibrate.crossing_near(Problem(1000, 16, 16), "reference", torch.device("cpu"), 1.0)
-    assert found is not None and found.value is None and found.always == "slower"
+    assert found is not None
+    assert found.value is None
+    assert found.always == "slower"
     assert max(measured) < 1200
 
 

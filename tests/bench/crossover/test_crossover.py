@@ -85,7 +85,7 @@ def test_refinement_is_measured_once(tmp_path, monkeypatch) -> None:
     arguments = ["crossover", "--quick", "--sizes", "4", "--out", str(tmp_path), "--no-figures", "--device", "cpu"]
     assert main(arguments) == 0
     # Middles beside 1500 (against SDPA), then beside 750 (against the direct form), for each mask.
-    assert measured[:12] == [128, 256, 512, 1024, 2048, 4096, 8192, 720, 1456, 2896, 368, 720][:11] + [128]
+    assert measured[:12] == [*[128, 256, 512, 1024, 2048, 4096, 8192, 720, 1456, 2896, 368, 720][:11], 128]
     count = len(measured)
     assert main(arguments) == 0
     assert len(measured) == count
@@ -232,7 +232,8 @@ def test_long_calls_end_once_the_order_is_settled(tmp_path, monkeypatch) -> None
     assert [N for N, methods in first if methods == [QUADRATIC_CHUNKED]] == [4096, 8192]
     results = Results.load(tmp_path / "results.json")
     found = tables.crossing_of([r for r in results.rows if not r.problem.is_causal], SDPA)
-    assert found.value == pytest.approx(1500, rel=0.01) and found.bracketed
+    assert found.value == pytest.approx(1500, rel=0.01)
+    assert found.bracketed
 
 
 def test_full_is_the_whole_sweep(tmp_path, monkeypatch) -> None:
@@ -242,20 +243,23 @@ def test_full_is_the_whole_sweep(tmp_path, monkeypatch) -> None:
     assert main(["crossover", "--full", "--out", str(tmp_path), "--no-figures", "--device", "cpu"]) == 0
     heads = {(g[0].D, g[0].is_causal, g[0].dtype, g[0].direction) for g in seen}
     wanted = itertools.product((16, 32, 64, 128), (False, True), ("fp32", "bf16"), ("forward", "training"))
-    assert heads == set(wanted) and len(seen) == 32
+    assert heads == set(wanted)
+    assert len(seen) == 32
 
 
 def test_a_cell_belongs_to_the_fastest(tmp_path) -> None:
     rows = power_rows()
     assert winner_map.factors(rows, 64) == (SDPA, 2.0)
     method, factor = winner_map.factors(rows, 1024)
-    assert method == QUADRATIC_CHUNKED and factor == pytest.approx(1024 / 300)
+    assert method == QUADRATIC_CHUNKED
+    assert factor == pytest.approx(1024 / 300)
     assert winner_map.factors([row for row in rows if row.method == SDPA], 64) is None
     (axes,) = winner_map.draw_winners(figures.parts_of(rows), describe(pick_device("cpu"))).axes
     assert [text.get_text() for text in axes.texts] == ["2.0", "2.0", "1.2", "1.7", "3.4"]
     (square, features) = (line.get_ydata() for line in axes.lines)
     # Lines of the grid are octaves above 64; D = 16: D^2 = 256, C = 153.
-    assert list(square) == [2.0] and features[0] == pytest.approx(1.257, abs=1e-3)
+    assert list(square) == [2.0]
+    assert features[0] == pytest.approx(1.257, abs=1e-3)
 
 
 def test_memory_has_a_figure_where_it_was_measured(tmp_path) -> None:

@@ -17,7 +17,8 @@ from linattn.bench.measuring.results import Row
 def test_a_power_law_is_found_exactly(exponent: float) -> None:
     law = fit_power_law([(x, 3.7 * x**exponent, 0.05) for x in (16, 32, 64, 128)])
     assert law.exponent == pytest.approx(exponent, abs=1e-9)
-    assert law.low < exponent < law.high and law.points == 4
+    assert law.low < exponent < law.high
+    assert law.points == 4
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
@@ -72,9 +73,11 @@ def rows_of(D: int, star: float, *, sizes=tuple(2**p for p in range(5, 16)), dir
 def test_n_star_grows_as_it_was_made_to() -> None:
     rows = [row for D in (16, 32, 64, 128) for row in rows_of(D, 0.6 * D**1.9)]
     against_sdpa, against_direct = exponents.growth_of_crossings(rows)
-    assert against_sdpa.rival == SDPA and against_direct.rival == QUADRATIC_DIRECT
+    assert against_sdpa.rival == SDPA
+    assert against_direct.rival == QUADRATIC_DIRECT
     assert against_sdpa.law.exponent == pytest.approx(1.9, abs=1e-6)
-    assert against_sdpa.heads == (16, 32, 64, 128) and against_sdpa.left_out == ()
+    assert against_sdpa.heads == (16, 32, 64, 128)
+    assert against_sdpa.left_out == ()
     # Equal flops: C = (D+1)(D+2)/2 grows as D^1.93 over these sizes.
     assert against_sdpa.by_flops == pytest.approx(1.928, abs=2e-3)
     assert "non-causal fp32: exponent of N*(D) against SDPA: 1.90 [" in str(against_sdpa)
@@ -83,11 +86,13 @@ def test_n_star_grows_as_it_was_made_to() -> None:
 def test_what_is_not_bracketed_is_left_out_of_the_fit() -> None:
     rows = [row for D in (16, 32, 64) for row in rows_of(D, 0.6 * D**2)] + rows_of(128, 20000)
     found = exponents.growth_of_crossings(rows)[0]
-    assert found.heads == (16, 32, 64) and found.left_out == (128,)
+    assert found.heads == (16, 32, 64)
+    assert found.left_out == (128,)
     assert found.law.exponent == pytest.approx(2.0, abs=1e-6)
     assert "left out: D = 128" in str(found)
     few = exponents.growth_of_crossings([row for row in rows if row.problem.D > 32])[0]
-    assert few.law is None and "a fit needs 3" in str(few)
+    assert few.law is None
+    assert "a fit needs 3" in str(few)
 
 
 def test_directions_are_fitted_apart() -> None:
@@ -98,9 +103,11 @@ def test_directions_are_fitted_apart() -> None:
 def test_methods_grow_with_the_length() -> None:
     sdpa, direct, chunked = exponents.growth_of_methods(rows_of(64, 3000.0))
     assert (sdpa.expected, direct.expected, chunked.expected) == (2, 2, 1)
-    assert sdpa.time.exponent == pytest.approx(2.0) and chunked.time.exponent == pytest.approx(1.0)
+    assert sdpa.time.exponent == pytest.approx(2.0)
+    assert chunked.time.exponent == pytest.approx(1.0)
     assert chunked.memory.exponent == pytest.approx(1.0)
-    assert sdpa.flops == pytest.approx(2.0) and chunked.flops == pytest.approx(1.0)
+    assert sdpa.flops == pytest.approx(2.0)
+    assert chunked.flops == pytest.approx(1.0)
     assert chunked.longest == 32768
     # The longest three octaves: 4096, 8192, 16384, 32768.
     assert chunked.time.points == 4

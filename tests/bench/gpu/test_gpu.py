@@ -61,7 +61,8 @@ def test_a_stage_runs_in_its_own_process_and_writes_to_the_folder_alone(monkeypa
         monkeypatch.setenv(name, "")
     assert command.main(["--rehearse", "--only", "limits", "--out", str(tmp_path)]) == 0
     found = Record(tmp_path / "gpu.json").load()
-    assert found["stages"]["limits"]["state"] == DONE and found["limits"]["cpu"]["copy_gb_s"] > 0
+    assert found["stages"]["limits"]["state"] == DONE
+    assert found["limits"]["cpu"]["copy_gb_s"] > 0
     assert set(results.rglob("*")) == before
 
 
@@ -104,7 +105,8 @@ def test_a_row_says_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     goals = (Goal(QUADRATIC_DIRECT, "speedup", 1.0, rivals=(SDPA, wrong)), Goal(QUADRATIC_DIRECT, "ms", 1e9))
     comparison = Comparison(PROBLEM, methods, goals)
     rows = compare(comparison, CPU, LIMITS)
-    assert rows["quadratic direct"]["error"] < 1e-5 and rows["quadratic direct"]["gradient_error"] < 5e-5
+    assert rows["quadratic direct"]["error"] < 1e-5
+    assert rows["quadratic direct"]["gradient_error"] < 5e-5
     assert rows["off"]["error"] == pytest.approx(0.1, rel=0.01)
     assert rows["breaks"]["failed"] == "RuntimeError: no kernel"
     assert "none such" in rows["refused"]["skipped"]
@@ -133,13 +135,15 @@ def test_limits_are_those_of_the_design() -> None:
     """0.46 ms forward at 790 TFLOP/s for 8 heads of 64 over 65536 tokens, in chunks of 1024: matrix products bind."""
     problem = Problem(65536, 64, 64, 1, 8, "bf16", is_causal=True)
     found = rates(CHUNKED, problem, 1.0, Limits(4300.0, 790.0))
-    assert found["limit_ms"] == pytest.approx(0.46, rel=0.02) and found["bound"] == "matrix products"
+    assert found["limit_ms"] == pytest.approx(0.46, rel=0.02)
+    assert found["bound"] == "matrix products"
     # Direct: 2 N (D + M) flops a token and head, halved by causality.
     direct = rates(DIRECT, Problem(16384, 128, 128, 1, 16, "bf16", is_causal=True), 1.0, Limits(4300.0, 790.0))
     assert direct["TFLOP/s"] == pytest.approx(16 * 16384**2 * 256 / 1e9, rel=1e-3)
     # A feature map at D = 128 is bound by bandwidth: q, k, v and out once, in bf16.
     elu = rates(cases.ELU, Problem(8192, 128, 128, 1, 96, "bf16", is_causal=True), 1.0, Limits(4300.0, 790.0))
-    assert elu["bound"] == "bandwidth" and elu["GB/s"] == pytest.approx(4 * 96 * 8192 * 128 * 2 / 1e6)
+    assert elu["bound"] == "bandwidth"
+    assert elu["GB/s"] == pytest.approx(4 * 96 * 8192 * 128 * 2 / 1e6)
 
 
 def test_every_goal_is_decided_by_a_row_of_its_own_comparison() -> None:
@@ -170,4 +174,5 @@ def test_module_is_run_by_its_file() -> None:
     done = subprocess.run(
         [sys.executable, str(command.__file__), "--help"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and "--rehearse" in done.stdout
+    assert done.returncode == 0
+    assert "--rehearse" in done.stdout

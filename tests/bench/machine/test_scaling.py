@@ -36,8 +36,10 @@ def test_every_operation_is_measured_where_it_is_defined_and_right(tmp_path, mon
 
 def test_where_operations_are_defined() -> None:
     recurrent = next(m for m in scaling.METHODS if m.form == "recurrent")
-    assert takes(recurrent, Problem(8, 4, 4, is_causal=True)) and not takes(recurrent, Problem(8, 4, 4))
-    assert takes(ARGMAX, Problem(8, 4, 4)) and not takes(ARGMAX, Problem(8, 4, 4, is_causal=True))
+    assert takes(recurrent, Problem(8, 4, 4, is_causal=True))
+    assert not takes(recurrent, Problem(8, 4, 4))
+    assert takes(ARGMAX, Problem(8, 4, 4))
+    assert not takes(ARGMAX, Problem(8, 4, 4, is_causal=True))
     assert not takes(ARGMAX, Problem(8, 4, 4, direction="training"))
     assert takes(KERNEL_ATTENTION, Problem(8, 4, 4, is_causal=True, direction="training"))
 
@@ -73,6 +75,7 @@ def test_the_table_gives_the_exponents(modelled: Results) -> None:
 def test_the_figure_tells_every_exponent(modelled: Results) -> None:
     figure = scaling.draw(modelled)
     labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert "quadratic chunked (1.00)" in labels[0] and "SDPA (2.00)" in labels[0]
+    assert "quadratic chunked (1.00)" in labels[0]
+    assert "SDPA (2.00)" in labels[0]
     assert all(label.endswith("(1.00)") for label in labels[3])
     assert describe(pick_device("cpu")).device in figure.texts[-1].get_text()

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import pathlib
 import re
 
 import pytest
@@ -41,7 +42,7 @@ def test_what_is_saved_is_loaded(results: Results, tmp_path) -> None:
 
 def test_csv_has_one_line_a_row(results: Results, tmp_path) -> None:
     results.save(tmp_path / "results.json")
-    with open(tmp_path / "results.csv", newline="") as file:
+    with pathlib.Path(tmp_path / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["SDPA", "quadratic chunked"]
     assert (rows[0]["N"], rows[0]["median_ms"], rows[0]["rounds"], rows[0]["gflops_per_s"]) == ("64", "2", "3", "250")

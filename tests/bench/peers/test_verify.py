@@ -20,13 +20,16 @@ PLAIN = ("sdpa", "sdpa-math", "naive", "features-cumsum", "elu-cumsum")
 def test_peers_in_plain_pytorch_are_proved(peer: str) -> None:
     proof = prove(peer, CPU, "fp32")
     assert proof.state == "proved", proof
-    assert proof.error <= 1e-5 and proof.gradient_error <= 1e-5
+    assert proof.error <= 1e-5
+    assert proof.gradient_error <= 1e-5
 
 
 def test_a_peer_that_computes_something_else_is_named(monkeypatch) -> None:
     monkeypatch.setitem(PEERS, "scaled", Peer("quadratic", implementations._load_sdpa))
     proof = prove("scaled", CPU, "fp32")
-    assert proof.state == "differs" and proof.error > 1e-3 and "not compared" in proof.detail
+    assert proof.state == "differs"
+    assert proof.error > 1e-3
+    assert "not compared" in proof.detail
 
 
 def test_a_wrong_gradient_alone_is_a_difference(monkeypatch) -> None:
@@ -42,7 +45,8 @@ def test_a_wrong_gradient_alone_is_a_difference(monkeypatch) -> None:
     sdpa = implementations._load_sdpa()
     monkeypatch.setitem(PEERS, "halved", Peer("softmax", lambda: lambda q, k, v, c: Halved.apply(sdpa(q, k, v, c))))
     proof = prove("halved", CPU, "fp32")
-    assert proof.error < 1e-6 and proof.state == "differs"
+    assert proof.error < 1e-6
+    assert proof.state == "differs"
 
 
 def test_nan_is_no_proof(monkeypatch) -> None:
@@ -79,7 +83,8 @@ def test_forward_only_is_said(monkeypatch) -> None:
 
     monkeypatch.setitem(PEERS, "forward", Peer("softmax", lambda: forward_only))
     proof = prove("forward", CPU, "fp32")
-    assert proof.state == "proved" and proof.gradient_error is None
+    assert proof.state == "proved"
+    assert proof.gradient_error is None
     assert proof.detail == "forward only: no backward here"
 
 

@@ -75,7 +75,8 @@ def test_the_band_follows_the_noise() -> None:
 
 def test_a_larger_peak_is_flagged() -> None:
     flags = compare(results(seed=1, peak_mib=12.0), results(seed=2))
-    assert {flag.kind for flag in flags} == {"larger"} and "8.0 MiB before, 12.0 MiB now" in str(flags[0])
+    assert {flag.kind for flag in flags} == {"larger"}
+    assert "8.0 MiB before, 12.0 MiB now" in str(flags[0])
     assert compare(results(seed=1, peak_mib=9.9), results(seed=2)) == []
 
 
@@ -89,13 +90,15 @@ def test_what_is_no_longer_measured_is_flagged() -> None:
     gone = {"median_ms": None, "samples_ms": [], "skipped": "about 9 s a call"}
     assert compare(results(seed=1, **gone), results(seed=2, **gone)) == []
     flags = compare(results(seed=1, **gone), results(seed=2))
-    assert {flag.kind for flag in flags} == {"not measured"} and "now: about 9 s a call" in str(flags[0])
+    assert {flag.kind for flag in flags} == {"not measured"}
+    assert "now: about 9 s a call" in str(flags[0])
 
 
 @pytest.mark.parametrize(("field", "value"), [("error", 2e-5), ("error", float("nan")), ("gradient_error", 1e-3)])
 def test_an_error_beyond_its_budget_is_flagged_without_a_baseline(field: str, value: float) -> None:
     flags = compare(results(seed=1, **{field: value}), None)
-    assert len(flags) == 9 and {flag.kind for flag in flags} == {"wrong"}
+    assert len(flags) == 9
+    assert {flag.kind for flag in flags} == {"wrong"}
     assert "accepted: 1e-05" in str(flags[0]) or "accepted: 5e-05" in str(flags[0])
 
 
@@ -148,7 +151,8 @@ def test_the_last_committed_results_are_the_baseline(tmp_path: Path) -> None:
     elsewhere = tmp_path / "runs" / "results.json"
     runs[3].save(elsewhere)
     found, source = committed_before(elsewhere, runs[3])
-    assert found == runs[1] and source.startswith(f"bench/results/{slug}/results.json at HEAD")
+    assert found == runs[1]
+    assert source.startswith(f"bench/results/{slug}/results.json at HEAD")
     assert committed_before(elsewhere, dataclasses.replace(runs[3], kind="scaling")) is None
 
 

@@ -90,7 +90,8 @@ def test_the_page_needs_nothing_else(whole_page: str) -> None:
     reader = Reader()
     reader.feed(whole_page)
     assert reader.open == []
-    assert "script" not in reader.tags and "link" not in reader.tags
+    assert "script" not in reader.tags
+    assert "link" not in reader.tags
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in reader.sources)
     # Winners, N*, time and memory; scaling; roofline.
     assert sum(source.startswith("data:") for source in reader.sources) == 6
@@ -123,7 +124,8 @@ def test_n_star_stands_beside_theory() -> None:
     table = summaries.section("nstar-forward", crossover_results())
     D, mask, dtype, direct, per_square, sdpa, sdpa_square, flops, flops_square, speed = table.rows[1]
     assert (D, mask, dtype) == ("32", "non-causal", "fp32")
-    assert direct == sdpa == "600 [600, 600]" and per_square == sdpa_square == "0.59 [0.59, 0.59]"
+    assert direct == sdpa == "600 [600, 600]"
+    assert per_square == sdpa_square == "0.59 [0.59, 0.59]"
     assert (flops, flops_square) == ("561", "0.55")
     assert speed == f"{16384 / 600:.1f}"
     assert summaries.section("nstar-training", crossover_results()).rows == ()
@@ -131,8 +133,11 @@ def test_n_star_stands_beside_theory() -> None:
 
 def test_exponents_say_whether_they_exclude_2() -> None:
     (sdpa, direct) = summaries.section("exponents", crossover_results()).rows
-    assert sdpa[3] == "SDPA" and direct[3] == "our direct form"
-    assert sdpa[4].startswith("2.00 [") and sdpa[6] == "no" and sdpa[7] == "16, 32, 64"
+    assert sdpa[3] == "SDPA"
+    assert direct[3] == "our direct form"
+    assert sdpa[4].startswith("2.00 [")
+    assert sdpa[6] == "no"
+    assert sdpa[7] == "16, 32, 64"
 
 
 def test_targets_are_those_of_the_instruction_set() -> None:
@@ -149,7 +154,8 @@ def test_a_page_is_updated_between_its_marks_only(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(text)
     assert main(["report", "--update", str(tmp_path / "page.md")]) == 0
     found = (tmp_path / "page.md").read_text()
-    assert "old" not in found and found.count("| 32 | non-causal | fp32 | 600 [600, 600] |") == 2
+    assert "old" not in found
+    assert found.count("| 32 | non-causal | fp32 | 600 [600, 600] |") == 2
     assert re.sub(r"\|.*\|\n", "", found) == text.replace("old\n", "")
     assert marked_tables.updated(found, tmp_path) == found
 
@@ -194,8 +200,11 @@ def test_a_record_of_a_gpu_has_its_section(tmp_path: Path) -> None:
     record.put("rows", "direct/b", {"skipped": "no kernel <here>"})
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
-    assert "GPU, nvidia-h200</h2>" in text and "stage direct: cut off after 75 s" in text
-    assert "<b>1.5</b>" in text and "no kernel &lt;here&gt;" in text and "400" in text
+    assert "GPU, nvidia-h200</h2>" in text
+    assert "stage direct: cut off after 75 s" in text
+    assert "<b>1.5</b>" in text
+    assert "no kernel &lt;here&gt;" in text
+    assert "400" in text
     assert text.count("data:image/svg+xml") == 1
 
 
@@ -211,12 +220,15 @@ def test_nothing_to_report_is_one_line(tmp_path: Path, capsys) -> None:
 
 def test_a_place_is_below_the_lower_of_two_ceilings() -> None:
     ceilings = roofline.Ceilings(10.0, {"fp32": 400.0})
-    assert ceilings.at(20.0, "fp32") == 200.0 and ceilings.at(100.0, "fp32") == 400.0
+    assert ceilings.at(20.0, "fp32") == 200.0
+    assert ceilings.at(100.0, "fp32") == 400.0
     (found,) = [results for results in other_results() if results.kind == "roofline"]
     place = roofline.places(found.rows, ceilings)[0]
     # 0.5 GFLOP over q, k, v and out: 4 heads, 2048 tokens, 4 x 64 numbers of 4 bytes.
     assert place.intensity == pytest.approx(0.5e9 / (4 * 2048 * 4 * 64 * 4))
-    assert place.rate == pytest.approx(250.0) and place.bound == "products" and place.ceiling == 400.0
+    assert place.rate == pytest.approx(250.0)
+    assert place.bound == "products"
+    assert place.ceiling == 400.0
     assert roofline.table(found)[0][-2] == "62 %"
 
 
@@ -234,6 +246,7 @@ def test_ceilings_and_kernels_are_measured_in_one_run(tmp_path: Path, monkeypatc
     found = Results.load(tmp_path / "results.json")
     assert len(found.rows) == 2 * 2 * len(roofline.METHODS)
     ceilings = roofline.ceilings_of(found)
-    assert ceilings.copy_gb_s > 0 and set(ceilings.matmul_gflops) == {"fp32", "bf16"}
+    assert ceilings.copy_gb_s > 0
+    assert set(ceilings.matmul_gflops) == {"fp32", "bf16"}
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
     assert "forward and backward" in capsys.readouterr().out

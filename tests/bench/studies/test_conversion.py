@@ -19,7 +19,8 @@ def test_swapping_keeps_every_weight() -> None:
     student = swapped(teacher, "hedgehog")
     kept = dict(student.named_parameters())
     assert all(torch.equal(kept.pop(name), weight) for name, weight in teacher.named_parameters())
-    assert len(kept) == 2 and all(torch.equal(weight, torch.eye(8)) for weight in kept.values())
+    assert len(kept) == 2
+    assert all(torch.equal(weight, torch.eye(8)) for weight in kept.values())
 
 
 def test_queries_and_keys_are_those_of_the_layer() -> None:

@@ -57,12 +57,14 @@ def test_recall_asks_for_each_pair_once(cell: Cell) -> None:
     assert tokens.shape == answers.shape == (20, cell.length)
     for row, answer in zip(tokens.tolist(), answers.tolist(), strict=True):
         pairs = dict(zip(row[0 : 2 * cell.pairs : 2], row[1 : 2 * cell.pairs : 2], strict=True))
-        assert len(pairs) == cell.pairs and max(pairs) < SYMBOLS <= min(pairs.values())
+        assert len(pairs) == cell.pairs
+        assert max(pairs) < SYMBOLS <= min(pairs.values())
         asked = {t: token for t, token in enumerate(row) if t >= 2 * cell.pairs and token != NOTHING}
         assert sorted(asked.values()) == sorted(pairs)
         assert {t: pairs[key] - SYMBOLS for t, key in asked.items()} == {t: a for t, a in enumerate(answer) if a >= 0}
     again = draw_sequences(cell, 20, seed=0, step=3)
-    assert torch.equal(tokens, again[0]) and torch.equal(answers, again[1])
+    assert torch.equal(tokens, again[0])
+    assert torch.equal(answers, again[1])
     assert not torch.equal(tokens, draw_sequences(cell, 20, seed=0, step=4)[0])
 
 
@@ -102,7 +104,8 @@ def test_the_recall_study_goes_on_where_it_was_interrupted(
     assert {name: (tmp_path / name / "results.json").stat().st_mtime_ns for name in finished} == before
     printed = capsys.readouterr().out
     assert "BROKEN: 64 pairs in 256 tokens, accuracy: softmax, D = 8" in printed
-    assert "2 runs" in printed and (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 runs" in printed
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "elu+1-D8-seed0" / "results.json").read_text())
     assert set(results["accuracy"]) == {f"{cell.pairs} of {cell.length}" for cell in CELLS}
     assert all(0 <= share <= 1 for share in results["accuracy"].values())

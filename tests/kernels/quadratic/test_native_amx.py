@@ -119,7 +119,8 @@ def test_masked_keys_do_not_count_whatever_they_hold(dead: int, is_causal: bool,
     clean = everything((q, k, v), form, **options)
     for a, b in zip(clean, everything(dirty, form, **options), strict=True):
         assert torch.equal(a, b)
-    assert not clean[2].masked_select(masked).any() and not clean[3].masked_select(masked).any()
+    assert not clean[2].masked_select(masked).any()
+    assert not clean[3].masked_select(masked).any()
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -137,7 +138,8 @@ def test_nan_stays_in_its_packed_sequence(form: str) -> None:
     for x in (q, k, v):
         x[:, :, 60] = float("nan")
     for a, b in zip(clean, everything((q, k, v), form, **options), strict=True):
-        assert torch.equal(a[:, :, :50], b[:, :, :50]) and torch.equal(a[:, :, 700:], b[:, :, 700:])
+        assert torch.equal(a[:, :, :50], b[:, :, :50])
+        assert torch.equal(a[:, :, 700:], b[:, :, 700:])
         assert not b[:, :, 60].isfinite().all()
 
 
@@ -169,7 +171,8 @@ def test_rows_without_a_positive_sum_are_zero_with_zero_gradient() -> None:
     out, *gradients = everything((q, k, v), "direct", is_causal=True)
     dead = torch.zeros(100, dtype=torch.bool)
     dead[:70:3] = True
-    assert not out[:, :, dead].any() and not gradients[0][:, :, dead].any()
+    assert not out[:, :, dead].any()
+    assert not gradients[0][:, :, dead].any()
     assert out[:, :, ~dead].all()
     assert all(g.isfinite().all() for g in gradients)
 

@@ -99,7 +99,8 @@ def test_masked_keys_do_not_count_whatever_they_hold(is_causal: bool) -> None:
     dirty_outputs, dirty_gradients = evaluate(lambda *t: run(*t, **options), dirty)
     for a, b in zip(outputs + gradients, dirty_outputs + dirty_gradients, strict=True):
         assert torch.equal(a, b)
-    assert not gradients[1].masked_select(masked).any() and not gradients[2].masked_select(masked).any()
+    assert not gradients[1].masked_select(masked).any()
+    assert not gradients[2].masked_select(masked).any()
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -119,7 +120,8 @@ def test_nan_stays_in_its_packed_sequence() -> None:
         x[:, :, 60] = float("nan")
     dirty = evaluate(lambda *t: run(*t, **options), (q, k, v))
     for a, b in zip(sum(clean, []), sum(dirty, []), strict=True):
-        assert torch.equal(a[:, :, :50], b[:, :, :50]) and torch.equal(a[:, :, 100:], b[:, :, 100:])
+        assert torch.equal(a[:, :, :50], b[:, :, :50])
+        assert torch.equal(a[:, :, 100:], b[:, :, 100:])
         assert not b[:, :, 60].isfinite().all()
 
 
@@ -160,7 +162,8 @@ def test_rows_without_a_positive_sum_are_zero_with_zero_gradient() -> None:
     (out,), gradients = evaluate(lambda *t: run(*t, is_causal=True), (q, k, v))
     dead = torch.zeros(100, dtype=torch.bool)
     dead[:70:3] = True
-    assert not out[:, :, dead].any() and not gradients[0][:, :, dead].any()
+    assert not out[:, :, dead].any()
+    assert not gradients[0][:, :, dead].any()
     assert out[:, :, ~dead].all()
     assert all(g.isfinite().all() for g in gradients)
 

@@ -48,7 +48,7 @@ def test_truth_in_every_shape(how: dict[str, Any]) -> None:
     assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), x)
 
 
-@pytest.mark.parametrize("D, M", [(64, 128), (128, 64)])
+@pytest.mark.parametrize(("D", "M"), [(64, 128), (128, 64)])
 def test_truth_in_large_heads(D: int, M: int) -> None:
     x = inputs(dtype=torch.float32, keys=40, head_size=D, value_size=M)
     assert_matches_truth(chunked(is_causal=True), truth(is_causal=True), x)
@@ -136,7 +136,7 @@ def rows_of_table() -> list[tuple[str, torch.dtype, int]]:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="other architectures' tiles need not fit this device")
-@pytest.mark.parametrize("architecture, dtype, head_size", rows_of_table(), ids=str)
+@pytest.mark.parametrize(("architecture", "dtype", "head_size"), rows_of_table(), ids=str)
 def test_every_row_of_the_table(architecture: str, dtype: torch.dtype, head_size: int) -> None:
     """Chunks as short as tiles allow, and a sequence of little more than one."""
     from linattn.kernels.common.gpu.architecture import as_architecture

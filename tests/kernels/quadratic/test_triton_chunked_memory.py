@@ -38,7 +38,7 @@ def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[s
     return names
 
 
-@pytest.mark.parametrize("batch, heads, kv_heads, at_once", [(1, 4, 2, 1), (3, 2, 1, 2)])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "at_once"), [(1, 4, 2, 1), (3, 2, 1, 2)])
 def test_groups_of_heads_change_no_bit(
     batch: int, heads: int, kv_heads: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,7 @@ CROWDED = [
 ]
 
 
-@pytest.mark.parametrize("dtype, how, options", CROWDED, ids=str)
+@pytest.mark.parametrize(("dtype", "how", "options"), CROWDED, ids=str)
 def test_truth_where_all_scores_are_near_minus_one(dtype: torch.dtype, how: Any, options: Any) -> None:
     """The sums would lose all digits of bf16, most of fp32, so these rows compute their scores."""
     x = [t.to(dtype) for t in near_minus_one(0.05, **how)]

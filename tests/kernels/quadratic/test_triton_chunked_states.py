@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def only_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("only_steps")
 @pytest.mark.parametrize(
-    "dtype, D, M, options",
+    ("dtype", "D", "M", "options"),
     [
         (torch.float32, 16, 16, {"form": "recurrent"}),
         (torch.float32, 20, 17, {"scale": 0.7, "coefficients": (1, 1, 0.5)}),
@@ -135,7 +136,7 @@ def test_steps_are_the_whole(dtype: torch.dtype, D: int, M: int, options: dict[s
     x = inputs(dtype=dtype, keys=26, heads=4, kv_heads=2, head_size=D, value_size=M)
     state, outs = state_of(*(t[:, :, :20] for t in x[1:])), []
     steps = [20, 21, 22, 23] if "form" in options else [20, 21, 22, 23, 26]
-    for start, stop in zip(steps, steps[1:], strict=False):
+    for start, stop in itertools.pairwise(steps):
         token = [t[:, :, start:stop] for t in x]
         how = {"form": "auto", "is_causal": True, "enable_gqa": True, "initial_state": state, "return_state": True}
         out, state = chunked(**how | options)(*token)

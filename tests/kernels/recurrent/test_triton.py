@@ -27,7 +27,8 @@ def assert_true(tensors: tuple[Tensor, ...], cell: str, lengths: Tensor | None =
     truth = everything(tensors, cell, "reference", lengths, read)
     forward, gradient = LIMITS[tensors[0].dtype]
     for index, (ours, true) in enumerate(zip(found, truth, strict=True)):
-        assert ours.isfinite().all() and ours.dtype == tensors[0].dtype
+        assert ours.isfinite().all()
+        assert ours.dtype == tensors[0].dtype
         limit = forward if index < len(found) - len(tensors) else gradient
         assert relative_error(ours, true, floor=1e-6) <= limit, index
 

@@ -51,7 +51,8 @@ def test_offsets(q_offset: int) -> None:
 def test_rows_without_keys_are_zero() -> None:
     q, k, v = inputs(keys=40)
     out, lse = torch.ops.linattn.softmax_fwd(q, k, v, None, None, True, -18, 1.0, "triton")
-    assert (out[:, :, :18] == 0).all() and (lse[:, :, :18] == -torch.inf).all()
+    assert (out[:, :, :18] == 0).all()
+    assert (lse[:, :, :18] == -torch.inf).all()
     assert (lse[:, :, 18:] > -torch.inf).all()
 
 
@@ -65,7 +66,8 @@ def test_nothing_leaks_out_of_padding(is_causal: bool) -> None:
     leaves = [q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan)]
     _, (dq, dk, dv) = testing.evaluate(partial(softmax, key_mask=key_mask, is_causal=is_causal), leaves)
     assert all(x.isfinite().all() for x in (dq, dk, dv))
-    assert (dk.masked_select(hidden) == 0).all() and (dv.masked_select(hidden) == 0).all()
+    assert (dk.masked_select(hidden) == 0).all()
+    assert (dv.masked_select(hidden) == 0).all()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's arithmetic within the spoilt sequence

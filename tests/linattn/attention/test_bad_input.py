@@ -189,7 +189,8 @@ class TestFormsAndStates:
 def test_the_state_of_another_operation() -> None:
     _, quadratic = linattn.quadratic_attention(Q, K, V, is_causal=True, return_state=True)
     _, features = linattn.linear_attention(Q, K, V, is_causal=True, return_state=True)
-    assert isinstance(quadratic, QuadraticState) and isinstance(features, FeatureMapState)
+    assert isinstance(quadratic, QuadraticState)
+    assert isinstance(features, FeatureMapState)
     named = ("QuadraticState", "FeatureMapState")
     _assert_refuses(StateError, lambda: linattn.quadratic_attention(Q, K, V, initial_state=features), *named)
     _assert_refuses(StateError, lambda: linattn.linear_attention(Q, K, V, initial_state=quadratic), *named)

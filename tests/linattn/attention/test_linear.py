@@ -107,7 +107,8 @@ def test_a_query_whose_features_are_all_zero_gives_zero_and_no_gradient() -> Non
         )
         assert torch.equal(outputs[0][:, :, 3], torch.zeros_like(outputs[0][:, :, 3]))
         assert torch.equal(dq[:, :, 3], torch.zeros_like(dq[:, :, 3]))
-        assert dk.isfinite().all() and dv.isfinite().all()
+        assert dk.isfinite().all()
+        assert dv.isfinite().all()
 
 
 @pytest.mark.parametrize("form", FORMS)

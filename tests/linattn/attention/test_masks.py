@@ -75,9 +75,11 @@ def test_a_row_that_sees_no_key_is_zero_with_zero_gradient(operation) -> None:
         upstream_dtype=torch.float32,
     )  # fmt: skip
     for t in (out, dq):
-        assert not t[0, :, :4].any() and not t[1].any()
+        assert not t[0, :, :4].any()
+        assert not t[1].any()
     for t in (dk, dv):
-        assert not t[0, :, :4].any() and not t[1].any()
+        assert not t[0, :, :4].any()
+        assert not t[1].any()
     assert_close_to_truth(out, truth[0])
     for actual, expected in zip((dq, dk, dv), true_gradients, strict=True):
         assert_close_to_truth(actual, expected, gradient=True)

@@ -133,7 +133,8 @@ def test_a_sum_that_rounding_makes_zero_or_less(form: str) -> None:
     (out,), gradients = evaluate(
         lambda *t: linattn.quadratic_attention(*t, is_causal=True, form=form, initial_state=state), (q, k, v)
     )
-    assert out.isfinite().all() and all(g.isfinite().all() for g in gradients)
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in gradients)
     zero = ~out.any(dim=-1)
     assert zero.any(), "no row cancelled: the inputs do not test what they should"
     assert not gradients[0][zero].any()
@@ -158,7 +159,8 @@ def test_a_negative_sum_is_zero_with_zero_gradient(form: str) -> None:
     expected, true_gradients = evaluate(lambda *t: truth_linear(*t, **options), (q, k, v))
     dead = ~expected[0].any(dim=-1)
     assert 0.2 < dead.double().mean() < 0.8
-    assert not outputs[0][dead].any() and not gradients[0][dead].any()
+    assert not outputs[0][dead].any()
+    assert not gradients[0][dead].any()
     assert relative_error(outputs[0], expected[0]) < 1e-9
     for actual, truth in zip(gradients, true_gradients, strict=True):
         assert relative_error(actual, truth) < 1e-8
@@ -191,7 +193,8 @@ def test_nan_stays_in_its_packed_sequence(operation) -> None:
     beside = evaluate(lambda *t: operation.run(*t, **options), dirty)
     assert beside[0][0][:, :, 15].isnan().any(), "the NaN was swallowed"
     for a, b in zip(alone[0] + alone[1], beside[0] + beside[1], strict=True):
-        assert torch.equal(a[:, :, :10], b[:, :, :10]) and torch.equal(a[:, :, 20:], b[:, :, 20:])
+        assert torch.equal(a[:, :, :10], b[:, :, :10])
+        assert torch.equal(a[:, :, 20:], b[:, :, 20:])
 
 
 def _empty_state(size: int) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def test_a_normalised_output_lies_within_the_values_it_averages(operation, seed:
     q, k, v = make_inputs(batch=1, keys=keys, value_size=5, seed=seed)
     out = operation.run(q, k, v, is_causal=True)
     low, high = v.cummin(dim=2).values, v.cummax(dim=2).values
-    assert (out >= low - 1e-9).all() and (out <= high + 1e-9).all()
+    assert (out >= low - 1e-9).all()
+    assert (out <= high + 1e-9).all()
 
 
 @given(seed=seeds, keys=lengths, t=st.floats(0.01, 100), form=st.sampled_from(["direct", "chunked"]))
@@ -134,7 +136,7 @@ def test_however_a_sequence_is_split(stateful, cuts: list[int], keys: int, seed:
     whole, final = stateful.run(q, k, v, is_causal=True, return_state=True)
     edges = sorted({0, keys, *(c for c in cuts if c < keys)})
     state, outputs = None, []
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in itertools.pairwise(edges):
         out, state = stateful.run(
             q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, initial_state=state, return_state=True
         )
@@ -152,9 +154,7 @@ def test_packing_equals_one_call_a_sequence(operation, seed: int, pieces: list[i
     packed = operation.run(q, k, v, is_causal=True, cu_seqlens=bounds)
     edges = bounds.tolist()
     alone = [
-        operation.run(*(t[:, :, a:b] for t in (q, k, v)), is_causal=True)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
-        if b > a
+        operation.run(*(t[:, :, a:b] for t in (q, k, v)), is_causal=True) for a, b in itertools.pairwise(edges) if b > a
     ]
     assert relative_error(packed, torch.cat(alone, dim=2)) < CLOSE
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -25,12 +27,13 @@ FORMS = ("direct", "chunked", "recurrent")
 
 def _cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bounds: int) -> list[tuple[torch.Tensor, ...]]:
     edges = [0, *bounds, k.shape[2]]
-    return [tuple(t[:, :, a:b] for t in (q, k, v)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [tuple(t[:, :, a:b] for t in (q, k, v)) for a, b in itertools.pairwise(edges)]
 
 
 def _assert_states_equal(state, truth) -> None:
     assert len(state) == len(truth)
-    assert state.n.dtype == torch.int64 and torch.equal(state.n, truth[0])
+    assert state.n.dtype == torch.int64
+    assert torch.equal(state.n, truth[0])
     for name, actual, expected in zip(state._fields[1:], state[1:], truth[1:], strict=True):
         assert_close_to_truth(actual, expected, what=name)
 
@@ -239,16 +242,15 @@ def test_an_empty_state_is_a_start_like_any_other(masked: bool) -> None:
     q, k, v = make_inputs(keys=40, head_size=5, value_size=3)
     mask = make_key_mask(2, 40) if masked else None
     n, *fields = QuadraticState.empty(2, 2, 5, 3, dtype=torch.float64)
-    results = []
-    for form in FORMS:
-        results.append(
-            evaluate(
-                lambda *t, form=form: linattn.quadratic_attention(
-                    q, k, v, is_causal=True, key_mask=mask, initial_state=QuadraticState(n, *t), form=form
-                ),
-                fields,
-            )
+    results = [
+        evaluate(
+            lambda *t, form=form: linattn.quadratic_attention(
+                q, k, v, is_causal=True, key_mask=mask, initial_state=QuadraticState(n, *t), form=form
+            ),
+            fields,
         )
+        for form in FORMS
+    ]
     truth = truth_quadratic(q, k, v, is_causal=True, key_mask=mask)
     for (out,), gradients in results:
         assert_close_to_truth(out, truth)

@@ -300,4 +300,5 @@ def test_inference_mode() -> None:
 
 def test_an_input_that_needs_no_gradient_saves_nothing_for_backward() -> None:
     out = linattn.quadratic_attention(*make_inputs(keys=20))
-    assert not out.requires_grad and out.grad_fn is None
+    assert not out.requires_grad
+    assert out.grad_fn is None

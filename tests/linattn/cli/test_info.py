@@ -73,7 +73,8 @@ def test_native_module_of_another_version_is_not_taken_for_ours(monkeypatch: pyt
     monkeypatch.setattr(info, "_load_native", lambda: fake_native("0.0.9"))
     report = info.collect()["native"]
     assert report["present"] is False
-    assert "0.0.9" in report["reason"] and linattn.__version__ in report["reason"]
+    assert "0.0.9" in report["reason"]
+    assert linattn.__version__ in report["reason"]
 
 
 def test_missing_native_module_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "  sweep ae " in out and "  sweep batching " in out and "probe" not in out.split("commands:")[1]
+    assert "  sweep ae " in out
+    assert "  sweep batching " in out
+    assert "probe" not in out.split("commands:")[1]
 
 
 def test_no_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:

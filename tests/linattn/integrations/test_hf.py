@@ -166,7 +166,8 @@ def test_a_cache_is_reset() -> None:
     model, cache = make_model("linattn_elu+1"), hf.StateCache()
     first = generate(model, "none", past_key_values=cache)
     cache.reset()
-    assert cache.get_seq_length() == 0 and cache.memory_bytes() == 0
+    assert cache.get_seq_length() == 0
+    assert cache.memory_bytes() == 0
     assert torch.equal(generate(model, "none", past_key_values=cache), first)
 
 
@@ -241,4 +242,5 @@ def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.Monk
 
 def test_docstring_examples() -> None:
     outcome = doctest.testmod(hf)
-    assert outcome.attempted > 0 and outcome.failed == 0
+    assert outcome.attempted > 0
+    assert outcome.failed == 0

@@ -64,7 +64,9 @@ def test_mistakes_are_answered_in_one_line(
     capsys.readouterr()
     assert generate(trained, *options) == 2
     printed = capsys.readouterr()
-    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
 
 
 def test_folders_without_a_usable_checkpoint_are_named(

@@ -117,7 +117,8 @@ def test_generation_stops_where_it_is_told_to() -> None:
         assert set(row[end:]) <= {row[end]} if end < len(row) else True
     greedy = model.generate(start[:1], 50, temperature=0)
     early = model.generate(start[:1], 50, temperature=0, stop=[int(greedy[0, 5])])
-    assert early[0].tolist() == greedy[0, : early.shape[1]].tolist() and early.shape[1] <= 6
+    assert early[0].tolist() == greedy[0, : early.shape[1]].tolist()
+    assert early.shape[1] <= 6
 
 
 def test_a_stream_gives_the_tokens_of_generate_one_by_one(tokens: torch.Tensor) -> None:
@@ -125,7 +126,8 @@ def test_a_stream_gives_the_tokens_of_generate_one_by_one(tokens: torch.Tensor) 
     whole = model.generate(tokens, 5, generator=torch.Generator().manual_seed(2))
     stream = model.stream(tokens, 5, generator=torch.Generator().manual_seed(2))
     first = next(stream)
-    assert torch.equal(first, whole[:, 7:8]) and not model.training
+    assert torch.equal(first, whole[:, 7:8])
+    assert not model.training
     assert torch.equal(torch.cat((first, *stream), dim=1), whole[:, 7:])
     assert model.training
 

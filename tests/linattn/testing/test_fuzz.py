@@ -33,8 +33,11 @@ def test_a_few_hundred_seeds_reach_every_option(op: str) -> None:
     calls = [draw(op, seed, EXTENTS["small"], DTYPES) for seed in range(300)]
     assert {c.layout for c in calls} == {"contiguous", "transposed", "fused", "strided", "expanded"}
     assert {c.is_causal for c in calls} == {c.masked for c in calls} == {c.dirty for c in calls} == {True, False}
-    assert any(0 in c.lengths for c in calls) and any(c.Hkv < c.H for c in calls) and any(c.D != c.M for c in calls)
-    assert any(c.q_offset and c.q_offset < 0 for c in calls) and any(not c.wanted for c in calls)
+    assert any(0 in c.lengths for c in calls)
+    assert any(c.Hkv < c.H for c in calls)
+    assert any(c.D != c.M for c in calls)
+    assert any(c.q_offset and c.q_offset < 0 for c in calls)
+    assert any(not c.wanted for c in calls)
     if op != "softmax":
         assert {c.form for c in calls} == {"direct", "chunked", "recurrent", "auto"}
         assert {c.past is None for c in calls} == {c.return_state for c in calls} == {True, False}
@@ -93,12 +96,15 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_command_prints_what_repeats_a_failure(planted: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuzz", "--backend", "planted", "--op", "quadratic", "--seconds", "8", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
-    assert "gradient of k is off by" in printed and "M = 1 is beyond it" in printed and "next     --start" in printed
+    assert "gradient of k is off by" in printed
+    assert "M = 1 is beyond it" in printed
+    assert "next     --start" in printed
     again = next(line for line in printed.splitlines() if "python -m linattn fuzz" in line)
     words = shlex.split(again.split("python -m linattn ")[1])
     assert main(words) == 1
     repeated = capsys.readouterr().out
-    assert again.strip() in repeated and "0 passed, 1 failed" in repeated
+    assert again.strip() in repeated
+    assert "0 passed, 1 failed" in repeated
 
 
 def test_a_passing_run_has_status_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -431,7 +431,9 @@ def test_patience_stops_a_run_that_no_longer_improves() -> None:
     trainer = make(steps=600, validate_every=6, patience=3)
     losses = iter([5.0, 4.0, 4.5, 3.0, 3.0, 3.5, 3.1, 2.0, 1.0])
     trainer.validate = lambda: next(losses)
-    assert trainer.run() and trainer.stopped_early and trainer.finished
+    assert trainer.run()
+    assert trainer.stopped_early
+    assert trainer.finished
     assert [record.validation_loss for record in trainer.history] == [5.0, 4.0, 4.5, 3.0, 3.0, 3.5, 3.1]
     assert trainer.step == 36
 

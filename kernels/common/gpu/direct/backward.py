@@ -1,5 +1,6 @@
 """Backward of the direct form: one program for a tile of queries of one head, and one for a tile of keys and all query
-heads that share it. Each sums alone, so nothing is added atomically and results repeat bit by bit."""
+heads that share it. Each sums alone, so nothing is added atomically and results repeat bit by bit.
+"""
 
 import triton
 import triton.language as tl
@@ -13,12 +14,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def row_terms(out, dout, l, SIMILARITY: tl.constexpr):
-    """norm and delta of a tile of queries (pairs.py). A row that is 0 for want of a sum gives nothing back."""
+    """Norm and delta of a tile of queries (pairs.py). A row that is 0 for want of a sum gives nothing back."""
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if SIMILARITY == "softmax":
         return tl.where(l == float("-inf"), float("inf"), l * LOG2E), delta
-    else:
-        return 1.0 / tl.where(l <= 0, float("inf"), l), delta
+    return 1.0 / tl.where(l <= 0, float("inf"), l), delta
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def queries_kernel(
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """norm and delta, dense [B, H, T], of every query, and dq. Grid: tiles * B * H."""
+    """Norm and delta, dense [B, H, T], of every query, and dq. Grid: tiles * B * H."""
     heads_apart = T  # in l, norm and delta
     # Of causal tiles the longest first.
     batch, h, first, start, T, Tk = own_tile(cu_ptr, H, S, tiles, T, Tk, CAUSAL, PACKED, BLOCK_Q)
@@ -84,7 +84,7 @@ def keys_kernel(
     EVEN_D: tl.constexpr, EVEN_M: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over the G query heads of a key head. Grid: tiles * B * Hkv.
+    """Dk and dv, summed over the G query heads of a key head. Grid: tiles * B * Hkv.
 
     RAGGED: the last tile of queries is not full.
     """

@@ -10,8 +10,10 @@ fp32 from 128 on; on sm_80 that has a row without spills in the loop at 128.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Grid: B * Hkv * splits, each `length` keys, a multiple of BLOCK_K. SPLIT: write sums, acc [splits, B, H, T, M]
-    with l and m beside it, instead of the result."""
+    with l and m beside it, instead of the result.
+    """
     split, head = tl.program_id(0) % splits, tl.program_id(0) // splits
     batch, h = (head // Hkv).to(tl.int64), (head % Hkv).to(tl.int64)
     rows, offs_d, offs_m = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)

@@ -15,23 +15,21 @@ def signed(q, a, SIMILARITY: tl.constexpr):
     """Softmax looks for the largest product; so that it is the largest score too, queries take the scale's sign."""
     if SIMILARITY == "softmax":
         return tl.where(a < 0, -q, q), tl.abs(a)
-    else:
-        return q, a
+    return q, a
 
 
 @triton.jit
 def finished(acc, l, m, SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr, LOW: tl.constexpr):
     """Rows of the result, and the number that is kept of each: l, for softmax the log-sum-exp. 0 where l <= 0: such a
-    row saw no key, or lost its sum to cancellation. NaN stays NaN."""
+    row saw no key, or lost its sum to cancellation. NaN stays NaN.
+    """
     if NORMALIZE:
         out = acc / tl.where(l <= 0, float("inf"), l)[:, None]
         if SIMILARITY == "softmax":
             return out, (m + tl.log2(tl.where(l <= 0, 1.0, l))) * LN2
-        else:
-            _, l = settled(acc, l, m, SIMILARITY, LOW)
-            return out, l
-    else:
-        return settled(acc, l, m, SIMILARITY, LOW)
+        _, l = settled(acc, l, m, SIMILARITY, LOW)
+        return out, l
+    return settled(acc, l, m, SIMILARITY, LOW)
 
 
 @triton.jit

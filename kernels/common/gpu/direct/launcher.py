@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -17,9 +17,11 @@ from linattn.kernels.common.gpu.direct.decode import decode_kernel, merge_kernel
 from linattn.kernels.common.gpu.direct.forward import forward_kernel
 from linattn.kernels.common.gpu.launch import block, launch, readable, strides
 from linattn.kernels.common.gpu.numerics import LOW, precision
-from linattn.kernels.common.gpu.similarity import Similarity
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
 from linattn.kernels.common.op.varlen import check_sequences
+
+if TYPE_CHECKING:
+    from linattn.kernels.common.gpu.similarity import Similarity
 
 MOST_QUERIES, MOST_ROWS = 16, 64
 """Beyond either the forward kernel's tiles are filled well enough."""
@@ -67,7 +69,8 @@ class Problem:
 
     def splits(self, tile: Tile) -> tuple[int, int]:
         """Among how many programs the keys of a head are split, and how many each gets. By shape alone: the order of
-        sums, and so their rounding, must not depend on anything else."""
+        sums, and so their rounding, must not depend on anything else.
+        """
         B, Hkv, Tk = self.k.shape[:3]
         steps = triton.cdiv(Tk, tile.BLOCK_K)
         idle = PROGRAMS[architecture(self.q.device)] // (B * Hkv)
@@ -84,16 +87,33 @@ class Problem:
             **strides("q", q),
             **strides("k", k),
             **strides("v", v),
-            **{"mask_ptr": key_mask, "stride_mask": 0 if key_mask is None else key_mask.stride(0)},
+            "mask_ptr": key_mask,
+            "stride_mask": 0 if key_mask is None else key_mask.stride(0),
             "cu_ptr": None if self.cu_seqlens is None else self.cu_seqlens.contiguous(),
-            **{"T": q.shape[2], "Tk": k.shape[2], "D": D, "M": M, "q_offset": self.q_offset},
+            "T": q.shape[2],
+            "Tk": k.shape[2],
+            "D": D,
+            "M": M,
+            "q_offset": self.q_offset,
             "S": 1 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1,
-            **{"a": kind.a, "b": kind.b, "c": kind.c, "SIMILARITY": kind.kind, "NORMALIZE": self.normalize},
-            **{"CAUSAL": self.is_causal, "KEY_MASK": key_mask is not None, "PACKED": self.cu_seqlens is not None},
-            **{"BLOCK_Q": tile.BLOCK_Q, "BLOCK_K": tile.BLOCK_K, "BLOCK_D": self.block_d, "BLOCK_M": self.block_m},
-            **{"EVEN_D": self.block_d == D, "EVEN_M": self.block_m == M},
-            **{"LOW": LOW[q.dtype], "PRECISION": precision(q.dtype)},
-            **{"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+            "a": kind.a,
+            "b": kind.b,
+            "c": kind.c,
+            "SIMILARITY": kind.kind,
+            "NORMALIZE": self.normalize,
+            "CAUSAL": self.is_causal,
+            "KEY_MASK": key_mask is not None,
+            "PACKED": self.cu_seqlens is not None,
+            "BLOCK_Q": tile.BLOCK_Q,
+            "BLOCK_K": tile.BLOCK_K,
+            "BLOCK_D": self.block_d,
+            "BLOCK_M": self.block_m,
+            "EVEN_D": self.block_d == D,
+            "EVEN_M": self.block_m == M,
+            "LOW": LOW[q.dtype],
+            "PRECISION": precision(q.dtype),
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
         }
 
 
@@ -114,7 +134,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         (tiles * B * H,),
         **problem.arguments(tile),
         **strides("out", out, "o"),
-        **{"l_ptr": l, "H": H, "G": H // k.shape[1], "tiles": tiles},
+        l_ptr=l,
+        H=H,
+        G=H // k.shape[1],
+        tiles=tiles,
     )
     return out, l
 
@@ -134,16 +157,29 @@ def _decode(problem: Problem, out: Tensor, l: Tensor) -> None:
         (splits * B * Hkv,),
         **arguments,
         **strides("out", out, "o"),
-        **{"l_ptr": sums, "acc_ptr": acc, "m_ptr": m},
-        **{"Hkv": Hkv, "G": H // Hkv, "splits": splits, "length": length, "SPLIT": split},
+        l_ptr=sums,
+        acc_ptr=acc,
+        m_ptr=m,
+        Hkv=Hkv,
+        G=H // Hkv,
+        splits=splits,
+        length=length,
+        SPLIT=split,
     )
     if split:
         launch(
             merge_kernel,
             (B * H * T,),
             **strides("out", out, "o"),
-            **{"acc_ptr": acc, "sums_ptr": sums, "m_ptr": m, "l_ptr": l},
-            **{"H": H, "T": T, "M": M, "splits": splits, "BLOCK_S": triton.next_power_of_2(splits)},
+            acc_ptr=acc,
+            sums_ptr=sums,
+            m_ptr=m,
+            l_ptr=l,
+            H=H,
+            T=T,
+            M=M,
+            splits=splits,
+            BLOCK_S=triton.next_power_of_2(splits),
             **{name: arguments[name] for name in ("SIMILARITY", "NORMALIZE", "LOW", "BLOCK_M")},
             num_warps=4,
             num_stages=1,
@@ -173,7 +209,11 @@ def backward(
             **rows,
             **strides("out", out, "o"),
             **strides("dq", dq),
-            **{"l_ptr": l, "H": H, "G": H // Hkv, "tiles": tiles, "WANT_DQ": wanted[0]},
+            l_ptr=l,
+            H=H,
+            G=H // Hkv,
+            tiles=tiles,
+            WANT_DQ=wanted[0],
         )
     if wanted[1] or wanted[2]:
         tile = problem.row.keys
@@ -185,7 +225,11 @@ def backward(
             **rows,
             **strides("dk", dk),
             **strides("dv", dv),
-            **{"Hkv": Hkv, "G": H // Hkv, "tiles": tiles, "WANT_DK": wanted[1], "WANT_DV": wanted[2]},
+            Hkv=Hkv,
+            G=H // Hkv,
+            tiles=tiles,
+            WANT_DK=wanted[1],
+            WANT_DV=wanted[2],
             RAGGED=problem.cu_seqlens is not None or T % tile.BLOCK_Q != 0,
         )
     return dq, dk, dv

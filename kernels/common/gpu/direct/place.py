@@ -50,7 +50,8 @@ def rows_of_sequence(cu_ptr, s):
 def key_span(first, rows, end, q_offset, CAUSAL: tl.constexpr, KEY_MASK: tl.constexpr, BLOCK_K: tl.constexpr):
     """For queries first .. first + rows: where the whole tiles of keys end that need no masks, and where those end that
     need some. Of the latter there is at least one: a loop that the compiler believes may be empty loses the matrix
-    unit's asynchrony."""
+    unit's asynchrony.
+    """
     stop = end
     full = end - 1
     if CAUSAL:
@@ -67,10 +68,10 @@ def key_span(first, rows, end, q_offset, CAUSAL: tl.constexpr, KEY_MASK: tl.cons
 @triton.jit
 def query_span(first, rows, end, q_offset, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr):
     """For keys first .. first + rows: where the queries begin that see any of them, in whole tiles, and those that see
-    all of them; at least a tile apart if CAUSAL."""
+    all of them; at least a tile apart if CAUSAL.
+    """
     if CAUSAL:
         begin = tl.minimum(tl.maximum(first - q_offset, 0), end) // BLOCK_Q * BLOCK_Q
         full = tl.minimum(tl.maximum(first + rows - 1 - q_offset, 0), end)
         return begin, tl.maximum((full + BLOCK_Q - 1) // BLOCK_Q, begin // BLOCK_Q + 1) * BLOCK_Q
-    else:
-        return 0, 0
+    return 0, 0
