@@ -26,15 +26,21 @@ struct RowView {
     Dtype dtype;
 };
 
+LINATTN_INLINE Index element_size(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
+
+// Rows of fp32 to be read.
+LINATTN_INLINE RowView row_view(const float* data, Index stride) {
+    return {const_cast<float*>(data), stride, Dtype::fp32};
+}
+
 LINATTN_INLINE RowView row_view(const TensorView& tensor, Dtype dtype, Index b, Index h, Index t) {
     const Index offset = b * tensor.stride_b + h * tensor.stride_h + t * tensor.stride_t;
-    const Index size = dtype == Dtype::fp32 ? 4 : 2;
-    return {static_cast<char*>(tensor.data) + offset * size, tensor.stride_t, dtype};
+    return {static_cast<char*>(tensor.data) + offset * element_size(dtype), tensor.stride_t, dtype};
 }
 
 // Ask for a row that will be packed soon: the hardware's own prefetching stops at every page.
 LINATTN_INLINE void prefetch_row(const RowView& from, Index r, Index n) {
-    const Index size = from.dtype == Dtype::fp32 ? 4 : 2;
+    const Index size = element_size(from.dtype);
     const char* row = static_cast<const char*>(from.data) + r * from.stride * size;
     for (Index i = 0; i < n * size; i += 64) __builtin_prefetch(row + i);
 }

@@ -129,10 +129,11 @@ LINATTN_INLINE Lanes lane_numbers() {
     return lanes;
 }
 
+// v where `where` is -1, 0 where it is 0.
+LINATTN_INLINE Vec select(Vec v, Lanes where) { return reinterpret_cast<Vec>(reinterpret_cast<Lanes>(v) & where); }
+
 // v in lanes below n, 0 in the others, whatever they hold.
-LINATTN_INLINE Vec first_lanes(Vec v, int n) {
-    return reinterpret_cast<Vec>(reinterpret_cast<Lanes>(v) & (lane_numbers() < n));
-}
+LINATTN_INLINE Vec first_lanes(Vec v, int n) { return select(v, lane_numbers() < n); }
 
 // By halves: as many steps as the width has binary digits.
 LINATTN_INLINE float sum(Vec v) {

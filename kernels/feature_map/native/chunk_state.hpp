@@ -167,9 +167,9 @@ struct KeyChunk {
             v = packed_v, v_stride = w.Mp;
         }
     }
-    void transpose_keys(const SegmentPlan& w) { pack_transposed({k, w.Dp, Dtype::fp32}, count, w.p.D, 1, nullptr, kt); }
+    void transpose_keys(const SegmentPlan& w) { pack_transposed(row_view(k, w.Dp), count, w.p.D, 1, nullptr, kt); }
     void transpose_values(const SegmentPlan& w) {
-        pack_transposed({const_cast<float*>(v), v_stride, Dtype::fp32}, count, w.p.M, 1, nullptr, vt);
+        pack_transposed(row_view(v, v_stride), count, w.p.M, 1, nullptr, vt);
     }
     // S += phi(k)^T v, z += sum of phi(k).
     void fold(const SegmentPlan& w, ChunkState& sums) const {

@@ -138,7 +138,7 @@ void fold_rows(const SegmentPlan& w, const QueryTile& q, const QueryGradients& r
 // S [D][Mp] as panels of key_block of its rows, each [M][key_block].
 void transpose_sums(const SegmentPlan& w, float* S, float* panels) {
     for (Index d = 0; d < w.p.D; d += key_block, panels += w.p.M * key_block)
-        pack_transposed({S + d * w.Mp, w.Mp, Dtype::fp32}, min<Index>(key_block, w.p.D - d), w.p.M, 1, nullptr, panels);
+        pack_transposed(row_view(S + d * w.Mp, w.Mp), min<Index>(key_block, w.p.D - d), w.p.M, 1, nullptr, panels);
 }
 
 // c [rows][Dp] += a [rows][..] S^T, with S transposed in panels.

@@ -1,4 +1,4 @@
-// How a sequence is cut into chunks: which keys are folded into the sums after which rows have read them.
+// How a sequence is cut into chunks: which queries read the state over which keys, and when these are added to it.
 #pragma once
 
 #include "common/native/threads.hpp"
@@ -6,9 +6,15 @@
 
 namespace linattn::LINATTN_ISA::quadratic {
 
+using linattn::quadratic::Call;
 using linattn::quadratic::direct_keys;
 
-// The keys of a sequence that count, numbered without the masked ones between them. Row i sees the first seen(i).
+constexpr Index whole_sequence = 0;  // as the length of a chunk
+
+// The length of a chunk: the caller's, or what is fastest.
+Index chunk_length(const Call& call);
+
+// The keys of a sequence that count, numbered without the masked ones between them. Query i sees the first seen(i).
 class VisibleKeys {
 public:
     VisibleKeys(const AttentionProblem& p, const Sequence& s, Scratch& scratch);
@@ -22,8 +28,8 @@ public:
     // Where key j lies in the sequence.
     Index position(Index j) const { return positions_ == nullptr ? j : positions_[j]; }
     bool contiguous() const { return positions_ == nullptr; }
-    // The first row of `rows` that sees more than j keys, or `rows`.
-    Index first_row_beyond(Index j, Index rows) const;
+    // The first of `queries` that sees more than j keys, or `queries`.
+    Index first_query_beyond(Index j, Index queries) const;
 
 private:
     Index all_, keys_, offset_;
@@ -32,25 +38,25 @@ private:
     Index* positions_ = nullptr;  // [keys]: the places of those that count
 };
 
-// Rows i0 to i1 read the sums of keys before j0 and the scores of those from j0 to j1, which are then folded in.
+// Queries i0 to i1 read the state over the keys before j0 and the scores of keys j0 to j1, which are then added to it.
 struct ChunkSpan {
     Index i0, i1, j0, j1;
 };
 
-// Causal: chunks of keys, each with the rows whose last key it holds. Not causal: all keys, then all rows.
+// Causal: chunks of keys, each with the queries whose last key it holds. Not causal: all keys, then all queries.
 class ChunkSchedule {
 public:
-    // `chunk` 0: one step of everything. past: whether keys stand in a state before this sequence's.
-    ChunkSchedule(const VisibleKeys& visible, Index rows, bool is_causal, Index chunk, bool past);
+    // past: whether there are keys in the state before this sequence.
+    ChunkSchedule(const VisibleKeys& visible, Index queries, bool is_causal, Index chunk, bool past);
 
-    Index count() const { return folds_ + reads_; }
-    ChunkSpan step(Index index) const;
+    Index count() const { return key_spans_ + query_spans_; }
+    ChunkSpan span(Index index) const;
 
 private:
     const VisibleKeys& visible_;
-    Index rows_, chunk_, first_ = 0;
+    Index queries_, chunk_, first_ = 0;
     bool is_causal_;
-    Index folds_ = 0, reads_ = 0;  // steps that hold keys, and those that hold rows alone
+    Index key_spans_ = 0, query_spans_ = 0;  // spans that hold keys, and those that hold queries alone
 };
 
 }  // namespace linattn::LINATTN_ISA::quadratic

@@ -65,10 +65,10 @@ void ChunkState::load_state(Index part, const State& state, Index index) {
     });
 }
 
-void ChunkState::store_state(Index part, const State& state, Index index, const State* went_in) const {
+void ChunkState::store_state(Index part, const State& state, Index index, const State* loaded) const {
     if (is_moments(part)) {
         float *k_sum = state.k_sum + index * D_, *kk = state.kk + index * D_ * D_;
-        const float* before = went_in == nullptr ? nullptr : went_in->kk + index * D_ * D_;
+        const float* before = loaded == nullptr ? nullptr : loaded->kk + index * D_ * D_;
         for (Index e = 0; e < D_; ++e) {
             k_sum[e] = *moment_row(0, e);
             for (Index a = 0; a < D_; ++a) {
@@ -88,7 +88,7 @@ void ChunkState::store_state(Index part, const State& state, Index index, const 
     });
 }
 
-void ChunkState::add(Index part, const StateUpdate& rows, const FeatureWeights& weights) {
+void ChunkState::update(Index part, const StateUpdate& rows, const FeatureWeights& weights) {
     if (is_moments(part))
         return add_outer(rows.moment_x, rows.moment, round_up<width>(D_), rows.rows, moment_rows(), round_up<width>(D_),
                          block(part), moment_rows());
@@ -99,7 +99,7 @@ void ChunkState::add(Index part, const StateUpdate& rows, const FeatureWeights& 
               block_features);
 }
 
-void ChunkState::read(Index part, const float* x, int rows, const FeatureWeights& weights, float* acc) const {
+void ChunkState::accumulate_out(Index part, const float* x, int rows, const FeatureWeights& weights, float* acc) const {
     const Index f0 = first(part), f1 = last(part);
     const int n = static_cast<int>(f1 - f0);
     alignas(64) float phi[block_features * tile_width];
@@ -110,14 +110,14 @@ void ChunkState::read(Index part, const float* x, int rows, const FeatureWeights
                                    round_up<width>(M_), min(panel, round_up<width>(M_) - m));
 }
 
-void ChunkState::moments_times(const float* x, float* product) const {
+void ChunkState::multiply_moments(const float* x, float* product) const {
     multiply_lanes(block(parts() - 1), moment_rows(), x + tile_width, D_, moment_rows(), product);
 }
 
-void ChunkState::read_moments(const float* x, const FeatureWeights& weights, float* l) const {
+void ChunkState::accumulate_row_sums(const float* x, const FeatureWeights& weights, float* l) const {
     Scratch scratch;
     float* product = scratch.allocate<float>(moment_rows() * tile_width);
-    moments_times(x, product);
+    multiply_moments(x, product);
     for (Index a = 0; a <= D_; ++a)
         for (int c = 0; c < tile_width; c += width) {
             const Vec y = (a == 0 ? weights.linear : weights.square) * load(x + a * tile_width + c);
@@ -125,19 +125,19 @@ void ChunkState::read_moments(const float* x, const FeatureWeights& weights, flo
         }
 }
 
-void ChunkState::add_gradient(Index part, const float* x, const float* vt, const FeatureWeights& weights,
-                              float* dx) const {
+void ChunkState::accumulate_dx(Index part, const float* x, const float* vt, const FeatureWeights& weights,
+                               float* dx) const {
     const Index f0 = first(part), f1 = last(part);
     alignas(64) float t[block_features * tile_width];
     multiply_lanes(block(part), block_features, vt, M_, round_up<4>(f1 - f0), t);
     accumulate_feature_dx(x, t, f0, f1, weights, dx);
 }
 
-void ChunkState::add_moment_gradient(const float* x, const float* factor, const FeatureWeights& weights,
-                                     float* dx) const {
+void ChunkState::accumulate_moments_dx(const float* x, const float* factor, const FeatureWeights& weights,
+                                       float* dx) const {
     Scratch scratch;
     float* product = scratch.allocate<float>(moment_rows() * tile_width);
-    moments_times(x, product);
+    multiply_moments(x, product);
     for (Index a = 1; a <= D_; ++a) {
         const Vec k_sum = splat(weights.linear * *moment_row(0, a - 1));
         for (int c = 0; c < tile_width; c += width) {

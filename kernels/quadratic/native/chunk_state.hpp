@@ -1,4 +1,4 @@
-// Sums over rows, in the layout that products read: what stands in for keys, and the gradients to it.
+// The state of a pass: sums over keys, in the layout that products read; or, backwards, the gradients to them.
 #pragma once
 
 #include "quadratic/native/features.hpp"
@@ -8,8 +8,8 @@ namespace linattn::LINATTN_ISA::quadratic {
 
 using linattn::quadratic::State;
 
-// Rows as sums take them. For keys: k, v; for rows of queries: x = scale q, O' (README.md), whose row sums have
-// the gradient -delta.
+// What an update adds. For keys: k, v; for queries: x = scale q, dO' (README.md), whose row sums have the gradient
+// -delta.
 struct StateUpdate {
     const float* x;         // [D + 1][tile_width]: x' = [1, x]
     const float* v;         // [tile_width][round_up<width>(M)]
@@ -31,21 +31,21 @@ public:
     Index parts() const { return ceil_div(feature_count(D_), block_features) + 1; }
 
     void reset(Index part);
-    // From or to head `index` of a canonical state. Only the symmetric half of its kk takes part here; what was left
-    // out is added to what comes out, from the state that went in.
+    // From or to head `index` of a canonical state. Only the symmetric half of its kk takes part here; the rest of it
+    // is stored from the state that was loaded, or null.
     void load_state(Index part, const State& state, Index index);
-    void store_state(Index part, const State& state, Index index, const State* went_in) const;
+    void store_state(Index part, const State& state, Index index, const State* loaded) const;
 
-    // Add weighted rows.
-    void add(Index part, const StateUpdate& rows, const FeatureWeights& weights);
+    // Add the products of weighted features with v, or the moments.
+    void update(Index part, const StateUpdate& rows, const FeatureWeights& weights);
     // acc [tile_width][round_up<width>(M)] += weighted phi(x)^T S, for the part's features.
-    void read(Index part, const float* x, int rows, const FeatureWeights& weights, float* acc) const;
+    void accumulate_out(Index part, const float* x, int rows, const FeatureWeights& weights, float* acc) const;
     // l [tile_width] += linear x.k_sum + square x^T kk x.
-    void read_moments(const float* x, const FeatureWeights& weights, float* l) const;
-    // dx [D + 1][tile_width] += the gradient of read's sum with acc's gradient vt [M][tile_width].
-    void add_gradient(Index part, const float* x, const float* vt, const FeatureWeights& weights, float* dx) const;
-    // dx += factor[lane] times the gradient of read_moments' l.
-    void add_moment_gradient(const float* x, const float* factor, const FeatureWeights& weights, float* dx) const;
+    void accumulate_row_sums(const float* x, const FeatureWeights& weights, float* l) const;
+    // dx [D + 1][tile_width] += the gradient of accumulate_out's sum with acc's gradient vt [M][tile_width].
+    void accumulate_dx(Index part, const float* x, const float* vt, const FeatureWeights& weights, float* dx) const;
+    // dx += factor[lane] times the gradient of accumulate_row_sums' l.
+    void accumulate_moments_dx(const float* x, const float* factor, const FeatureWeights& weights, float* dx) const;
 
 private:
     static constexpr int block_features = 72;  // divisible by the rows of every micro-kernel
@@ -58,7 +58,7 @@ private:
     float* moment_row(Index a, Index e) const {
         return block(parts() - 1) + (e / panel * moment_rows() + a) * panel + e % panel;
     }
-    void moments_times(const float* x, float* product) const;
+    void multiply_moments(const float* x, float* product) const;
 
     static constexpr Index panel = tile_width;  // columns of a panel, whose lines lie as close together as a tile's
 

@@ -4,12 +4,10 @@
 
 namespace linattn::LINATTN_ISA::quadratic {
 
-using namespace linattn::quadratic;
-
 void chunked_forward(const ForwardCall& call) {
     const AttentionProblem& p = call.problem;
     run_in_teams(p.threads, p.sequences * p.Hkv, [&](Index task, Team& team) {
-        ChunkedPass(Sweep::forward, call, call.after, nullptr, task / p.Hkv, task % p.Hkv, team).run();
+        QueryPass(QueryPass::Kind::output, call, call.after, nullptr, task / p.Hkv, task % p.Hkv, team).run();
     });
 }
 
@@ -18,18 +16,20 @@ void chunked_backward(const BackwardCall& call) {
     const bool queries = call.dq.data != nullptr;
     const bool keys = call.dk.data != nullptr || call.dv.data != nullptr || call.dbefore != nullptr;
     const Index heads = p.sequences * p.Hkv;
-    // The sweep over keys does more: begin with it.
+    // The pass for keys does more: begin with it.
     run_in_teams(p.threads, heads * (queries + keys), [&](Index task, Team& team) {
-        const Sweep sweep = keys && task < heads ? Sweep::keys : Sweep::queries;
         const Index head = task % heads;
-        ChunkedPass(sweep, call, nullptr, &call, head / p.Hkv, head % p.Hkv, team).run();
+        if (keys && task < heads)
+            KeyPass(call, head / p.Hkv, head % p.Hkv, team).run();
+        else
+            QueryPass(QueryPass::Kind::gradient, call, nullptr, &call, head / p.Hkv, head % p.Hkv, team).run();
     });
 }
 
 void final_state(const ForwardCall& call) {
     const AttentionProblem& p = call.problem;
     run_in_teams(p.threads, p.sequences * p.Hkv, [&](Index task, Team& team) {
-        ChunkedPass(Sweep::state, call, call.after, nullptr, task / p.Hkv, task % p.Hkv, team).run();
+        QueryPass(QueryPass::Kind::state, call, call.after, nullptr, task / p.Hkv, task % p.Hkv, team).run();
     });
 }
 

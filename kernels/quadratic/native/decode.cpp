@@ -128,7 +128,7 @@ void Decoder::take(const StateLines& part, Index f0, Index f1) {
     const int count = static_cast<int>(f1 - f0), rows = static_cast<int>(round_up<2>(rows_));
     const float* sums = part.before + f0 * columns;
     if (stride != columns) {
-        pack_rows({const_cast<float*>(sums), columns, Dtype::fp32}, count, columns, 1, nullptr, count, block_);
+        pack_rows(row_view(sums, columns), count, columns, 1, nullptr, count, block_);
         sums = block_;
     }
     for (Index r = 0; r < rows; ++r)

@@ -16,8 +16,6 @@ LINATTN_INLINE Lanes visible(const std::int32_t* seen, int c, int last) {
     return counts & (lane_numbers() + c <= last);
 }
 
-LINATTN_INLINE Vec select(Vec x, Lanes where) { return reinterpret_cast<Vec>(reinterpret_cast<Lanes>(x) & where); }
-
 LINATTN_INLINE bool all(const std::int32_t* seen) {
     std::int32_t every = -1;
     for (int c = 0; c < key_block; ++c) every &= seen[c];
