@@ -58,7 +58,7 @@ nb::dict build_info() {
 using linattn::Index;
 
 // Address, then the strides of B, H, T and the last dimension (which is 1), in elements.
-using Tensor = std::array<Index, 5>;
+using StridedTensor = std::array<Index, 5>;
 
 // Of a state's tensors, n first; none if there is no state.
 using Addresses = std::vector<Index>;
@@ -68,12 +68,12 @@ T* pointer(Index address) {
     return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address));
 }
 
-linattn::TensorView rows(const Tensor& t) { return {pointer<void>(t[0]), t[1], t[2], t[3]}; }
+linattn::TensorView tensor_view(const StridedTensor& t) { return {pointer<void>(t[0]), t[1], t[2], t[3]}; }
 
 // kernels/common/native/binding.py calls this, and keeps the tensors alive.
-void make_problem(linattn::AttentionProblem* self, int dtype, const std::array<Index, 7>& sizes, const Tensor& q,
-                  const Tensor& k, const Tensor& v, Index key_mask, Index cu_seqlens, Index sequences, bool is_causal,
-                  Index q_offset, double scale, bool normalize, int threads) {
+void make_problem(linattn::AttentionProblem* self, int dtype, const std::array<Index, 7>& sizes, const StridedTensor& q,
+                  const StridedTensor& k, const StridedTensor& v, Index key_mask, Index cu_seqlens, Index sequences,
+                  bool is_causal, Index q_offset, double scale, bool normalize, int threads) {
     const auto [B, H, Hkv, Tq, Tk, D, M] = sizes;
     new (self) linattn::AttentionProblem{static_cast<linattn::Dtype>(dtype),
                                          B,
@@ -83,9 +83,9 @@ void make_problem(linattn::AttentionProblem* self, int dtype, const std::array<I
                                          Tk,
                                          D,
                                          M,
-                                         rows(q),
-                                         rows(k),
-                                         rows(v),
+                                         tensor_view(q),
+                                         tensor_view(k),
+                                         tensor_view(v),
                                          pointer<bool>(key_mask),
                                          pointer<Index>(cu_seqlens),
                                          sequences,
@@ -106,12 +106,12 @@ void make_feature_map_options(linattn::feature_map::Options* self, int map, Inde
 
 // A call's state, if it has one: n, and pointers to sums for the rest of its fields.
 template <class State>
-class Given {
+class OptionalState {
 public:
-    explicit Given(const Addresses& a) : any_(!a.empty()) {
-        if (any_) set(a, std::make_index_sequence<sizeof(State) / sizeof(float*) - 1>{});
+    explicit OptionalState(const Addresses& a) : present_(!a.empty()) {
+        if (present_) set(a, std::make_index_sequence<sizeof(State) / sizeof(float*) - 1>{});
     }
-    const State* get() const { return any_ ? &state_ : nullptr; }
+    const State* get() const { return present_ ? &state_ : nullptr; }
 
 private:
     template <std::size_t... field>
@@ -119,37 +119,38 @@ private:
         state_ = {pointer<Index>(a.at(0)), pointer<float>(a.at(field + 1))...};
     }
 
-    bool any_;
+    bool present_;
     State state_;
 };
 
 // The functions `<op>_forward` and `<op>_backward`.
 template <class Options, class State>
-void define(nb::module_& module, const std::string& op,
-            void (*forward)(const linattn::AttentionForwardCall<Options, State>&),
-            void (*backward)(const linattn::AttentionBackwardCall<Options, State>&)) {
+void define_op(nb::module_& module, const std::string& op,
+               void (*forward)(const linattn::AttentionForwardCall<Options, State>&),
+               void (*backward)(const linattn::AttentionBackwardCall<Options, State>&)) {
     using linattn::AttentionProblem;
     module.def((op + "_forward").c_str(),
-               [forward](const AttentionProblem& problem, const Options& options, const Tensor& out, Index l,
+               [forward](const AttentionProblem& problem, const Options& options, const StridedTensor& out, Index l,
                          const Addresses& before, const Addresses& after) {
-                   const Given<State> first(before), last(after);
+                   const OptionalState<State> first(before), last(after);
                    const nb::gil_scoped_release released;
-                   forward({{options, problem, rows(out), pointer<float>(l), first.get()}, last.get()});
+                   forward({{options, problem, tensor_view(out), pointer<float>(l), first.get()}, last.get()});
                });
-    module.def((op + "_backward").c_str(),
-               [backward](const AttentionProblem& problem, const Options& options, const Tensor& out, Index l,
-                          const Addresses& before, const Tensor& dout, const Tensor& dq, const Tensor& dk,
-                          const Tensor& dv, const Addresses& dafter, const Addresses& dbefore) {
-                   const Given<State> first(before), dlast(dafter), dfirst(dbefore);
-                   const nb::gil_scoped_release released;
-                   backward({{options, problem, rows(out), pointer<float>(l), first.get()},
-                             rows(dout),
-                             rows(dq),
-                             rows(dk),
-                             rows(dv),
-                             dlast.get(),
-                             dfirst.get()});
-               });
+    module.def(
+        (op + "_backward").c_str(),
+        [backward](const AttentionProblem& problem, const Options& options, const StridedTensor& out, Index l,
+                   const Addresses& before, const StridedTensor& dout, const StridedTensor& dq, const StridedTensor& dk,
+                   const StridedTensor& dv, const Addresses& dafter, const Addresses& dbefore) {
+            const OptionalState<State> first(before), dlast(dafter), dfirst(dbefore);
+            const nb::gil_scoped_release released;
+            backward({{options, problem, tensor_view(out), pointer<float>(l), first.get()},
+                      tensor_view(dout),
+                      tensor_view(dq),
+                      tensor_view(dk),
+                      tensor_view(dv),
+                      dlast.get(),
+                      dfirst.get()});
+        });
 }
 
 }  // namespace
@@ -164,9 +165,9 @@ NB_MODULE(_native, module) {
         .def("__init__", &make_problem);
     nb::class_<linattn::quadratic::Options>(module, "QuadraticOptions").def("__init__", &make_quadratic_options);
     nb::class_<linattn::feature_map::Options>(module, "FeatureMapOptions").def("__init__", &make_feature_map_options);
-    define(module, "quadratic", linattn::quadratic::forward, linattn::quadratic::backward);
-    define(module, "feature_map", linattn::feature_map::forward, linattn::feature_map::backward);
-    linattn::recurrent::define(module);
+    define_op(module, "quadratic", linattn::quadratic::forward, linattn::quadratic::backward);
+    define_op(module, "feature_map", linattn::feature_map::forward, linattn::feature_map::backward);
+    linattn::recurrent::define_op(module);
     module.def("instruction_sets", &linattn::cpu_features,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");

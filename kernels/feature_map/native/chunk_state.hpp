@@ -24,7 +24,7 @@ constexpr Index many_keys = 4096;  // and more: their sums are taken in two leve
 struct Segment {
     Sequence sequence;
     Index head;  // of keys
-    Index first_row, last_row, first_key, last_key;
+    Index first_query, last_query, first_key, last_key;
     Index index, count;
 };
 
@@ -50,7 +50,7 @@ struct SegmentPlan {
     float* sums_of(Index task, Index segment) const { return sums + (task * segments + segment) * size(); }
 
     // Row i of a sequence sees keys below i + q_offset + 1; so key j is seen by rows from here on.
-    Index row_of(const Sequence& s, Index j) const { return clamp<Index>(j - p.q_offset, 0, s.queries); }
+    Index first_query_of(const Sequence& s, Index j) const { return clamp<Index>(j - p.q_offset, 0, s.queries); }
 
     Segment segment(Index unit) const {
         const Index task = unit / segments, i = unit % segments;
@@ -59,12 +59,12 @@ struct SegmentPlan {
         const Index j0 = min(i * keys, s.keys), j1 = i + 1 == segments ? s.keys : min(j0 + keys, s.keys);
         Segment part{s, task % p.Hkv, 0, 0, j0, j1, i, segments};
         if (p.is_causal) {
-            part.first_row = i == 0 ? 0 : row_of(s, j0);
-            part.last_row = i + 1 == segments ? s.queries : row_of(s, j1);
+            part.first_query = i == 0 ? 0 : first_query_of(s, j0);
+            part.last_query = i + 1 == segments ? s.queries : first_query_of(s, j1);
         } else {
             const Index rows = ceil_div(s.queries, segments);
-            part.first_row = min(i * rows, s.queries);
-            part.last_row = min(part.first_row + rows, s.queries);
+            part.first_query = min(i * rows, s.queries);
+            part.last_query = min(part.first_query + rows, s.queries);
         }
         return part;
     }
@@ -75,20 +75,20 @@ LINATTN_INLINE void add_all(const float* from, Index n, float* to) {
 }
 
 // S [Dp][Mp], z [Dp] += a canonical state's.
-inline void add_state(const SegmentPlan& w, const State& state, Index task, float* S, float* z) {
-    const Index D = w.p.D, M = w.p.M;
+inline void add_state(const SegmentPlan& plan, const State& state, Index task, float* S, float* z) {
+    const Index D = plan.p.D, M = plan.p.M;
     const float *fv = state.fv + task * D * M, *f_sum = state.f_sum + task * D;
     for (Index d = 0; d < D; ++d) {
         z[d] += f_sum[d];
-        for (Index m = 0; m < M; ++m) S[d * w.Mp + m] += fv[d * M + m];
+        for (Index m = 0; m < M; ++m) S[d * plan.Mp + m] += fv[d * M + m];
     }
 }
 
-inline void store_state(const SegmentPlan& w, const float* S, const float* z, Index task, const State& state) {
-    const Index D = w.p.D, M = w.p.M;
+inline void store_state(const SegmentPlan& plan, const float* S, const float* z, Index task, const State& state) {
+    const Index D = plan.p.D, M = plan.p.M;
     for (Index d = 0; d < D; ++d) {
         state.f_sum[task * D + d] = z[d];
-        __builtin_memcpy(state.fv + (task * D + d) * M, S + d * w.Mp, static_cast<std::size_t>(M) * sizeof(float));
+        __builtin_memcpy(state.fv + (task * D + d) * M, S + d * plan.Mp, static_cast<std::size_t>(M) * sizeof(float));
     }
 }
 
@@ -97,36 +97,36 @@ inline void store_state(const SegmentPlan& w, const float* S, const float* z, In
 struct ChunkState {
     const Index size;
     float *S, *z;
-    float *recent, *settled;  // S = settled + recent; or null
-    Index folds = 0;
+    float *recent, *merged;  // S = settled + recent; or null
+    Index updates = 0;
 
-    ChunkState(const SegmentPlan& w, Scratch& scratch, float* memory, Index keys)
-        : size(w.size()), S(memory), z(memory + w.Dp * w.Mp),
+    ChunkState(const SegmentPlan& plan, Scratch& scratch, float* memory, Index keys)
+        : size(plan.size()), S(memory), z(memory + plan.Dp * plan.Mp),
           recent(keys > many_keys ? scratch.allocate<float>(2 * size) : nullptr),
-          settled(recent == nullptr ? nullptr : recent + size) {
+          merged(recent == nullptr ? nullptr : recent + size) {
         clear(S, size);
     }
-    ChunkState(const SegmentPlan& w, Scratch& scratch, Index keys)
-        : ChunkState(w, scratch, scratch.allocate<float>(w.size()), keys) {}
+    ChunkState(const SegmentPlan& plan, Scratch& scratch, Index keys)
+        : ChunkState(plan, scratch, scratch.allocate<float>(plan.size()), keys) {}
 
     // Call this between setting S and adding the first chunk.
     void begin() {
-        folds = 0;
-        if (recent != nullptr) settle();
+        updates = 0;
+        if (recent != nullptr) merge_recent();
     }
     // Call add(S, z) for the sums that a chunk of rows or keys is to be added to.
     template <class Add>
-    void fold(const SegmentPlan& w, const Add& add) {
+    void update(const SegmentPlan& plan, const Add& add) {
         float* to = recent == nullptr ? S : recent;
-        add(to, to + w.Dp * w.Mp);
+        add(to, to + plan.Dp * plan.Mp);
         if (recent == nullptr) return;
-        for (Index i = 0; i < size; i += width) store(S + i, load(settled + i) + load(recent + i));
-        if (++folds % (many_keys / w.chunk) == 0) settle();
+        for (Index i = 0; i < size; i += width) store(S + i, load(merged + i) + load(recent + i));
+        if (++updates % (many_keys / plan.chunk) == 0) merge_recent();
     }
 
 private:
-    void settle() {
-        __builtin_memcpy(settled, S, sizeof(float) * size);
+    void merge_recent() {
+        __builtin_memcpy(merged, S, sizeof(float) * size);
         clear(recent, size);
     }
 };
@@ -142,15 +142,15 @@ struct KeyChunk {
     Index v_stride;
     float* vt;                   // [M][key_block]
     RowView next_k{}, next_v{};  // of the chunk that comes next, `ahead` rows: read early, as they are needed soon
-    int ahead = 0;
+    int prefetch_count = 0;
 
-    KeyChunk(const SegmentPlan& w, Scratch& scratch)
-        : k(scratch.allocate<float>(longest_chunk * w.Dp)), kt(scratch.allocate<float>(w.Dp * key_block)),
-          packed_v(scratch.allocate<float>(longest_chunk * w.Mp)), v(packed_v), v_stride(w.Mp),
-          vt(scratch.allocate<float>(w.Mp * key_block)) {}
+    KeyChunk(const SegmentPlan& plan, Scratch& scratch)
+        : k(scratch.allocate<float>(longest_chunk * plan.Dp)), kt(scratch.allocate<float>(plan.Dp * key_block)),
+          packed_v(scratch.allocate<float>(longest_chunk * plan.Mp)), v(packed_v), v_stride(plan.Mp),
+          vt(scratch.allocate<float>(plan.Mp * key_block)) {}
 
-    void load(const SegmentPlan& w, const Segment& part, Index from, Index to) {
-        const AttentionProblem& p = w.p;
+    void load(const SegmentPlan& plan, const Segment& part, Index from, Index to) {
+        const AttentionProblem& p = plan.p;
         j0 = from, count = static_cast<int>(to - from);
         const Index at = part.sequence.first_key + from, batch = part.sequence.batch;
         keep = p.key_mask == nullptr ? nullptr : p.key_mask + batch * p.Tk + at;
@@ -158,24 +158,27 @@ struct KeyChunk {
         const RowView values = row_view(p.v, p.dtype, batch, part.head, at);
         next_k = row_view(p.k, p.dtype, batch, part.head, at + count);
         next_v = row_view(p.v, p.dtype, batch, part.head, at + count);
-        ahead = static_cast<int>(min<Index>(count, part.last_key - to));
-        pack_features(w.call.map, keys, count, p.D, 1, keep, round_up<4>(count), k);
+        prefetch_count = static_cast<int>(min<Index>(count, part.last_key - to));
+        pack_features(plan.call.map, keys, count, p.D, 1, keep, round_up<4>(count), k);
         if (p.dtype == Dtype::fp32 && keep == nullptr && p.M % width == 0 && count % 4 == 0) {
             v = static_cast<const float*>(values.data), v_stride = values.stride;
         } else {
             pack_rows(values, count, p.M, 1, keep, round_up<4>(count), packed_v);
-            v = packed_v, v_stride = w.Mp;
+            v = packed_v, v_stride = plan.Mp;
         }
     }
-    void transpose_keys(const SegmentPlan& w) { pack_transposed(row_view(k, w.Dp), count, w.p.D, 1, nullptr, kt); }
-    void transpose_values(const SegmentPlan& w) {
-        pack_transposed(row_view(v, v_stride), count, w.p.M, 1, nullptr, vt);
+    void transpose_keys(const SegmentPlan& plan) {
+        pack_transposed(row_view(k, plan.Dp), count, plan.p.D, 1, nullptr, kt);
+    }
+    void transpose_values(const SegmentPlan& plan) {
+        pack_transposed(row_view(v, v_stride), count, plan.p.M, 1, nullptr, vt);
     }
     // S += phi(k)^T v, z += sum of phi(k).
-    void fold(const SegmentPlan& w, ChunkState& sums) const {
-        sums.fold(w, [&](float* S, float* z) {
-            multiply<1>({{k, 1, w.Dp, v, v_stride, count}}, static_cast<int>(round_up<4>(w.p.D)), w.Mp, S, w.Mp, true);
-            for (int c = 0; c < count; ++c) add_all(k + c * w.Dp, w.Dp, z);
+    void update(const SegmentPlan& plan, ChunkState& sums) const {
+        sums.update(plan, [&](float* S, float* z) {
+            multiply<1>({{k, 1, plan.Dp, v, v_stride, count}}, static_cast<int>(round_up<4>(plan.p.D)), plan.Mp, S,
+                        plan.Mp, true);
+            for (int c = 0; c < count; ++c) add_all(k + c * plan.Dp, plan.Dp, z);
         });
     }
 };
@@ -186,33 +189,33 @@ struct QueryTile {
     Index i0 = 0, head = 0;
     int count = 0, rows = 0;
 
-    QueryTile(const SegmentPlan& w, Scratch& scratch)
-        : x(scratch.allocate<float>(longest_chunk * w.Dp)), tile(scratch.allocate<float>(longest_chunk * key_block)),
-          sums(scratch.allocate<float>(longest_chunk * max(w.Dp, w.Mp))) {}
+    QueryTile(const SegmentPlan& plan, Scratch& scratch)
+        : x(scratch.allocate<float>(longest_chunk * plan.Dp)), tile(scratch.allocate<float>(longest_chunk * key_block)),
+          sums(scratch.allocate<float>(longest_chunk * max(plan.Dp, plan.Mp))) {}
 
-    RowView at(const SegmentPlan& w, const Segment& part, const TensorView& tensor) const {
-        return row_view(tensor, w.p.dtype, part.sequence.batch, head, part.sequence.first_query + i0);
+    RowView at(const SegmentPlan& plan, const Segment& part, const TensorView& tensor) const {
+        return row_view(tensor, plan.p.dtype, part.sequence.batch, head, part.sequence.first_query + i0);
     }
-    float* row_sums(const SegmentPlan& w, const Segment& part) const {
-        return w.call.l + (part.sequence.batch * w.p.H + head) * w.p.Tq + part.sequence.first_query + i0;
+    float* l(const SegmentPlan& plan, const Segment& part) const {
+        return plan.call.l + (part.sequence.batch * plan.p.H + head) * plan.p.Tq + part.sequence.first_query + i0;
     }
-    void load(const SegmentPlan& w, const Segment& part, Index query_head, Index from, Index to) {
+    void load(const SegmentPlan& plan, const Segment& part, Index query_head, Index from, Index to) {
         i0 = from, head = query_head, count = static_cast<int>(to - from), rows = round_up<4>(count);
-        pack_features(w.call.map, at(w, part, w.p.q), count, w.p.D, w.p.scale, nullptr, rows, x);
+        pack_features(plan.call.map, at(plan, part, plan.p.q), count, plan.p.D, plan.p.scale, nullptr, rows, x);
     }
     // How many keys of a chunk row 0 sees; row r sees r more.
-    Index seen(const SegmentPlan& w, const KeyChunk& keys) const {
-        return w.p.is_causal ? i0 + w.p.q_offset - keys.j0 + 1 : keys.count;
+    Index seen(const SegmentPlan& plan, const KeyChunk& keys) const {
+        return plan.p.is_causal ? i0 + plan.p.q_offset - keys.j0 + 1 : keys.count;
     }
     // tile[r][c] = left[r] . right[c], 0 where row r does not see key c.
-    void score(const SegmentPlan& w, const Segment& part, const KeyChunk& keys, const float* left, Index stride,
+    void score(const SegmentPlan& plan, const Segment& part, const KeyChunk& keys, const float* left, Index stride,
                const float* right, Index n, const float* minus, float* to) const {
-        const Index columns = round_up<width>(keys.count), first = seen(w, keys);
+        const Index columns = round_up<width>(keys.count), first = seen(plan, keys);
         multiply<1>({{left, stride, 1, right, key_block, n}}, rows, columns, to, key_block, false);
-        const RowView here = at(w, part, w.p.q);
+        const RowView here = at(plan, part, plan.p.q);
         for (int r = 0; r < count; ++r, to += key_block) {
-            if (i0 + count + r < part.sequence.queries) prefetch_row(here, count + r, w.p.D);
-            const Index visible = w.p.is_causal ? clamp<Index>(first + r, 0, keys.count) : keys.count;
+            if (i0 + count + r < part.sequence.queries) prefetch_row(here, count + r, plan.p.D);
+            const Index visible = plan.p.is_causal ? clamp<Index>(first + r, 0, keys.count) : keys.count;
             Index c = 0;
             for (; minus != nullptr && c + width <= visible; c += width)
                 store(to + c, LINATTN_ISA::load(to + c) - minus[r]);

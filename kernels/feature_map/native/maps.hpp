@@ -18,7 +18,7 @@ LINATTN_INLINE Vec phi(Vec x) {
 }
 
 template <Map map>
-LINATTN_INLINE Vec slope(Vec x) {
+LINATTN_INLINE Vec derivative(Vec x) {
     if constexpr (map == Map::elu_plus_one) return x > 0.0f ? splat(1.0f) : exp(x > 0.0f ? Vec{} : x);
     if constexpr (map == Map::relu) return x > 0.0f ? splat(1.0f) : Vec{};
     if constexpr (map == Map::relu_squared) return x < 0.0f ? Vec{} : 2.0f * x;
@@ -65,8 +65,8 @@ inline void pack_features(Map map, const RowView& from, Index count, Index n, fl
 }
 
 // Row r of `to` = factor * gradient[r] * slope(row r of `at`), and 0 where keep[r] is false. keep may be null.
-inline void store_pulled_back(Map map, const float* gradient, const RowView& at, Index count, Index n, float factor,
-                              const bool* keep, const RowView& to) {
+inline void store_map_gradient(Map map, const float* gradient, const RowView& at, Index count, Index n, float factor,
+                               const bool* keep, const RowView& to) {
     const Index stride = round_up<width>(n);
     dispatch_map(map, at.dtype, [=]<Map m, class T>() {
         for (Index r = 0; r < count; ++r) {
@@ -76,11 +76,12 @@ inline void store_pulled_back(Map map, const float* gradient, const RowView& at,
             for (Index i = 0; i < n; i += width) {
                 const int left = static_cast<int>(min<Index>(width, n - i));
                 const Vec given = left == width ? load(x + i) : load_first(x + i, left);
-                const Vec pulled = counts ? factor * load(gradient + r * stride + i) * slope<m>(given) : Vec{};
+                const Vec gradient_at_x =
+                    counts ? factor * load(gradient + r * stride + i) * derivative<m>(given) : Vec{};
                 if (left == width)
-                    store(row + i, pulled);
+                    store(row + i, gradient_at_x);
                 else
-                    store_first(row + i, pulled, left);
+                    store_first(row + i, gradient_at_x, left);
             }
         }
     });

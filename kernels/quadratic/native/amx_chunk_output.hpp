@@ -6,11 +6,11 @@
 namespace linattn::LINATTN_ISA::quadratic {
 
 // to[D][32] = moments x for 32 rows x, given as B tiles of X^T.
-LINATTN_INLINE void multiply_moments(const ChunkState& sums, const Bf16* x, int D, float* to) {
+LINATTN_INLINE void multiply_moments(const ChunkState& state, const Bf16* x, int D, float* to) {
     for (int i = 0; i < D; i += 32) {
         zero_block();
         for (int j = 0; j < D; j += 32) {
-            const Bf16* moments = sums.moment_tiles + (i / 16 * (D / 32) + j / 32) * tile;
+            const Bf16* moments = state.moment_tiles + (i / 16 * (D / 32) + j / 32) * tile;
             const Bf16* b = x + j / 32 * tile;
             multiply_block(moments, moments + D / 32 * tile, b, b + D / 32 * tile);
         }
@@ -35,7 +35,7 @@ LINATTN_INLINE void add_transposed(const float* from, int columns, float factor,
 }
 
 // What 32 queries need to read the sums; `x` in their names is q.
-struct OutputReader {
+struct ChunkOutput {
     float* doubled;  // [D + 1][64]: q_i twice for each query; the last row is 1
     float* paired;   // [D / 2][64]: q_2p and q_2p+1 for each query
     Bf16* phi;       // B tiles of features^T: two blocks of [steps_at_once][2][tile]
@@ -44,7 +44,7 @@ struct OutputReader {
 
     static constexpr int steps_at_once = 4;
 
-    OutputReader(const TileSizes& size, Scratch& scratch) {
+    ChunkOutput(const TileSizes& size, Scratch& scratch) {
         doubled = scratch.allocate<float>((size.D + 1) * 64);
         paired = scratch.allocate<float>(size.D / 2 * 64);
         phi = scratch.allocate<Bf16>(4 * steps_at_once * tile);
@@ -77,9 +77,9 @@ struct OutputReader {
     }
 
     // out = constant y_sum + (weights S)^T phi(q). The next features are made while the tiles work on these.
-    void products(const FeatureTable& f, const ChunkState& sums, float constant, int M) {
+    void products(const FeatureTable& f, const ChunkState& state, float constant, int M) {
         for (int m = 0; m < M; ++m) {
-            const Vec start = splat(constant * sums.y_sum[m]);
+            const Vec start = splat(constant * state.y_sum[m]);
             store(out + 32 * m, start), store(out + 32 * m + 16, start);
         }
         Bf16 *now = phi, *next = phi + 2 * steps_at_once * tile;
@@ -91,7 +91,7 @@ struct OutputReader {
             for (int m = 0; m < M; m += 32) {
                 load_block(out + m * 32, 32);
                 for (int s = 0; s < steps; ++s) {
-                    const Bf16* S = sums.by_column + (Index{step + s} * (M / 16) + m / 16) * tile;
+                    const Bf16* S = state.by_column + (Index{step + s} * (M / 16) + m / 16) * tile;
                     multiply_block(S, S + tile, now + 2 * s * tile, now + (2 * s + 1) * tile);
                     for (const int until = halves * ++done / products; made < until; ++made)
                         features(f, 16 * (step + steps) + 8 * made, 8, next + made / 2 * 2 * tile + made % 2 * 8 * 32);
@@ -104,41 +104,41 @@ struct OutputReader {
     }
 
     // l[32] = sum of p / factor over the folded keys.
-    void row_sums(const ScorePolynomial& w, const ChunkState& sums, const Bf16* q, int D, float* l) {
-        multiply_moments(sums, q, D, squares);
+    void row_sums(const ScorePolynomial& w, const ChunkState& state, const Bf16* q, int D, float* l) {
+        multiply_moments(state, q, D, squares);
         const float linear = w.a1 / w.factor, square = w.a2 / w.factor, constant = w.a0 / w.factor;
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         for (int half = 0; half < 32; half += 16) {
-            Vec total = splat(constant * static_cast<float>(sums.n));
+            Vec total = splat(constant * static_cast<float>(state.n));
             for (int j = 0; j < D; ++j) {
                 const float* x = doubled + j * 64 + 2 * half;
                 const Vec qj = _mm512_permutex2var_ps(load(x), even, load(x + 16));
-                total += qj * (square * load(squares + j * 32 + half) + linear * sums.z_sum[j]);
+                total += qj * (square * load(squares + j * 32 + half) + linear * state.z_sum[j]);
             }
             store(l + half, total);
         }
     }
 
     // acc[32][M] and the first of each 16 parts of row_sums += what the folded keys give to the queries.
-    void read(const ScorePolynomial& w, const FeatureTable& f, const ChunkState& sums, const TileSizes& size,
-              const Bf16* q, float* acc, float* parts) {
+    void read(const ScorePolynomial& w, const FeatureTable& f, const ChunkState& state, const TileSizes& size,
+              const Bf16* q, float* acc, float* row_sum_parts) {
         float l[32];
         spread(q, size.D);
-        products(f, sums, w.a0 / w.factor, size.M);
-        row_sums(w, sums, q, size.D, l);
-        for (int r = 0; r < 32; ++r) parts[16 * r] += l[r];
+        products(f, state, w.a0 / w.factor, size.M);
+        row_sums(w, state, q, size.D, l);
+        for (int r = 0; r < 32; ++r) row_sum_parts[16 * r] += l[r];
         add_transposed(out, size.M, 1, acc);
     }
 };
 
 // The gradient to 32 rows x of sum(y . acc) + sum(minus l), where acc and l are what x reads.
-struct InputGradientReader {
+struct ChunkDx {
     float* x;        // [D + 1][32]; the last row is 1
     float* dx;       // [D + 1][32]; the last row means nothing
     float* u;        // [2][32][32]: gradients to the features of two steps
     float* squares;  // [D][32]: moments x
 
-    InputGradientReader(const TileSizes& size, Scratch& scratch) {
+    ChunkDx(const TileSizes& size, Scratch& scratch) {
         x = scratch.allocate<float>((size.D + 1) * 32);
         dx = scratch.allocate<float>((size.D + 1) * 32);
         u = scratch.allocate<float>(2 * 32 * 32);
@@ -147,20 +147,20 @@ struct InputGradientReader {
     }
 
     // x_transposed, y_transposed: B tiles of X^T and Y^T. minus: [32].
-    void read(const ScorePolynomial& w, const FeatureTable& f, const ChunkState& sums, const TileSizes& size,
+    void read(const ScorePolynomial& w, const FeatureTable& f, const ChunkState& state, const TileSizes& size,
               const Bf16* x_transposed, const Bf16* y_transposed, const float* minus) {
         spread(x_transposed, size.D);
         std::memset(dx, 0, (size.D + 1) * 32 * sizeof(float));
         for (int step = 0; step <= f.steps; ++step) {
-            if (step < f.steps) multiply(sums, step, size.M, y_transposed);
-            if (step > 0) pull_back(f, step - 1, u + (step - 1) % 2 * 32 * 32);
+            if (step < f.steps) multiply(state, step, size.M, y_transposed);
+            if (step > 0) accumulate_feature_dx(f, step - 1, u + (step - 1) % 2 * 32 * 32);
         }
-        multiply_moments(sums, x_transposed, size.D, squares);
+        multiply_moments(state, x_transposed, size.D, squares);
         const float linear = w.a1 / w.factor, square = 2 * w.a2 / w.factor;
         for (int d = 0; d < size.D; ++d)
             for (int half = 0; half < 32; half += 16) {
                 float* to = dx + d * 32 + half;
-                const Vec slope = square * load(squares + d * 32 + half) + linear * sums.z_sum[d];
+                const Vec slope = square * load(squares + d * 32 + half) + linear * state.z_sum[d];
                 store(to, load(to) + load(minus + half) * slope);
             }
     }
@@ -175,16 +175,16 @@ private:
             }
     }
 
-    void multiply(const ChunkState& sums, int step, int M, const Bf16* y) {
+    void multiply(const ChunkState& state, int step, int M, const Bf16* y) {
         zero_block();
-        const Bf16* S = sums.by_feature + Index{step} * 32 * M;
+        const Bf16* S = state.by_feature + Index{step} * 32 * M;
         for (int m = 0; m < M / 32; ++m)
             multiply_block(S + 2 * m * tile, S + (2 * m + 1) * tile, y + m * tile, y + (M / 32 + m) * tile);
         store_block(u + step % 2 * 32 * 32, 32);
     }
 
     // dx_i += u x_j and dx_j += u x_i for the products x_i x_j of a step; i stays the same for many of them.
-    LINATTN_INLINE void pull_back(const FeatureTable& f, int step, const float* du) {
+    LINATTN_INLINE void accumulate_feature_dx(const FeatureTable& f, int step, const float* du) {
         for (int p = 16 * step; p < 16 * (step + 1);) {
             const int i = f.first[p];
             const Vec left = load(x + i * 32), right = load(x + i * 32 + 16);

@@ -41,7 +41,7 @@ private:
     }
 };
 
-// Rows to be added to sums, in strips of 32: x with values y, and z, which is x or a multiple of it.
+// Rows to be added to state, in strips of 32: x with values y, and z, which is x or a multiple of it.
 struct StateUpdate {
     Bf16* y_pairs;       // B tiles of Y: [strip][M / 16][tile]
     Bf16* z_pairs;       // B tiles of Z: [strip][D / 16][tile]
@@ -127,29 +127,29 @@ LINATTN_INLINE __m512i interleave_halves(__m512i halves) {
 }
 
 // The weighted copies of one step of S.
-LINATTN_INLINE void refresh(const FeatureTable& f, const ChunkState& sums, int step, int M) {
+LINATTN_INLINE void refresh_copies(const FeatureTable& f, const ChunkState& state, int step, int M) {
     const float* weights = f.weights + 32 * step;
-    const float* S = sums.S + Index{32} * step * M;
-    for (int m = 0; sums.by_column != nullptr && m < M; m += 16) {
+    const float* S = state.S + Index{32} * step * M;
+    for (int m = 0; state.by_column != nullptr && m < M; m += 16) {
         __m512i words[16];
 #pragma GCC unroll 16
         for (int p = 0; p < 16; ++p)
             words[p] = interleave_halves(round_to_bf16(weights[2 * p] * load(S + 2 * p * M + m),
                                                        weights[2 * p + 1] * load(S + (2 * p + 1) * M + m)));
         transpose(words);
-        Bf16* to = sums.by_column + (Index{step} * (M / 16) + m / 16) * tile;
+        Bf16* to = state.by_column + (Index{step} * (M / 16) + m / 16) * tile;
 #pragma GCC unroll 16
         for (int p = 0; p < 16; ++p) store_words(to + 32 * p, words[p]);
     }
-    Bf16* to = sums.by_feature + Index{step} * 32 * M;
-    for (int m = 0; sums.by_feature != nullptr && m < M; m += 32)
+    Bf16* to = state.by_feature + Index{step} * 32 * M;
+    for (int m = 0; state.by_feature != nullptr && m < M; m += 32)
         for (int r = 0; r < 32; ++r, to += 32)
             store_words(to, round_to_bf16(weights[r] * load(S + r * M + m), weights[r] * load(S + r * M + m + 16)));
 }
 
 // S += phi(X)^T Y in the steps from `step0` to `step1`. The features of the next product are made while the tiles work
 // on this one; `phi` holds those of two.
-inline void update_products(const FeatureTable& f, const ChunkState& sums, const StateUpdate& x, int M, int step0,
+inline void update_products(const FeatureTable& f, const ChunkState& state, const StateUpdate& x, int M, int step0,
                             int step1, bool read_next, Bf16* phi) {
     const Index all = x.strips * 32;
     Bf16 *now = phi, *next = phi + 32 * rows_of_a_product;
@@ -164,7 +164,7 @@ inline void update_products(const FeatureTable& f, const ChunkState& sums, const
             const int count = step_after < step1 ? 32 : 0;
             int made = 0, done = 0;
             for (int m = 0; m < M; m += 32) {
-                float* S = sums.S + Index{32} * step * M + m;
+                float* S = state.S + Index{32} * step * M + m;
                 load_block(S, M);
                 for (int s = 0; s < strips; ++s) {
                     const Bf16* y = x.y_pairs + ((row / 32 + s) * (M / 16) + m / 16) * tile;
@@ -180,14 +180,14 @@ inline void update_products(const FeatureTable& f, const ChunkState& sums, const
             Bf16* const other = now;
             now = next, next = other;
         }
-        if (read_next) refresh(f, sums, step, M);
+        if (read_next) refresh_copies(f, state, step, M);
     }
 }
 
 // Rows i to i + 32 of moments += X^T Z.
-inline void update_moments(const ChunkState& sums, const StateUpdate& x, int D, int i) {
+inline void update_moments(const ChunkState& state, const StateUpdate& x, int D, int i) {
     for (int j = 0; j < D; j += 32) {
-        float* moments = sums.moments + i * D + j;
+        float* moments = state.moments + i * D + j;
         load_block(moments, D);
         for (Index s = 0; s < x.strips; ++s) {
             const Bf16* a = x.x_transposed + (s * (D / 16) + i / 16) * tile;
@@ -198,12 +198,12 @@ inline void update_moments(const ChunkState& sums, const StateUpdate& x, int D, 
     }
     for (int r = i; r < i + 32; ++r)
         for (int j = 0; j < D; j += 32)
-            store_words(sums.moment_tiles + (r / 16 * (D / 32) + j / 32) * tile + r % 16 * 32,
-                        round_to_bf16(load(sums.moments + r * D + j), load(sums.moments + r * D + j + 16)));
+            store_words(state.moment_tiles + (r / 16 * (D / 32) + j / 32) * tile + r % 16 * 32,
+                        round_to_bf16(load(state.moments + r * D + j), load(state.moments + r * D + j + 16)));
 }
 
 // to[width] += sums over the rows that were packed as pairs.
-LINATTN_INLINE void add_row_sums(const Bf16* pairs, Index strips, int width, float* to) {
+LINATTN_INLINE void add_packed_rows(const Bf16* pairs, Index strips, int width, float* to) {
     const __m512i one = _mm512_set1_epi16(0x3f80);
     for (int c = 0; c < width; c += 16) {
         Vec total = load(to + c);
@@ -216,9 +216,9 @@ LINATTN_INLINE void add_row_sums(const Bf16* pairs, Index strips, int width, flo
     }
 }
 
-LINATTN_INLINE void update_vector_sums(const ChunkState& sums, const StateUpdate& x, const TileSizes& size) {
-    add_row_sums(x.z_pairs, x.strips, size.D, sums.z_sum);
-    add_row_sums(x.y_pairs, x.strips, size.M, sums.y_sum);
+LINATTN_INLINE void update_vector_sums(const ChunkState& state, const StateUpdate& x, const TileSizes& size) {
+    add_packed_rows(x.z_pairs, x.strips, size.D, state.z_sum);
+    add_packed_rows(x.y_pairs, x.strips, size.M, state.y_sum);
 }
 
 }  // namespace linattn::LINATTN_ISA::quadratic

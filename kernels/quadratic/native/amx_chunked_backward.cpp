@@ -21,8 +21,8 @@ public:
                     Index sequence_number, const KeyHead& head, Scratch& scratch)
         : queries_(queries), call_(queries.call), p_(call_.problem), size_(queries.size), w_(w), f_(f), dq_(dq),
           sequence_number_(sequence_number), head_(head), chunk_(chunk_length(call_)), first_(head, chunk_),
-          unit_(w.factor / slope_factor(w)), blocks_(queries, w, dq, scratch), sums_(f, size_, true, true, scratch),
-          addends_(size_.D, 32 * strips_at_once, scratch), reader_(size_, scratch), gradient_reader_(size_, scratch) {
+          unit_(w.factor / slope_factor(w)), blocks_(queries, w, dq, scratch), state_(f, size_, true, true, scratch),
+          update_(size_.D, 32 * strips_at_once, scratch), output_(size_, scratch), dx_(size_, scratch) {
         values_ = scratch.allocate<Bf16>(32 * strips_at_once * size_.M);
         phi_ = scratch.allocate<Bf16>(2 * 32 * rows_of_a_product);
         k_ = scratch.allocate<Bf16>(32 * size_.D);
@@ -50,7 +50,7 @@ private:
         return max<Index>(0, min((begin(c) - p_.q_offset) / 32, strips()));
     }
     // Whether rows read sums over keys of their own chunk, there being no order.
-    bool reads_everything() const { return !p_.is_causal && first_.enough; }
+    bool sees_whole_state() const { return !p_.is_causal && first_.enough; }
 
     template <class Work>
     void each_query_strip(Index from, Index to, const Work& work) const {
@@ -60,26 +60,26 @@ private:
     }
 
     void clear() {
-        sums_.clear_steps(0, f_.steps, size_.M);
-        sums_.clear_moments(size_);
-        anything_ = false;
+        state_.clear_steps(0, f_.steps, size_.M);
+        state_.clear_moments(size_);
+        any_ = false;
     }
 
-    void fold(Index strips, bool read_next) {
-        addends_.strips = strips;
-        update_vector_sums(sums_, addends_, size_);
-        for (int i = 0; i < size_.D; i += 32) update_moments(sums_, addends_, size_.D, i);
-        update_products(f_, sums_, addends_, size_.M, 0, f_.steps, read_next, phi_);
-        anything_ = true;
+    void update_state(Index strips, bool read_next) {
+        update_.strips = strips;
+        update_vector_sums(state_, update_, size_);
+        for (int i = 0; i < size_.D; i += 32) update_moments(state_, update_, size_.D, i);
+        update_products(f_, state_, update_, size_.M, 0, f_.steps, read_next, phi_);
+        any_ = true;
     }
 
     // ---- query_pass ----
 
     void query_pass() {
         clear();
-        if (reads_everything()) {
-            fold_keys(0, head_.sequence.keys);
-            each_query_strip(0, strips(), [&](Index n) { read_gradient(n); });
+        if (sees_whole_state()) {
+            update_with_keys(0, head_.sequence.keys);
+            each_query_strip(0, strips(), [&](Index n) { store_chunk_dq(n); });
             return;
         }
         for (Index c = 0; c < chunks(); ++c) {
@@ -87,9 +87,9 @@ private:
                 if (c == 0)
                     std::memset(dq_ + n * 32 * size_.D, 0, 32 * size_.D * sizeof(float));
                 else
-                    read_gradient(n);
+                    store_chunk_dq(n);
             });
-            if (c + 1 < chunks()) fold_keys(begin(c), begin(c + 1));
+            if (c + 1 < chunks()) update_with_keys(begin(c), begin(c + 1));
         }
     }
 
@@ -98,28 +98,28 @@ private:
         return strip_view(x, one.batch, head_.kv_head, one.first_key, j, end, width, head_.key_mask);
     }
 
-    void fold_keys(Index j, Index end) {
-        addends_.y_pairs = values_;
+    void update_with_keys(Index j, Index end) {
+        update_.y_pairs = values_;
         while (j < end) {
             Index i = 0;
             for (; i < strips_at_once && j < end; ++i, j += 32) {
-                Bf16* pairs = addends_.z_pairs + i * 32 * size_.D;
+                Bf16* pairs = update_.z_pairs + i * 32 * size_.D;
                 pack_pairs(keys(p_.k, p_.D, j, end), size_.D, pairs);
                 pack_pairs(keys(p_.v, p_.M, j, end), size_.M, values_ + i * 32 * size_.M);
-                addends_.transpose_strip(size_.D, i, pairs);
+                update_.transpose_strip(size_.D, i, pairs);
             }
-            fold(i, j >= end);
+            update_state(i, j >= end);
         }
     }
 
     // dQ of strip n from the sums.
-    void read_gradient(Index n) {
+    void store_chunk_dq(Index n) {
         const QueryStrip q = queries_.at(n);
-        gradient_reader_.read(w_, f_, sums_, size_, q.q_transposed, q.dout_transposed, q.minus_delta);
+        dx_.read(w_, f_, state_, size_, q.q_transposed, q.dout_transposed, q.minus_delta);
         float* to = dq_ + n * 32 * size_.D;
         for (int d = 0; d < size_.D; ++d, to += 32) {
-            const Vec left = unit_ * load(gradient_reader_.dx + d * 32);
-            const Vec right = unit_ * load(gradient_reader_.dx + d * 32 + 16);
+            const Vec left = unit_ * load(dx_.dx + d * 32);
+            const Vec right = unit_ * load(dx_.dx + d * 32 + 16);
             store(to, _mm512_shuffle_f32x4(left, right, 0x88));  // the order of `query_of_column`
             store(to + 16, _mm512_shuffle_f32x4(left, right, 0xdd));
         }
@@ -129,31 +129,31 @@ private:
 
     void key_pass() {
         clear();
-        if (reads_everything()) {
-            fold_queries(0, strips());
-            keys_of_chunk(0, head_.sequence.keys, 0, 0);
+        if (sees_whole_state()) {
+            update_with_queries(0, strips());
+            process_keys(0, head_.sequence.keys, 0, 0);
             return;
         }
         for (Index c = chunks(); c-- > 0;) {
-            keys_of_chunk(begin(c), begin(c + 1), first_strip(c), first_strip(c + 1));
-            if (c > 0) fold_queries(first_strip(c), first_strip(c + 1));
+            process_keys(begin(c), begin(c + 1), first_strip(c), first_strip(c + 1));
+            if (c > 0) update_with_queries(first_strip(c), first_strip(c + 1));
         }
     }
 
     // x = q, y = dO', z = -delta q.
-    void fold_queries(Index from, Index to) {
+    void update_with_queries(Index from, Index to) {
         const Index group = p_.H / p_.Hkv;
         for (Index g = 0; g < group; ++g)
             for (Index i = from; i < to; i += strips_at_once) {
                 const Index count = min(strips_at_once, to - i);
                 const Index n = queries_.first(sequence_number_, head_.kv_head * group + g) + i;
-                addends_.y_pairs = queries_.at(n).dout_pairs;
+                update_.y_pairs = queries_.at(n).dout_pairs;
                 for (Index s = 0; s < count; ++s) {
                     const QueryStrip q = queries_.at(n + s);
-                    addends_.transpose_strip(size_.D, s, q.q_pairs);
-                    scale_pairs(q.q_pairs, q.minus_delta, addends_.z_pairs + s * 32 * size_.D);
+                    update_.transpose_strip(size_.D, s, q.q_pairs);
+                    scale_pairs(q.q_pairs, q.minus_delta, update_.z_pairs + s * 32 * size_.D);
                 }
-                fold(count, g + 1 == group && i + strips_at_once >= to);
+                update_state(count, g + 1 == group && i + strips_at_once >= to);
             }
     }
 
@@ -169,31 +169,31 @@ private:
     }
 
     // Gradients to keys j to `end`: from the sums over later rows, and from the strips of their own chunk.
-    void keys_of_chunk(Index j, Index end, Index from, Index to) {
+    void process_keys(Index j, Index end, Index from, Index to) {
         const Index group = p_.H / p_.Hkv;
         for (; j < end; j += 32 * block_strips) {
             blocks_.load_keys(head_.sequence, head_.kv_head, j);
             KeyBlock& block = blocks_.keys();
-            for (Index a = 0; anything_ && a < block.strips; ++a)
-                read_key_gradients(j + 32 * a, end, block.dk + a * 32 * size_.D, block.dv + a * 32 * size_.M);
+            for (Index a = 0; any_ && a < block.strips; ++a)
+                add_chunk_dkv(j + 32 * a, end, block.dk + a * 32 * size_.D, block.dv + a * 32 * size_.M);
             for (Index h = head_.kv_head * group; h < (head_.kv_head + 1) * group; ++h)
                 for (Index i = from; i < to; i += block_strips)
-                    blocks_.add_block(queries_.first(sequence_number_, h), i, min<Index>(block_strips, to - i));
+                    blocks_.process_block(queries_.first(sequence_number_, h), i, min<Index>(block_strips, to - i));
             blocks_.store_keys(head_.sequence, head_.kv_head);
         }
     }
 
-    void read_key_gradients(Index j, Index end, float* dk, float* dv) {
+    void add_chunk_dkv(Index j, Index end, float* dk, float* dv) {
         pack_transposed(keys(p_.k, p_.D, j, end), size_.D, k_);
         if (call_.dv.data != nullptr) {
-            reader_.spread(k_, size_.D);
-            reader_.products(f_, sums_, w_.a0 / w_.factor, size_.M);
-            add_transposed(reader_.out, size_.M, 1, dv);
+            output_.spread(k_, size_.D);
+            output_.products(f_, state_, w_.a0 / w_.factor, size_.M);
+            add_transposed(output_.out, size_.M, 1, dv);
         }
         if (call_.dk.data != nullptr) {
             pack_transposed(keys(p_.v, p_.M, j, end), size_.M, v_);
-            gradient_reader_.read(w_, f_, sums_, size_, k_, v_, one_);
-            add_transposed(gradient_reader_.dx, size_.D, unit_, dk);
+            dx_.read(w_, f_, state_, size_, k_, v_, one_);
+            add_transposed(dx_.dx, size_.D, unit_, dk);
         }
     }
 
@@ -210,13 +210,13 @@ private:
     const FirstChunk first_;
     const float unit_;  // what a product counts in sums whose scores leave `slope_factor` to the end
     BlockGradients<Completed> blocks_;
-    ChunkState sums_;
-    StateUpdate addends_;
-    OutputReader reader_;
-    InputGradientReader gradient_reader_;
+    ChunkState state_;
+    StateUpdate update_;
+    ChunkOutput output_;
+    ChunkDx dx_;
     Bf16 *values_, *phi_, *k_, *v_;
     float one_[32];
-    bool anything_ = false;  // in the sums
+    bool any_ = false;  // in the sums
 };
 
 template <bool Completed>
@@ -238,7 +238,8 @@ void chunked_backward(const BackwardCall& call) {
     const FeatureTable f(w, queries.size.D, scratch);
     float* dq = call.dq.data == nullptr ? nullptr : scratch.allocate<float>(queries.count() * 32 * queries.size.D);
     const auto work = w.completed ? backward_head<true> : backward_head<false>;
-    differentiate(queries, w, dq, 1, 0, p.sequences * p.Hkv, [&](Index head) { work(queries, w, f, dq, head); });
+    compute_score_gradients(queries, w, dq, 1, 0, p.sequences * p.Hkv,
+                            [&](Index head) { work(queries, w, f, dq, head); });
 }
 
 }  // namespace linattn::LINATTN_ISA::quadratic

@@ -13,21 +13,21 @@ namespace {
 // A stretch of keys of one head: as queries that score them take them, and as the sums do. Strips come in pairs.
 struct KeyChunk {
     PackedKeys packed;
-    StateUpdate addends;
+    StateUpdate update;
 
-    KeyChunk(const TileSizes& size, Index keys, Scratch& scratch) : addends(size.D, keys, scratch) {
-        packed = {scratch.allocate<Bf16>(addends.capacity * size.D), scratch.allocate<Bf16>(addends.capacity * size.M),
-                  scratch.allocate<std::uint32_t>(addends.capacity / 32)};
-        addends.y_pairs = packed.v;
+    KeyChunk(const TileSizes& size, Index keys, Scratch& scratch) : update(size.D, keys, scratch) {
+        packed = {scratch.allocate<Bf16>(update.capacity * size.D), scratch.allocate<Bf16>(update.capacity * size.M),
+                  scratch.allocate<std::uint32_t>(update.capacity / 32)};
+        update.y_pairs = packed.v;
     }
 
     void pack_strip(const TileSizes& size, Index i, const StripView& k, const StripView& v) {
         pack_transposed(k, size.D, packed.k + i * 32 * size.D);
         pack_pairs(v, size.M, packed.v + i * 32 * size.M);
         packed.alive[i] = k.alive;
-        Bf16* pairs = addends.z_pairs + i * 32 * size.D;
+        Bf16* pairs = update.z_pairs + i * 32 * size.D;
         pack_pairs(k, size.D, pairs);
-        addends.transpose_strip(size.D, i, pairs);
+        update.transpose_strip(size.D, i, pairs);
     }
 };
 
@@ -42,13 +42,13 @@ class ChunkedForward {
 public:
     ChunkedForward(const ForwardCall& call, const ScorePolynomial& w, const FeatureTable& f, const TileSizes& size,
                    TeamMemory& shared, const KeyHead& head, Team& team, Scratch& scratch)
-        : call_(call), p_(call.problem), w_(w), f_(f), size_(size), keys_(shared.keys), sums_(shared.sums), head_(head),
-          team_(team), reader_(size, scratch) {
+        : call_(call), p_(call.problem), w_(w), f_(f), size_(size), keys_(shared.keys), state_(shared.sums),
+          head_(head), team_(team), output_(size, scratch) {
         q_rows_ = scratch.allocate<Bf16>(32 * size.D);
         q_transposed_ = scratch.allocate<Bf16>(32 * size.D);
         phi_ = scratch.allocate<Bf16>(2 * 32 * rows_of_a_product);
         acc_ = scratch.allocate<float>(32 * size.M);
-        parts_ = scratch.allocate<float>(32 * 16);
+        row_sum_parts_ = scratch.allocate<float>(32 * 16);
     }
 
     void run() {
@@ -59,34 +59,34 @@ public:
             for (Index j0 = 0, j1 = first.end; j0 < keys || j0 == 0; j0 = j1, j1 = min(j1 + chunk, keys)) {
                 const bool last = j1 == keys;
                 pack(j0, j1);
-                attend_rows(j0 == 0 ? 0 : row(j0), last ? queries : row(j1), j0);
+                attend_queries(j0 == 0 ? 0 : first_query_seeing(j0), last ? queries : first_query_seeing(j1), j0);
                 if (last) break;
-                fold(true);
+                update_state(true);
             }
         } else {
             for (Index j0 = 0; j0 < keys; j0 += chunk) {
                 pack(j0, min(j0 + chunk, keys));
-                fold(j0 + chunk >= keys);
+                update_state(j0 + chunk >= keys);
             }
             keys_count_ = 0;
-            attend_rows(0, queries, keys);
+            attend_queries(0, queries, keys);
         }
         team_.wait();
     }
 
 private:
     // The first row that sees key j.
-    Index row(Index j) const { return max<Index>(0, min(j - p_.q_offset, head_.sequence.queries)); }
+    Index first_query_seeing(Index j) const { return max<Index>(0, min(j - p_.q_offset, head_.sequence.queries)); }
 
     void clear() {
-        sums_.clear_steps(team_.begin(f_.steps), team_.end(f_.steps), size_.M);
-        if (team_.member == 0) sums_.clear_moments(size_);
-        folded_ = false;
+        state_.clear_steps(team_.begin(f_.steps), team_.end(f_.steps), size_.M);
+        if (team_.member == 0) state_.clear_moments(size_);
+        updated_ = false;
     }
 
     void pack(Index j0, Index j1) {
         const Sequence& one = head_.sequence;
-        if (team_.member == 0) keys_.addends.strips = (j1 - j0 + 31) / 32;
+        if (team_.member == 0) keys_.update.strips = (j1 - j0 + 31) / 32;
         keys_count_ = j1 - j0;
         for (Index i = team_.member; i < (j1 - j0 + 63) / 64 * 2; i += team_.size) {
             const StripView k =
@@ -99,22 +99,22 @@ private:
     }
 
     // Adds the packed keys to the sums. Nobody reads these, or packs others, before everyone has come here and left.
-    void fold(bool read_next) {
+    void update_state(bool read_next) {
         team_.wait();
         const int D = size_.D;
-        const StateUpdate& x = keys_.addends;
+        const StateUpdate& x = keys_.update;
         if (team_.member == 0) {
-            update_vector_sums(sums_, x, size_);
-            for (Index i = 0; i < x.strips; ++i) sums_.n += __builtin_popcount(keys_.packed.alive[i]);
+            update_vector_sums(state_, x, size_);
+            for (Index i = 0; i < x.strips; ++i) state_.n += __builtin_popcount(keys_.packed.alive[i]);
         }
-        for (int i = team_.begin(D / 32); i < team_.end(D / 32); ++i) update_moments(sums_, x, D, 32 * i);
-        update_products(f_, sums_, x, size_.M, team_.begin(f_.steps), team_.end(f_.steps), read_next, phi_);
-        folded_ = true;
+        for (int i = team_.begin(D / 32); i < team_.end(D / 32); ++i) update_moments(state_, x, D, 32 * i);
+        update_products(f_, state_, x, size_.M, team_.begin(f_.steps), team_.end(f_.steps), read_next, phi_);
+        updated_ = true;
         team_.wait();
     }
 
     // Rows i0 to i1 of every query head: from the sums, and from the packed keys, the first of which is key j0.
-    void attend_rows(Index i0, Index i1, Index j0) {
+    void attend_queries(Index i0, Index i1, Index j0) {
         const Index group = p_.H / p_.Hkv, strips = (i1 - i0 + 31) / 32;
         for (Index i = team_.member; i < group * strips; i += team_.size)
             attend_strip(head_.kv_head * group + i / strips, i0 + i % strips * 32, i1, j0);
@@ -124,7 +124,7 @@ private:
         const Sequence& one = head_.sequence;
         const StripView q = strip_view(p_.q, one.batch, h, one.first_query, i, i1, p_.D);
         std::memset(acc_, 0, 32 * size_.M * sizeof(float));
-        std::memset(parts_, 0, 32 * 16 * sizeof(float));
+        std::memset(row_sum_parts_, 0, 32 * 16 * sizeof(float));
         if (keys_count_ > 0) {
             pack_rows(q, size_.D, q_rows_);
             for (Index j = 0; j < keys_count_; j += keys_at_once) {
@@ -133,16 +133,16 @@ private:
                 const Index count = min<Index>(keys_at_once, keys_count_ - j);
                 const Index seen = p_.is_causal ? i + p_.q_offset + 1 - j0 - j : everything;
                 if (w_.completed)
-                    attend<true>(w_, size_, q_rows_, some, count, seen, acc_, parts_);
+                    attend<true>(w_, size_, q_rows_, some, count, seen, acc_, row_sum_parts_);
                 else
-                    attend<false>(w_, size_, q_rows_, some, count, seen, acc_, parts_);
+                    attend<false>(w_, size_, q_rows_, some, count, seen, acc_, row_sum_parts_);
             }
         }
-        if (folded_) {
+        if (updated_) {
             pack_transposed(q, size_.D, q_transposed_);
-            reader_.read(w_, f_, sums_, size_, q_transposed_, acc_, parts_);
+            output_.read(w_, f_, state_, size_, q_transposed_, acc_, row_sum_parts_);
         }
-        finish(w_, p_.normalize, size_.M, acc_, parts_,
+        finish(w_, p_.normalize, size_.M, acc_, row_sum_parts_,
                strip_target(call_.out, one.batch, h, one.first_query, i, i1, p_.M),
                call_.l + (one.batch * p_.H + h) * p_.Tq + one.first_query + i);
     }
@@ -153,14 +153,14 @@ private:
     const FeatureTable& f_;
     const TileSizes& size_;
     KeyChunk& keys_;
-    ChunkState& sums_;
+    ChunkState& state_;
     const KeyHead& head_;
     Team& team_;
-    OutputReader reader_;
+    ChunkOutput output_;
     Bf16 *q_rows_, *q_transposed_, *phi_;
-    float *acc_, *parts_;
+    float *acc_, *row_sum_parts_;
     Index keys_count_ = 0;
-    bool folded_ = false;
+    bool updated_ = false;
 };
 
 }  // namespace

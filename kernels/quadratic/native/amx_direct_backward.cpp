@@ -23,7 +23,7 @@ void backward_head(const PackedQueries& queries, const ScorePolynomial& w, float
         blocks.load_keys(one, kv_head, j);
         for (Index h = kv_head * group; h < (kv_head + 1) * group; ++h)
             for (Index i = 0; i < strips; i += block_strips)
-                blocks.add_block(queries.first(s, h), i, min<Index>(block_strips, strips - i));
+                blocks.process_block(queries.first(s, h), i, min<Index>(block_strips, strips - i));
         blocks.store_keys(one, kv_head);
     }
 }
@@ -48,7 +48,7 @@ void direct_backward(const BackwardCall& call) {
     const Index dq_stride = queries.count() * 32 * D;
     float* dq = want_dq ? scratch.allocate<float>(segments * dq_stride) : nullptr;
     const auto work = w.completed ? backward_head<true> : backward_head<false>;
-    differentiate(queries, w, dq, segments, dq_stride, heads * segments, [&](Index task) {
+    compute_score_gradients(queries, w, dq, segments, dq_stride, heads * segments, [&](Index task) {
         const Index head = task / segments, segment = task % segments;
         work(queries, w, want_dq ? dq + segment * dq_stride : nullptr, head / p.Hkv, head % p.Hkv, segment, segments);
     });

@@ -124,8 +124,8 @@ LINATTN_INLINE void product(const Bf16* a, const Bf16* b, int size, const float*
 
 // Turns y and dP^T - delta of 32 keys x 32 queries into P^T and dS^T. Key r is seen from query `unseen` + r on.
 template <bool Completed, bool Masked>
-LINATTN_INLINE void differentiate(const ScorePolynomial& w, const float* y, const float* g, Index unseen, Bf16* p,
-                                  Bf16* ds, Bf16* pairs) {
+LINATTN_INLINE void compute_score_gradients(const ScorePolynomial& w, const float* y, const float* g, Index unseen,
+                                            Bf16* p, Bf16* ds, Bf16* pairs) {
     for (int r = 0; r < 32; r += 2, pairs += 32) {
         __m512i two[2];
 #pragma GCC unroll 2
@@ -206,16 +206,16 @@ public:
     }
 
     // Adds what queries of `count` strips from strip i on and the loaded keys give to each other.
-    void add_block(Index base, Index i, Index count) {
+    void process_block(Index base, Index i, Index count) {
         Index from[block_strips];
         for (Index a = 0; a < keys_.strips; ++a) from[a] = first_seeing(a, i, count);
         if (from[0] >= count) return;
         compute_scores(base, i, count, from);
         for (Index a = 0; a < keys_.strips; ++a) {
-            if (call_.dv.data != nullptr) add_row_sums(base + i, from[a], count, a, true);
-            if (call_.dk.data != nullptr) add_row_sums(base + i, from[a], count, a, false);
+            if (call_.dv.data != nullptr) add_packed_rows(base + i, from[a], count, a, true);
+            if (call_.dk.data != nullptr) add_packed_rows(base + i, from[a], count, a, false);
         }
-        for (Index b = 0; dq_ != nullptr && b < count; ++b) add_columns(base + i + b, b, from);
+        for (Index b = 0; dq_ != nullptr && b < count; ++b) accumulate_dq(base + i + b, b, from);
     }
 
 private:
@@ -233,10 +233,10 @@ private:
         for (Index a = 0; a < keys_.strips; ++a)
             for (Index b = from[a]; b < count; ++b, turn ^= 1) {
                 multiply(base + i + b, a, y_ + turn * 2 * 32 * 32);
-                if (a_before >= 0) apply(a_before, b_before, i, y_ + (turn ^ 1) * 2 * 32 * 32);
+                if (a_before >= 0) apply_scores(a_before, b_before, i, y_ + (turn ^ 1) * 2 * 32 * 32);
                 a_before = a, b_before = b;
             }
-        apply(a_before, b_before, i, y_ + (turn ^ 1) * 2 * 32 * 32);
+        apply_scores(a_before, b_before, i, y_ + (turn ^ 1) * 2 * 32 * 32);
     }
 
     void multiply(Index number, Index a, float* y) {
@@ -246,19 +246,19 @@ private:
                 y + 32 * 32);
     }
 
-    void apply(Index a, Index b, Index i, const float* y) {
+    void apply_scores(Index a, Index b, Index i, const float* y) {
         const Index at = ScoreTiles::at(a, b);
         const Index unseen = keys_.first + 32 * a - p_.q_offset - 32 * (i + b);
         if (p_.is_causal && unseen > -31)
-            differentiate<Completed, true>(w_, y, y + 32 * 32, unseen, scores_.p + at, scores_.ds + at,
-                                           scores_.ds_pairs + at);
+            compute_score_gradients<Completed, true>(w_, y, y + 32 * 32, unseen, scores_.p + at, scores_.ds + at,
+                                                     scores_.ds_pairs + at);
         else
-            differentiate<Completed, false>(w_, y, y + 32 * 32, unseen, scores_.p + at, scores_.ds + at,
-                                            scores_.ds_pairs + at);
+            compute_score_gradients<Completed, false>(w_, y, y + 32 * 32, unseen, scores_.p + at, scores_.ds + at,
+                                                      scores_.ds_pairs + at);
     }
 
     // dV += P^T dO' or dK += dS^T Q for strip a of the keys.
-    void add_row_sums(Index number, Index from, Index count, Index a, bool values) {
+    void add_packed_rows(Index number, Index from, Index count, Index a, bool values) {
         const int columns = values ? size_.M : size_.D;
         float* sums = values ? keys_.dv + a * 32 * columns : keys_.dk + a * 32 * columns;
         const Bf16* left = values ? scores_.p : scores_.ds;
@@ -276,7 +276,7 @@ private:
     }
 
     // dQ^T += K^T dS^T for strip b of the queries.
-    void add_columns(Index number, Index b, const Index* from) {
+    void accumulate_dq(Index number, Index b, const Index* from) {
         for (int d = 0; d < size_.D; d += 32) {
             float* sums = dq_ + number * 32 * size_.D + d * 32;
             load_block(sums, 32);
@@ -325,8 +325,8 @@ inline void store_queries(const float* dq, Index segments, Index dq_stride, int 
 // The backward pass from end to end: queries are packed, tasks are done as threads come free, each adding to the dq of
 // its segment, and the segments' dq, `dq_stride` floats from one to the next, are put together.
 template <class Work>
-void differentiate(const PackedQueries& queries, const ScorePolynomial& w, const float* dq, Index segments,
-                   Index dq_stride, Index tasks, const Work& work) {
+void compute_score_gradients(const PackedQueries& queries, const ScorePolynomial& w, const float* dq, Index segments,
+                             Index dq_stride, Index tasks, const Work& work) {
     const AttentionProblem& p = queries.call.problem;
     const int D = queries.size.D;
     Queue queue;

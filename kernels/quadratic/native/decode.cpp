@@ -20,15 +20,15 @@ struct StateLines {
     int degree;
     Index count, columns;
     const float* before;
-    float* after;        // or null
-    float weight;        // of a line that a row reads; twice that where the entries are different ones
-    const float* added;  // [keys][round_up<width>(columns)]: what a key's products are multiplied with
-    float* read;         // [rows][round_up<width>(columns)]: what rows collect
+    float* after;         // or null
+    float weight;         // of a line that a row reads; twice that where the entries are different ones
+    const float* addend;  // [keys][round_up<width>(columns)]: what a key's products are multiplied with
+    float* acc;           // [rows][round_up<width>(columns)]: what rows collect
 };
 
 // to[f - f0] = weight * product f of the entries of x, f0 <= f < f1: 1, x_f, or x_a x_b with a >= b at
 // a (a + 1) / 2 + b, where `different` is the weight for a > b.
-void make_products(const float* x, int degree, Index f0, Index f1, float weight, float different, float* to) {
+void make_products(const float* x, int degree, Index f0, Index f1, float weight, float off_diagonal, float* to) {
     if (degree == 0) {
         to[0] = weight;
     } else if (degree == 1) {
@@ -38,7 +38,7 @@ void make_products(const float* x, int degree, Index f0, Index f1, float weight,
         while ((a + 1) * (a + 2) / 2 <= f0) ++a;
         for (; f < f1; ++a) {
             const Index first = a * (a + 1) / 2, end = min(first + a, f1);
-            const float left = different * x[a];
+            const float left = off_diagonal * x[a];
             for (; f < end; ++f) to[f - f0] = left * x[f - first];
             if (f < f1) to[f++ - f0] = weight * x[a] * x[a];
         }
@@ -53,52 +53,53 @@ public:
     void run();
 
 private:
-    void load_rows();
+    void load_queries();
     void load_keys();
     StateLines lines(int degree, float* State::* field, bool of_values, double weight) const;
-    void take(const StateLines& part, Index f0, Index f1);
-    void fold(const StateLines& part, const float* sums, int count, float* after) const;
+    void process_lines(const StateLines& part, Index f0, Index f1);
+    void update_lines(const StateLines& part, const float* sums, int count, float* after) const;
     void finish();
-    float add_new_keys(Index row, float* acc) const;
+    float accumulate_new_keys(Index query, float* acc) const;
 
     Scratch scratch_;
     const ForwardCall& call_;
     const AttentionProblem& p_;
-    const Index index_, kv_head_, group_;  // index: of the sequence
+    const Index sequence_index_, kv_head_, group_;  // index: of the sequence
     const Sequence sequence_;
     Team& team_;
     const VisibleKeys visible_;
-    const Index rows_, keys_, D_, M_;  // rows of all query heads, one head after the other; D, M: padded
-    float *x_, *k_, *v_;               // [rows, an even number][D], [keys][D], [keys][M]
-    float *shared_, *acc_, *moments_;  // everybody's sums, and the member's: [rows][M], and [rows][D], c1 z + c2 Z x
-    float *products_, *block_;         // [rows or keys][block_lines], [block_lines][columns]
+    const Index queries_, keys_, D_, M_;  // rows of all query heads, one head after the other; D, M: padded
+    float *x_, *k_, *v_;                  // [rows, an even number][D], [keys][D], [keys][M]
+    float *team_acc_, *acc_, *moments_;   // everybody's sums, and the member's: [rows][M], and [rows][D], c1 z + c2 Z x
+    float *products_, *block_;            // [rows or keys][block_lines], [block_lines][columns]
 };
 
 Decoder::Decoder(const ForwardCall& call, Index index, Index kv_head, Team& team)
-    : call_(call), p_(call.problem), index_(index), kv_head_(kv_head), group_(p_.H / p_.Hkv),
-      sequence_(sequence(p_, index)), team_(team), visible_(p_, sequence_, scratch_), rows_(group_ * sequence_.queries),
-      keys_(visible_.keys()), D_(round_up<width>(p_.D)), M_(round_up<width>(p_.M)) {
-    const Index rows = round_up<2>(rows_), each = rows * (D_ + M_);
+    : call_(call), p_(call.problem), sequence_index_(index), kv_head_(kv_head), group_(p_.H / p_.Hkv),
+      sequence_(sequence(p_, index)), team_(team), visible_(p_, sequence_, scratch_),
+      queries_(group_ * sequence_.queries), keys_(visible_.keys()), D_(round_up<width>(p_.D)),
+      M_(round_up<width>(p_.M)) {
+    const Index rows = round_up<2>(queries_), each = rows * (D_ + M_);
     x_ = scratch_.allocate<float>(rows * D_);
     k_ = scratch_.allocate<float>(keys_ * D_);
     v_ = scratch_.allocate<float>(keys_ * M_);
     products_ = scratch_.allocate<float>(max(rows, keys_) * block_lines);
     block_ = scratch_.allocate<float>(block_lines * max(D_, M_));
-    shared_ =
+    team_acc_ =
         static_cast<float*>(team.broadcast(team.member == 0 ? scratch_.allocate<float>(team.size * each) : nullptr));
-    acc_ = shared_ + team.member * each;
+    acc_ = team_acc_ + team.member * each;
     moments_ = acc_ + rows * M_;
     clear(acc_, each);
-    load_rows();
+    load_queries();
     load_keys();
 }
 
-void Decoder::load_rows() {
+void Decoder::load_queries() {
     const Index queries = sequence_.queries;
     for (Index g = 0; g < group_; ++g)
         pack_rows(row_view(p_.q, p_.dtype, sequence_.batch, kv_head_ * group_ + g, sequence_.first_query), queries,
                   p_.D, p_.scale, nullptr, queries, x_ + g * queries * D_);
-    clear(x_ + rows_ * D_, (round_up<2>(rows_) - rows_) * D_);
+    clear(x_ + queries_ * D_, (round_up<2>(queries_) - queries_) * D_);
 }
 
 void Decoder::load_keys() {
@@ -111,7 +112,7 @@ void Decoder::load_keys() {
 
 StateLines Decoder::lines(int degree, float* State::* field, bool of_values, double weight) const {
     const Index count = degree == 0 ? 1 : degree == 1 ? p_.D : p_.D * (p_.D + 1) / 2;
-    const Index columns = of_values ? p_.M : p_.D, at = (index_ * p_.Hkv + kv_head_) * count * columns;
+    const Index columns = of_values ? p_.M : p_.D, at = (sequence_index_ * p_.Hkv + kv_head_) * count * columns;
     return {degree,
             count,
             columns,
@@ -123,9 +124,9 @@ StateLines Decoder::lines(int degree, float* State::* field, bool of_values, dou
 }
 
 // StateLines f0 to f1 of a part. Products read whole vectors: lines of other lengths are copied and padded first.
-void Decoder::take(const StateLines& part, Index f0, Index f1) {
+void Decoder::process_lines(const StateLines& part, Index f0, Index f1) {
     const Index columns = part.columns, stride = round_up<width>(columns);
-    const int count = static_cast<int>(f1 - f0), rows = static_cast<int>(round_up<2>(rows_));
+    const int count = static_cast<int>(f1 - f0), rows = static_cast<int>(round_up<2>(queries_));
     const float* sums = part.before + f0 * columns;
     if (stride != columns) {
         pack_rows(row_view(sums, columns), count, columns, 1, nullptr, count, block_);
@@ -133,21 +134,21 @@ void Decoder::take(const StateLines& part, Index f0, Index f1) {
     }
     for (Index r = 0; r < rows; ++r)
         make_products(x_ + r * D_, part.degree, f0, f1, part.weight, 2 * part.weight, products_ + r * block_lines);
-    add_product<block_lines, 1>(products_, sums, stride, count, count, rows, part.read, stride, stride);
+    add_product<block_lines, 1>(products_, sums, stride, count, count, rows, part.acc, stride, stride);
     if (part.after == nullptr) return;
     for (Index j = 0; j < keys_; ++j)
         make_products(k_ + j * D_, part.degree, f0, f1, 1, 1, products_ + j * block_lines);
-    fold(part, sums, count, part.after + f0 * columns);
+    update_lines(part, sums, count, part.after + f0 * columns);
 }
 
 // after = sums + what the new keys add to them.
-void Decoder::fold(const StateLines& part, const float* sums, int count, float* after) const {
+void Decoder::update_lines(const StateLines& part, const float* sums, int count, float* after) const {
     const Index columns = part.columns, stride = round_up<width>(columns);
     for (int f = 0; f < count; ++f)
         for (Index m = 0; m < columns; m += width) {
             Vec total = load(sums + f * stride + m);
             for (Index j = 0; j < keys_; ++j)
-                total += products_[j * block_lines + f] * load(part.added + j * stride + m);
+                total += products_[j * block_lines + f] * load(part.addend + j * stride + m);
             float* to = after + f * columns + m;
             m + width <= columns ? store(to, total) : store_first(to, total, static_cast<int>(columns - m));
         }
@@ -162,37 +163,38 @@ void Decoder::run() {
     Index turn = 0;
     for (const StateLines& part : parts)
         for (Index f0 = 0; f0 < part.count; f0 += block_lines, ++turn)
-            if (turn % team_.size == team_.member) take(part, f0, min(f0 + block_lines, part.count));
+            if (turn % team_.size == team_.member) process_lines(part, f0, min(f0 + block_lines, part.count));
     team_.wait();
     if (team_.member == 0) finish();
 }
 
 void Decoder::finish() {
-    const Index each = round_up<2>(rows_) * (D_ + M_), queries = sequence_.queries;
+    const Index each = round_up<2>(queries_) * (D_ + M_), queries = sequence_.queries;
     for (int other = 1; other < team_.size; ++other)
         for (Index i = 0; i < each; i += width)
-            store(shared_ + i, load(shared_ + i) + load(shared_ + other * each + i));
-    const float past = static_cast<float>(call_.before->n[index_]);
-    for (Index r = 0; r < rows_; ++r) {
+            store(team_acc_ + i, load(team_acc_ + i) + load(team_acc_ + other * each + i));
+    const float past = static_cast<float>(call_.before->n[sequence_index_]);
+    for (Index r = 0; r < queries_; ++r) {
         const Index head = kv_head_ * group_ + r / queries, query = sequence_.first_query + r % queries;
         float* acc = acc_ + r * M_;
-        Vec read{};
-        for (Index d = 0; d < D_; d += width) read += load(x_ + r * D_ + d) * load(moments_ + r * D_ + d);
-        const float l = add_new_keys(r, acc) + sum(read) + static_cast<float>(call_.c0) * past;
+        Vec product{};
+        for (Index d = 0; d < D_; d += width) product += load(x_ + r * D_ + d) * load(moments_ + r * D_ + d);
+        const float l = accumulate_new_keys(r, acc) + sum(product) + static_cast<float>(call_.c0) * past;
         call_.l[(sequence_.batch * p_.H + head) * p_.Tq + query] = l;
         const RowView out = row_view(call_.out, p_.dtype, sequence_.batch, head, query);
         p_.normalize ? store_quotient(acc, p_.M, l, out, 0) : store_row(acc, p_.M, 1, out, 0);
     }
-    if (call_.after != nullptr && kv_head_ == 0) call_.after->n[index_] = call_.before->n[index_] + keys_;
+    if (call_.after != nullptr && kv_head_ == 0)
+        call_.after->n[sequence_index_] = call_.before->n[sequence_index_] + keys_;
 }
 
 // acc += p(s) v over the new keys that a row sees; returns the sum of p(s).
-float Decoder::add_new_keys(Index row, float* acc) const {
+float Decoder::accumulate_new_keys(Index query, float* acc) const {
     const ScorePolynomial f = score_polynomial(call_);
     float total = 0;
-    for (Index j = 0; j < visible_.seen(row % sequence_.queries); ++j) {
+    for (Index j = 0; j < visible_.seen(query % sequence_.queries); ++j) {
         Vec multiply_panel{};
-        for (Index d = 0; d < D_; d += width) multiply_panel += load(x_ + row * D_ + d) * load(k_ + j * D_ + d);
+        for (Index d = 0; d < D_; d += width) multiply_panel += load(x_ + query * D_ + d) * load(k_ + j * D_ + d);
         const float t = sum(multiply_panel) + f.start, p = (f.a2 * t + f.a1) * t + f.a0;
         total += p;
         for (Index m = 0; m < M_; m += width) store(acc + m, load(acc + m) + p * load(v_ + j * M_ + m));

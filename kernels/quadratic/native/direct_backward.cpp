@@ -18,7 +18,7 @@ struct TaskSplit {
 };
 
 // One task for each key head if that keeps all threads busy, else more.
-TaskSplit split(const AttentionProblem& p) {
+TaskSplit split_tasks(const AttentionProblem& p) {
     const Index units = p.sequences * p.Hkv, group = p.H / p.Hkv;
     const auto busy = [&](Index tasks) { return tasks % p.threads == 0 || tasks >= 4 * p.threads; };
     TaskSplit split{1, 1};
@@ -40,35 +40,35 @@ struct GradientWorkspace {
     float *x, *dout_scaled, *delta, *dq;  // all rows of a query head
     float *dk, *dv;         // all keys of a key head if several query heads share it, else one block of them
     float *k, *v, *k_rows;  // a block of keys
-    std::int32_t* seen;
+    std::int32_t* key_mask;
 };
 
 class DirectBackward {
 public:
     explicit DirectBackward(const BackwardCall& call)
         : call_(call), p_(call.problem), f_(score_polynomial(call)), group_(p_.H / p_.Hkv), D_(round_up<width>(p_.D)),
-          M_(round_up<width>(p_.M)), split_(split(p_)) {}
+          M_(round_up<width>(p_.M)), split_(split_tasks(p_)) {}
 
     void run() {
         Scratch scratch;
         if (split_.parts > 1 && call_.dq.data != nullptr) {
-            shares_.dq_size = p_.B * p_.H * p_.Tq * D_;
-            shares_.dq = scratch.allocate<float>(split_.parts * shares_.dq_size);
+            partials_.dq_size = p_.B * p_.H * p_.Tq * D_;
+            partials_.dq = scratch.allocate<float>(split_.parts * partials_.dq_size);
         }
         if (split_.slices > 1) {
-            shares_.dkv_size = p_.B * p_.Hkv * p_.Tk * (D_ + M_);
-            shares_.dkv = scratch.allocate<float>(split_.slices * shares_.dkv_size);
+            partials_.dkv_size = p_.B * p_.Hkv * p_.Tk * (D_ + M_);
+            partials_.dkv = scratch.allocate<float>(split_.slices * partials_.dkv_size);
         }
         const Index size = workspace(nullptr, nullptr);
         float* const own = scratch.allocate<float>(p_.threads * size);
         Queue queue;
         run_parallel(p_.threads, [&](int thread, int threads) {
-            GradientWorkspace mine;
-            workspace(own + thread * size, &mine);
+            GradientWorkspace own_workspace;
+            workspace(own + thread * size, &own_workspace);
             const Index tasks = p_.sequences * p_.Hkv * split_.slices * split_.parts;
-            for (Index i = queue.pop(); i < tasks; i = queue.pop()) compute(i, mine);
+            for (Index i = queue.pop(); i < tasks; i = queue.pop()) run_task(i, own_workspace);
             if (threads > 1) barrier();
-            add_shares(thread, threads, mine.x);
+            add_partials(thread, threads, own_workspace.x);
         });
     }
 
@@ -96,7 +96,7 @@ private:
         return used;
     }
 
-    void compute(Index task, const GradientWorkspace& w) const {
+    void run_task(Index task, const GradientWorkspace& w) const {
         const Index part = task % split_.parts, slice = task / split_.parts % split_.slices;
         const Index unit = task / (split_.parts * split_.slices), key_head = unit % p_.Hkv;
         const Sequence s = sequence(p_, unit / p_.Hkv);
@@ -111,7 +111,7 @@ private:
                     clear(dk, key_block * D_);
                     clear(dv, key_block * M_);
                 }
-                add_block(s, key_head, block, w, dk, dv);
+                process_key_block(s, key_head, block, w, dk, dv);
                 if (g + 1 == last) store_keys(s, key_head, block, slice, dk, dv);
             }
             store_queries(s, head, part, w.dq);
@@ -130,7 +130,8 @@ private:
     }
 
     // All rows of a query head against one block of keys.
-    void add_block(const Sequence& s, Index head, Index block, const GradientWorkspace& w, float* dk, float* dv) const {
+    void process_key_block(const Sequence& s, Index head, Index block, const GradientWorkspace& w, float* dk,
+                           float* dv) const {
         const Index first = s.first_key + block * key_block;
         const Index count = min<Index>(key_block, s.keys - block * key_block);
         const bool* keep = p_.key_mask == nullptr ? nullptr : p_.key_mask + s.batch * p_.Tk + first;
@@ -138,17 +139,17 @@ private:
         pack_transposed(k, count, p_.D, 1, keep, w.k);
         pack_transposed(row_view(p_.v, p_.dtype, s.batch, head, first), count, p_.M, 1, keep, w.v);
         pack_rows(k, count, p_.D, 1, keep, count, w.k_rows);
-        load_key_mask(keep, count, w.seen);
+        load_key_mask(keep, count, w.key_mask);
         const KeyGradientBlock keys{w.k,
                                     w.v,
-                                    w.seen,
+                                    w.key_mask,
                                     w.k_rows,
                                     static_cast<int>(count),
                                     call_.dk.data == nullptr ? nullptr : dk,
                                     call_.dv.data == nullptr ? nullptr : dv};
         const Index distance = p_.is_causal ? p_.q_offset - block * key_block : key_block;
-        const Index seeing = p_.is_causal ? max<Index>(-distance, 0) / gradient_rows * gradient_rows : 0;
-        for (Index r = seeing; r < s.queries; r += gradient_rows) {
+        const Index first_seeing = p_.is_causal ? max<Index>(-distance, 0) / gradient_rows * gradient_rows : 0;
+        for (Index r = first_seeing; r < s.queries; r += gradient_rows) {
             const QueryTile rows{w.x + r * D_, w.dout_scaled + r * M_, w.delta + r,
                                  call_.dq.data == nullptr ? nullptr : w.dq + r * D_};
             const Index left = round_up<strip_rows>(min<Index>(s.queries - r, gradient_rows));
@@ -159,12 +160,13 @@ private:
     void store_keys(const Sequence& s, Index head, Index block, Index slice, const float* dk, const float* dv) const {
         const Index first = s.first_key + block * key_block;
         const Index count = min<Index>(key_block, s.keys - block * key_block);
-        if (shares_.dkv == nullptr) {
+        if (partials_.dkv == nullptr) {
             store_rows(dk, D_, count, p_.D, 1, call_.dk, s.batch, head, first);
             store_rows(dv, M_, count, p_.M, 1, call_.dv, s.batch, head, first);
             return;
         }
-        float* to = shares_.dkv + slice * shares_.dkv_size + ((s.batch * p_.Hkv + head) * p_.Tk + first) * (D_ + M_);
+        float* to =
+            partials_.dkv + slice * partials_.dkv_size + ((s.batch * p_.Hkv + head) * p_.Tk + first) * (D_ + M_);
         for (Index c = 0; c < count; ++c, to += D_ + M_) {
             __builtin_memcpy(to, dk + c * D_, D_ * sizeof(float));
             __builtin_memcpy(to + D_, dv + c * M_, M_ * sizeof(float));
@@ -172,12 +174,12 @@ private:
     }
 
     void store_queries(const Sequence& s, Index head, Index part, const float* dq) const {
-        if (shares_.dq == nullptr) {
+        if (partials_.dq == nullptr) {
             store_rows(dq, D_, s.queries, p_.D, p_.scale, call_.dq, s.batch, head, s.first_query);
             return;
         }
         const Index row = (s.batch * p_.H + head) * p_.Tq + s.first_query;
-        __builtin_memcpy(shares_.dq + part * shares_.dq_size + row * D_, dq, s.queries * D_ * sizeof(float));
+        __builtin_memcpy(partials_.dq + part * partials_.dq_size + row * D_, dq, s.queries * D_ * sizeof(float));
     }
 
     void store_rows(const float* from, Index stride, Index count, Index n, float factor, const TensorView& to, Index b,
@@ -188,23 +190,23 @@ private:
     }
 
     // The gradients that several tasks have shares in, row by row.
-    void add_shares(int thread, int threads, float* total) const {
+    void add_partials(int thread, int threads, float* total) const {
         const auto add = [&](const float* from, Index count, Index size, Index n) {
             for (Index i = 0; i < n; i += width) {
                 Vec t = load(from + i);
-                for (Index share = 1; share < count; ++share) t += load(from + share * size + i);
+                for (Index task = 1; task < count; ++task) t += load(from + task * size + i);
                 store(total + i, t);
             }
         };
-        if (shares_.dq != nullptr)
+        if (partials_.dq != nullptr)
             for (Index row = thread; row < p_.B * p_.H * p_.Tq; row += threads) {
-                add(shares_.dq + row * D_, split_.parts, shares_.dq_size, D_);
+                add(partials_.dq + row * D_, split_.parts, partials_.dq_size, D_);
                 store_rows(total, D_, 1, p_.D, p_.scale, call_.dq, row / p_.Tq / p_.H, row / p_.Tq % p_.H, row % p_.Tq);
             }
-        if (shares_.dkv != nullptr)
+        if (partials_.dkv != nullptr)
             for (Index row = thread; row < p_.B * p_.Hkv * p_.Tk; row += threads) {
                 const Index b = row / p_.Tk / p_.Hkv, head = row / p_.Tk % p_.Hkv, t = row % p_.Tk;
-                add(shares_.dkv + row * (D_ + M_), split_.slices, shares_.dkv_size, D_ + M_);
+                add(partials_.dkv + row * (D_ + M_), split_.slices, partials_.dkv_size, D_ + M_);
                 store_rows(total, D_, 1, p_.D, 1, call_.dk, b, head, t);
                 store_rows(total + D_, M_, 1, p_.M, 1, call_.dv, b, head, t);
             }
@@ -215,7 +217,7 @@ private:
     ScorePolynomial f_;
     Index group_, D_, M_;  // D_, M_: padded
     TaskSplit split_;
-    PartialGradients shares_;
+    PartialGradients partials_;
 };
 
 }  // namespace

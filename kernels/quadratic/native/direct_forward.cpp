@@ -11,7 +11,7 @@ using namespace linattn::quadratic;
 namespace {
 
 // Keys packed for one parallel region; heads beyond that wait for the next one.
-constexpr Index region_bytes = Index{32} << 20;
+constexpr Index max_region_bytes = Index{32} << 20;
 
 // How many leading keys of a sequence the rows before `end` see at most.
 LINATTN_INLINE Index visible_keys(const AttentionProblem& p, const Sequence& s, Index end) {
@@ -33,7 +33,7 @@ void pack_keys(const AttentionProblem& p, const Sequence& s, Index head, Index b
     pack_rows(row_view(p.v, p.dtype, s.batch, head, first), count, p.M, 1, keep, count, to + (p.D + 1) * key_block);
 }
 
-KeyBlock unpacked(const AttentionProblem& p, const Sequence& s, Index block, const float* at) {
+KeyBlock key_block_at(const AttentionProblem& p, const Sequence& s, Index block, const float* at) {
     return {at, reinterpret_cast<const std::int32_t*>(at + p.D * key_block), at + (p.D + 1) * key_block,
             round_up<width>(p.M), static_cast<int>(min<Index>(key_block, s.keys - block * key_block))};
 }
@@ -60,7 +60,7 @@ struct RowAccumulator {
 
 // Sums over more keys than this are put together from sums over as many: a float that grows by one key at a
 // time loses digits.
-constexpr Index blocks_of_sum = 64;
+constexpr Index blocks_of_partial_sum = 64;
 
 void run_task(const ForwardCall& call, const ScorePolynomial& f, const DirectTask& task, const RowAccumulator& sums,
               float* own_keys) {
@@ -69,22 +69,22 @@ void run_task(const ForwardCall& call, const ScorePolynomial& f, const DirectTas
     const Index rows = round_up<strip_rows>(count);
     pack_rows(row_view(p.q, p.dtype, task.s.batch, task.head, row), count, p.D, p.scale, nullptr, rows, sums.x);
     const Index size = rows * (M + width), visible = key_blocks(p, task.s, task.end);
-    const bool many = visible > blocks_of_sum;
+    const bool two_levels = visible > blocks_of_partial_sum;
     clear(sums.acc, size);
-    if (many) clear(sums.totals, size);
+    if (two_levels) clear(sums.totals, size);
     float* const l_lanes = sums.acc + rows * M;
     for (Index block = 0; block < visible; ++block) {
         const float* keys = task.keys == nullptr ? own_keys : task.keys + block * packed_size(p);
         if (task.keys == nullptr) pack_keys(p, task.s, task.head / (p.H / p.Hkv), block, own_keys);
         const Index last = p.is_causal ? task.first + p.q_offset - block * key_block : key_block;
-        accumulate_out(f, sums.x, p.D, p.M, unpacked(p, task.s, block, keys), last, static_cast<int>(rows), sums.acc,
-                       l_lanes);
-        if (many && ((block + 1) % blocks_of_sum == 0 || block + 1 == visible)) {
+        accumulate_out(f, sums.x, p.D, p.M, key_block_at(p, task.s, block, keys), last, static_cast<int>(rows),
+                       sums.acc, l_lanes);
+        if (two_levels && ((block + 1) % blocks_of_partial_sum == 0 || block + 1 == visible)) {
             for (Index i = 0; i < size; i += width) store(sums.totals + i, load(sums.totals + i) + load(sums.acc + i));
             clear(sums.acc, size);
         }
     }
-    const float *const acc = many ? sums.totals : sums.acc, *const lanes = acc + rows * M;
+    const float *const acc = two_levels ? sums.totals : sums.acc, *const lanes = acc + rows * M;
     const RowView out = row_view(call.out, p.dtype, task.s.batch, task.head, row);
     float* const l = call.l + (task.s.batch * p.H + task.head) * p.Tq + row;
     for (Index r = 0; r < count; ++r) {
@@ -112,7 +112,8 @@ void direct_forward(const ForwardCall& call) {
     };
     for (Index first = 0, last = 0; first < units; first = last) {
         Index packed = 0, count = 0;
-        while (last < units && (last == first || (packed + packed_blocks(last)) * packed_size(p) * 4 <= region_bytes)) {
+        while (last < units &&
+               (last == first || (packed + packed_blocks(last)) * packed_size(p) * 4 <= max_region_bytes)) {
             packed += packed_blocks(last);
             count += row_blocks(last++);
         }

@@ -10,26 +10,26 @@ namespace {
 constexpr int panel = widest * width;  // keys whose scores with six rows fill the registers
 
 // Which of the keys c, c + 1, ... of a block a row sees that sees none beyond `last`.
-LINATTN_INLINE Lanes visible(const std::int32_t* seen, int c, int last) {
+LINATTN_INLINE Lanes visible_lanes(const std::int32_t* key_mask, int c, int last) {
     Lanes counts;
-    __builtin_memcpy(&counts, seen + c, sizeof counts);
+    __builtin_memcpy(&counts, key_mask + c, sizeof counts);
     return counts & (lane_numbers() + c <= last);
 }
 
-LINATTN_INLINE bool all(const std::int32_t* seen) {
+LINATTN_INLINE bool all_set(const std::int32_t* key_mask) {
     std::int32_t every = -1;
-    for (int c = 0; c < key_block; ++c) every &= seen[c];
+    for (int c = 0; c < key_block; ++c) every &= key_mask[c];
     return every != 0;
 }
 
 // p(s) at t = s + start.
 template <bool plain>
-LINATTN_INLINE Vec value(const ScorePolynomial& f, Vec t) {
+LINATTN_INLINE Vec similarity(const ScorePolynomial& f, Vec t) {
     return plain ? t * t : (f.a2 * t + f.a1) * t + f.a0;
 }
 
 template <bool plain>
-LINATTN_INLINE Vec slope(const ScorePolynomial& f, Vec t) {
+LINATTN_INLINE Vec derivative(const ScorePolynomial& f, Vec t) {
     return plain ? t + t : 2 * f.a2 * t + f.a1;
 }
 
@@ -48,8 +48,8 @@ LINATTN_INLINE void multiply_panel(Vec (&t)[group_rows][widest], const Start& st
 
 // The similarities p [group_rows][key_block] of six rows with the keys c to c + panel, and their sums to l.
 template <bool plain, bool masked>
-LINATTN_INLINE void scores(const ScorePolynomial& f, const float* x, Index D, const KeyBlock& keys, int c, int last,
-                           float* p, float* l) {
+LINATTN_INLINE void compute_scores(const ScorePolynomial& f, const float* x, Index D, const KeyBlock& keys, int c,
+                                   int last, float* p, float* l) {
     Vec t[group_rows][widest];
     multiply_panel(t, [&](int) { return f.start; }, x, D, keys.k + c);
 #pragma GCC unroll 32
@@ -57,8 +57,8 @@ LINATTN_INLINE void scores(const ScorePolynomial& f, const float* x, Index D, co
         Vec total = load(l + r * width);
 #pragma GCC unroll 8
         for (int w = 0; w < widest; ++w) {
-            Vec y = value<plain>(f, t[r][w]);
-            if (masked) y = select(y, visible(keys.seen, c + w * width, last + r));
+            Vec y = similarity<plain>(f, t[r][w]);
+            if (masked) y = select(y, visible_lanes(keys.key_mask, c + w * width, last + r));
             total += y;
             store(p + r * key_block + c + w * width, y);
         }
@@ -73,10 +73,10 @@ void accumulate_strip(const ScorePolynomial& f, const float* x, Index D, Index M
     alignas(64) float p[strip_rows * key_block];
     if (masked) clear(p, strip_rows * key_block);
     for (int r = 0; r < strip_rows; r += group_rows) {
-        const int most_seen = min(keys.count, last + r + group_rows);
-        for (int c = 0; c < most_seen; c += panel)
-            scores<plain, masked>(f, x + r * round_up<width>(D), D, keys, c, last + r, p + r * key_block,
-                                  l + r * width);
+        const int last_seen = min(keys.count, last + r + group_rows);
+        for (int c = 0; c < last_seen; c += panel)
+            compute_scores<plain, masked>(f, x + r * round_up<width>(D), D, keys, c, last + r, p + r * key_block,
+                                          l + r * width);
     }
     add_product<key_block, 1>(p, keys.v, keys.v_stride, keys.count, last + 1, strip_rows, acc, round_up<width>(M),
                               round_up<width>(M));
@@ -84,25 +84,25 @@ void accumulate_strip(const ScorePolynomial& f, const float* x, Index D, Index M
 
 // For six rows: p(s) and dS [group_rows][key_block].
 template <bool plain, bool masked>
-LINATTN_INLINE void score_gradients(const ScorePolynomial& f, const QueryTile& rows, int r, Index D, Index M,
-                                    const KeyGradientBlock& keys, int c, int last, float* p, float* ds) {
+LINATTN_INLINE void compute_score_gradients(const ScorePolynomial& f, const QueryTile& queries, int r, Index D, Index M,
+                                            const KeyGradientBlock& keys, int c, int last, float* p, float* ds) {
     Vec t[group_rows][widest];
-    multiply_panel(t, [&](int) { return f.start; }, rows.x + r * round_up<width>(D), D, keys.k + c);
+    multiply_panel(t, [&](int) { return f.start; }, queries.x + r * round_up<width>(D), D, keys.k + c);
 #pragma GCC unroll 32
     for (int i = 0; i < group_rows; ++i)
 #pragma GCC unroll 8
         for (int w = 0; w < widest; ++w) store(p + i * key_block + c + w * width, t[i][w]);
     multiply_panel(
-        t, [&](int i) { return -rows.delta[r + i]; }, rows.dout_scaled + r * round_up<width>(M), M, keys.v + c);
+        t, [&](int i) { return -queries.delta[r + i]; }, queries.dout_scaled + r * round_up<width>(M), M, keys.v + c);
 #pragma GCC unroll 32
     for (int i = 0; i < group_rows; ++i)
 #pragma GCC unroll 8
         for (int w = 0; w < widest; ++w) {
             float* const at = p + i * key_block + c + w * width;
             const Vec score = load(at);
-            Vec y = value<plain>(f, score), dy = slope<plain>(f, score) * t[i][w];
+            Vec y = similarity<plain>(f, score), dy = derivative<plain>(f, score) * t[i][w];
             if (masked) {
-                const Lanes where = visible(keys.seen, c + w * width, last + i);
+                const Lanes where = visible_lanes(keys.key_mask, c + w * width, last + i);
                 y = select(y, where), dy = select(dy, where);
             }
             store(at, y);
@@ -112,20 +112,21 @@ LINATTN_INLINE void score_gradients(const ScorePolynomial& f, const QueryTile& r
 
 // accumulate_gradients for rows that all see some key, whole strips of them.
 template <bool plain, bool masked>
-void accumulate_tile_gradients(const ScorePolynomial& f, const QueryTile& rows, int count, Index D, Index M,
+void accumulate_tile_gradients(const ScorePolynomial& f, const QueryTile& queries, int count, Index D, Index M,
                                const KeyGradientBlock& keys, int last) {
     alignas(64) float p[gradient_rows * key_block], ds[gradient_rows * key_block];
     for (int r = 0; r < count; r += group_rows)
         for (int c = 0; c < key_block; c += panel)
-            score_gradients<plain, masked>(f, rows, r, D, M, keys, c, last + r, p + r * key_block, ds + r * key_block);
+            compute_score_gradients<plain, masked>(f, queries, r, D, M, keys, c, last + r, p + r * key_block,
+                                                   ds + r * key_block);
     if (keys.dv != nullptr)
-        add_product<1, key_block>(p, rows.dout_scaled, round_up<width>(M), count, count, key_block, keys.dv,
+        add_product<1, key_block>(p, queries.dout_scaled, round_up<width>(M), count, count, key_block, keys.dv,
                                   round_up<width>(M), round_up<width>(M));
     if (keys.dk != nullptr)
-        add_product<1, key_block>(ds, rows.x, round_up<width>(D), count, count, key_block, keys.dk, round_up<width>(D),
-                                  round_up<width>(D));
-    if (rows.dx != nullptr)
-        add_product<key_block, 1>(ds, keys.k_rows, round_up<width>(D), keys.count, last + 1, count, rows.dx,
+        add_product<1, key_block>(ds, queries.x, round_up<width>(D), count, count, key_block, keys.dk,
+                                  round_up<width>(D), round_up<width>(D));
+    if (queries.dx != nullptr)
+        add_product<key_block, 1>(ds, keys.k_rows, round_up<width>(D), keys.count, last + 1, count, queries.dx,
                                   round_up<width>(D), round_up<width>(D));
 }
 
@@ -139,13 +140,13 @@ ScorePolynomial score_polynomial(const Call& call) {
     return {static_cast<float>(c1 / (2 * c2)), static_cast<float>(c2), 0, static_cast<float>(r)};
 }
 
-void load_key_mask(const bool* keep, Index count, std::int32_t* seen) {
-    for (Index c = 0; c < key_block; ++c) seen[c] = c < count && (keep == nullptr || keep[c]) ? -1 : 0;
+void load_key_mask(const bool* keep, Index count, std::int32_t* key_mask) {
+    for (Index c = 0; c < key_block; ++c) key_mask[c] = c < count && (keep == nullptr || keep[c]) ? -1 : 0;
 }
 
 void accumulate_out(const ScorePolynomial& f, const float* x, Index D, Index M, const KeyBlock& keys, Index last,
                     int rows, float* acc, float* l) {
-    const bool plain = is_plain(f), whole = all(keys.seen);
+    const bool plain = is_plain(f), whole = all_set(keys.key_mask);
     for (int r = 0; r < rows; r += strip_rows) {
         if (last + r + strip_rows <= 0) continue;
         // Far from the diagonal the distance does not matter, and must fit an int.
@@ -157,14 +158,15 @@ void accumulate_out(const ScorePolynomial& f, const float* x, Index D, Index M, 
     }
 }
 
-void accumulate_gradients(const ScorePolynomial& f, const QueryTile& rows, int count, Index D, Index M,
+void accumulate_gradients(const ScorePolynomial& f, const QueryTile& queries, int count, Index D, Index M,
                           const KeyGradientBlock& keys, Index last) {
     if (last + count <= 0) return;
     const int blind = last < 0 ? static_cast<int>(-last) / strip_rows * strip_rows : 0;
     const int near = static_cast<int>(min<Index>(last + blind, key_block));
-    const QueryTile seeing{rows.x + blind * round_up<width>(D), rows.dout_scaled + blind * round_up<width>(M),
-                           rows.delta + blind, rows.dx == nullptr ? nullptr : rows.dx + blind * round_up<width>(D)};
-    const bool plain = is_plain(f), masked = near < key_block - 1 || !all(keys.seen);
+    const QueryTile seeing{queries.x + blind * round_up<width>(D), queries.dout_scaled + blind * round_up<width>(M),
+                           queries.delta + blind,
+                           queries.dx == nullptr ? nullptr : queries.dx + blind * round_up<width>(D)};
+    const bool plain = is_plain(f), masked = near < key_block - 1 || !all_set(keys.key_mask);
     const auto tile = plain
                           ? (masked ? accumulate_tile_gradients<true, true> : accumulate_tile_gradients<true, false>)
                           : (masked ? accumulate_tile_gradients<false, true> : accumulate_tile_gradients<false, false>);

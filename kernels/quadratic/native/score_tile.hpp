@@ -22,15 +22,15 @@ constexpr int strip_rows = accumulators;
 
 // Keys as rows meet them. `seen` is -1 for keys that count and 0 for others (masked, or beyond the last).
 struct KeyBlock {
-    const float* k;            // [D][key_block], transposed
-    const std::int32_t* seen;  // [key_block]
-    const float* v;            // [count][v_stride], 0 where masked
+    const float* k;                // [D][key_block], transposed
+    const std::int32_t* key_mask;  // [key_block]
+    const float* v;                // [count][v_stride], 0 where masked
     Index v_stride;
     int count;
 };
 
 // seen[c] for the `count` first keys of a block, of which those count that keep[c] says; keep may be null.
-void load_key_mask(const bool* keep, Index count, std::int32_t* seen);
+void load_key_mask(const bool* keep, Index count, std::int32_t* key_mask);
 
 // Add what a block of keys gives to `rows` (whole strips of) queries x [rows][round_up<width>(D)]: p(s) v to acc
 // [rows][round_up<width>(M)], p(s) to l [rows][width], whose lanes are summed at the end. Row r sees keys c <= last +
@@ -40,10 +40,10 @@ void accumulate_out(const ScorePolynomial& p, const float* x, Index D, Index M, 
 
 // The same for the backward pass: keys in both layouts.
 struct KeyGradientBlock {
-    const float* k;            // [D][key_block], transposed
-    const float* v;            // [M][key_block], transposed
-    const std::int32_t* seen;  // [key_block]
-    const float* k_rows;       // [key_block][round_up<width>(D)]
+    const float* k;                // [D][key_block], transposed
+    const float* v;                // [M][key_block], transposed
+    const std::int32_t* key_mask;  // [key_block]
+    const float* k_rows;           // [key_block][round_up<width>(D)]
     int count;
     float* dk;  // [key_block][round_up<width>(D)], added to; null: not wanted
     float* dv;  // [key_block][round_up<width>(M)], added to; null: not wanted
@@ -60,7 +60,7 @@ struct QueryTile {
 constexpr int gradient_rows = 48;  // the most rows of a tile: its two squares of scores stay in the first-level cache
 
 // Add the gradients of a tile: dS = p'(s) (dO' V^T - delta), dx += dS K, dK += dS^T x, dV += p(s)^T dO'.
-void accumulate_gradients(const ScorePolynomial& p, const QueryTile& rows, int count, Index D, Index M,
+void accumulate_gradients(const ScorePolynomial& p, const QueryTile& queries, int count, Index D, Index M,
                           const KeyGradientBlock& keys, Index last);
 
 }  // namespace linattn::LINATTN_ISA::quadratic

@@ -46,7 +46,7 @@ LINATTN_INLINE Vec activation(Vec z) {
 
 // Its derivative, from what it gave.
 template <Cell cell>
-LINATTN_INLINE Vec slope(Vec h) {
+LINATTN_INLINE Vec derivative(Vec h) {
     if constexpr (cell == Cell::tanh) return 1.0f - h * h;
     if constexpr (cell == Cell::relu) return h > 0.0f ? splat(1.0f) : Vec{};
     return splat(1.0f);
@@ -56,8 +56,8 @@ LINATTN_INLINE Vec slope(Vec h) {
 
 // Rows r, r + R, ... as long as R are left. Returns the first row that is not done.
 template <int R, int W>
-LINATTN_INLINE int add_rows(const float* a, Index a_stride, int r, int rows, const float* b, Index b_stride, int n,
-                            float* c, Index c_stride) {
+LINATTN_INLINE int multiply_rows(const float* a, Index a_stride, int r, int rows, const float* b, Index b_stride, int n,
+                                 float* c, Index c_stride) {
     for (; r + R <= rows; r += R) {
         Vec acc[R][W];
         float* to = c + r * c_stride;
@@ -75,16 +75,16 @@ LINATTN_INLINE int add_rows(const float* a, Index a_stride, int r, int rows, con
 }
 
 template <int W>
-void add_columns(const float* a, Index a_stride, int rows, const float* b, Index b_stride, Index n, float* c,
-                 Index c_stride) {
+void multiply_columns(const float* a, Index a_stride, int rows, const float* b, Index b_stride, Index n, float* c,
+                      Index c_stride) {
     for (Index i = 0; i < n; i += depth) {
-        const int some = static_cast<int>(min(depth, n - i));
+        const int terms = static_cast<int>(min(depth, n - i));
         const float* left = a + i;
         const float* right = b + i * b_stride;
-        int r = add_rows<panel_rows<W>, W>(left, a_stride, 0, rows, right, b_stride, some, c, c_stride);
-        r = add_rows<4, W>(left, a_stride, r, rows, right, b_stride, some, c, c_stride);
-        r = add_rows<2, W>(left, a_stride, r, rows, right, b_stride, some, c, c_stride);
-        add_rows<1, W>(left, a_stride, r, rows, right, b_stride, some, c, c_stride);
+        int r = multiply_rows<panel_rows<W>, W>(left, a_stride, 0, rows, right, b_stride, terms, c, c_stride);
+        r = multiply_rows<4, W>(left, a_stride, r, rows, right, b_stride, terms, c, c_stride);
+        r = multiply_rows<2, W>(left, a_stride, r, rows, right, b_stride, terms, c, c_stride);
+        multiply_rows<1, W>(left, a_stride, r, rows, right, b_stride, terms, c, c_stride);
     }
 }
 
@@ -93,20 +93,20 @@ void add_step_product(const float* a, Index a_stride, int rows, const float* b, 
                       Index c_stride) {
     Index j = 0;
     for (; j + widest * width <= columns; j += widest * width)
-        add_columns<widest>(a, a_stride, rows, b + j, columns, n, c + j, c_stride);
-    for (; j < columns; j += width) add_columns<1>(a, a_stride, rows, b + j, columns, n, c + j, c_stride);
+        multiply_columns<widest>(a, a_stride, rows, b + j, columns, n, c + j, c_stride);
+    for (; j < columns; j += width) multiply_columns<1>(a, a_stride, rows, b + j, columns, n, c + j, c_stride);
 }
 
 // ---- a block of rows ----
 
 // Rows first .. first + rows of the batch; scratch rows have Hp = round_up<width>(H) numbers a gate, zeros behind
 // H.
-struct Block {
+struct BatchBlock {
     const Call& call;
     const Index G, H, Hp, first;
     const int rows;
 
-    bool runs(int r, Index t) const { return call.lengths == nullptr || t < call.lengths[first + r]; }
+    bool is_running(int r, Index t) const { return call.lengths == nullptr || t < call.lengths[first + r]; }
     Index last_step() const {
         if (call.lengths == nullptr) return call.T;
         Index steps = 0;
@@ -116,7 +116,7 @@ struct Block {
     Index at(int r, Index t) const { return ((first + r) * call.T + t) * H; }
     // Call body(j, n) for every vector of a row: n <= width of its numbers are real.
     template <class Body>
-    LINATTN_INLINE void over_units(const Body& body) const {
+    LINATTN_INLINE void for_units(const Body& body) const {
         Index j = 0;
         for (; j + width <= H; j += width) body(j, width);
         if (j < H) body(j, static_cast<int>(H - j));
@@ -124,7 +124,7 @@ struct Block {
 };
 
 // to [rows][Hp] = the block's rows of a [B, H] tensor, 0 if there is none.
-void read_state(const Block& block, const float* from, float* to) {
+void load_state(const BatchBlock& block, const float* from, float* to) {
     clear(to, block.rows * block.Hp);
     if (from != nullptr)
         for (int r = 0; r < block.rows; ++r)
@@ -136,16 +136,16 @@ struct CarriedState {
     float *h, *c, *z;
 };
 
-CarriedState load_carried_state(const Block& block, Scratch& scratch, const float* h, const float* c) {
+CarriedState load_carried_state(const BatchBlock& block, Scratch& scratch, const float* h, const float* c) {
     const CarriedState made{scratch.allocate<float>(block.rows * block.Hp),
                             scratch.allocate<float>(block.rows * block.Hp),
                             scratch.allocate<float>(block.rows * block.G * block.Hp)};
-    read_state(block, h, made.h);
-    read_state(block, c, made.c);
+    load_state(block, h, made.h);
+    load_state(block, c, made.c);
     return made;
 }
 
-void write_state(const Block& block, const float* from, float* to) {
+void store_state(const BatchBlock& block, const float* from, float* to) {
     for (int r = 0; r < block.rows; ++r)
         __builtin_memcpy(to + (block.first + r) * block.H, from + r * block.Hp, sizeof(float) * block.H);
 }
@@ -162,19 +162,19 @@ void pack_forward(const Call& call, Index Hp, float* to) {
 }
 
 template <Cell cell>
-void elman_row(const Block& block, int r, Index t, const float* z, float* h) {
+void elman_row(const BatchBlock& block, int r, Index t, const float* z, float* h) {
     float* all_h = block.call.all_h + block.at(r, t);
-    block.over_units([&](Index j, int n) {
+    block.for_units([&](Index j, int n) {
         const Vec value = first_lanes(activation<cell>(load(z + j)), n);
         store(h + j, value);
         store_some(all_h + j, value, n);
     });
 }
 
-void lstm_row(const Block& block, int r, Index t, const float* z, float* h, float* c) {
+void lstm_row(const BatchBlock& block, int r, Index t, const float* z, float* h, float* c) {
     const Call& call = block.call;
     const Index Hp = block.Hp, H = block.H, at = block.at(r, t);
-    block.over_units([&](Index j, int n) {
+    block.for_units([&](Index j, int n) {
         const Vec i = sigmoid(load(z + j)), f = sigmoid(load(z + Hp + j)), g = tanh(load(z + 2 * Hp + j)),
                   o = sigmoid(load(z + 3 * Hp + j));
         const Vec cell = first_lanes(f * load(c + j) + i * g, n), hidden = first_lanes(o * tanh(cell), n);
@@ -183,16 +183,16 @@ void lstm_row(const Block& block, int r, Index t, const float* z, float* h, floa
         store_some(call.all_h + at + j, hidden, n);
         if (call.cells == nullptr) return;
         store_some(call.cells + at + j, cell, n);
-        float* kept = call.activations + 4 * at + j;
-        store_some(kept, i, n);
-        store_some(kept + H, f, n);
-        store_some(kept + 2 * H, g, n);
-        store_some(kept + 3 * H, o, n);
+        float* saved = call.activations + 4 * at + j;
+        store_some(saved, i, n);
+        store_some(saved + H, f, n);
+        store_some(saved + 2 * H, g, n);
+        store_some(saved + 3 * H, o, n);
     });
 }
 
 // What a sequence gives from step `from` to step `to`, behind its end.
-void clear_outputs(const Block& block, int r, Index from, Index to) {
+void clear_outputs(const BatchBlock& block, int r, Index from, Index to) {
     const Call& call = block.call;
     const Index at = block.at(r, from), n = (to - from) * block.H;
     clear(call.all_h + at, n);
@@ -201,7 +201,7 @@ void clear_outputs(const Block& block, int r, Index from, Index to) {
 }
 
 template <Cell cell>
-void forward_block(const ForwardCall& call, const Block& block, const float* packed) {
+void forward_block(const ForwardCall& call, const BatchBlock& block, const float* packed) {
     Scratch scratch;
     const Index G = block.G, H = block.H, Hp = block.Hp, wide = G * Hp;
     const auto [h, c, z] = load_carried_state(block, scratch, call.h0, call.c0);
@@ -209,14 +209,14 @@ void forward_block(const ForwardCall& call, const Block& block, const float* pac
     for (Index t = 0; t < steps; ++t) {
         for (int r = 0; r < block.rows; ++r) {
             const float* row = call.projected + (block.first + r) * call.stride_b + t * call.stride_t;
-            if (!block.runs(r, t))
+            if (!block.is_running(r, t))
                 clear(z + r * wide, wide);
             else
                 for (Index g = 0; g < G; ++g) load_row(row + g * H, H, 1, z + r * wide + g * Hp);
         }
         add_step_product(h, Hp, block.rows, packed, H, wide, z, wide);
         for (int r = 0; r < block.rows; ++r) {
-            if (!block.runs(r, t))
+            if (!block.is_running(r, t))
                 clear_outputs(block, r, t, t + 1);
             else if constexpr (cell == Cell::lstm)
                 lstm_row(block, r, t, z + r * wide, h + r * Hp, c + r * Hp);
@@ -225,8 +225,8 @@ void forward_block(const ForwardCall& call, const Block& block, const float* pac
         }
     }
     for (int r = 0; r < block.rows; ++r) clear_outputs(block, r, steps, call.T);
-    write_state(block, h, call.last_h);
-    if (cell == Cell::lstm) write_state(block, c, call.last_c);
+    store_state(block, h, call.last_h);
+    if (cell == Cell::lstm) store_state(block, c, call.last_c);
 }
 
 // ---- backward ----
@@ -245,32 +245,32 @@ LINATTN_INLINE Vec load_dhidden(const BackwardCall& call, Index at, int n) {
 
 // dz of one row; dh is taken over, and 0 afterwards: the product adds what goes on to the step before.
 template <Cell cell>
-void elman_gradient(const BackwardCall& call, const Block& block, int r, Index t, float* dh, float* dz) {
+void elman_gradient(const BackwardCall& call, const BatchBlock& block, int r, Index t, float* dh, float* dz) {
     const Index at = block.at(r, t);
-    block.over_units([&](Index j, int n) {
+    block.for_units([&](Index j, int n) {
         const Vec dhidden = load(dh + j) + load_dhidden(call, at + j, n);
-        const Vec value = dhidden * slope<cell>(load_some(call.all_h + at + j, n));
+        const Vec value = dhidden * derivative<cell>(load_some(call.all_h + at + j, n));
         store(dh + j, Vec{});
         store(dz + j, value);
         store_some(call.dprojected + at + j, value, n);
     });
 }
 
-void lstm_gradient(const BackwardCall& call, const Block& block, int r, Index t, float* dh, float* dc, float* dz) {
+void lstm_gradient(const BackwardCall& call, const BatchBlock& block, int r, Index t, float* dh, float* dc, float* dz) {
     const Index H = block.H, Hp = block.Hp, at = block.at(r, t);
     const float* before = t > 0 ? call.cells + at - H : call.c0 == nullptr ? nullptr : call.c0 + (block.first + r) * H;
-    block.over_units([&](Index j, int n) {
-        const float* kept = call.activations + 4 * at + j;
-        const Vec i = load_some(kept, n), f = load_some(kept + H, n), g = load_some(kept + 2 * H, n),
-                  o = load_some(kept + 3 * H, n);
+    block.for_units([&](Index j, int n) {
+        const float* saved = call.activations + 4 * at + j;
+        const Vec i = load_some(saved, n), f = load_some(saved + H, n), g = load_some(saved + 2 * H, n),
+                  o = load_some(saved + 3 * H, n);
         const Vec c_before = before == nullptr ? Vec{} : load_some(before + j, n);
-        const Vec squashed = tanh(load_some(call.cells + at + j, n));
+        const Vec tanh_c = tanh(load_some(call.cells + at + j, n));
         const Vec dhidden = load(dh + j) + load_dhidden(call, at + j, n);
-        const Vec dcell = load(dc + j) + dhidden * o * (1.0f - squashed * squashed);
+        const Vec dcell = load(dc + j) + dhidden * o * (1.0f - tanh_c * tanh_c);
         store(dh + j, Vec{});
         store(dc + j, dcell * f);
         const Vec gradients[4] = {dcell * g * i * (1.0f - i), dcell * c_before * f * (1.0f - f),
-                                  dcell * i * (1.0f - g * g), dhidden * squashed * o * (1.0f - o)};
+                                  dcell * i * (1.0f - g * g), dhidden * tanh_c * o * (1.0f - o)};
         float* out = call.dprojected + 4 * at + j;
         for (Index gate = 0; gate < 4; ++gate) {
             store(dz + gate * Hp + j, gradients[gate]);
@@ -280,7 +280,7 @@ void lstm_gradient(const BackwardCall& call, const Block& block, int r, Index t,
 }
 
 template <Cell cell>
-void backward_block(const BackwardCall& call, const Block& block, const float* packed) {
+void backward_block(const BackwardCall& call, const BatchBlock& block, const float* packed) {
     Scratch scratch;
     const Index G = block.G, H = block.H, Hp = block.Hp, wide = G * Hp;
     const auto [dh, dc, dz] = load_carried_state(block, scratch, call.dlast_h, call.dlast_c);
@@ -288,7 +288,7 @@ void backward_block(const BackwardCall& call, const Block& block, const float* p
     for (int r = 0; r < block.rows; ++r) clear(call.dprojected + G * block.at(r, steps), (call.T - steps) * G * H);
     for (Index t = steps - 1; t >= 0; --t) {
         for (int r = 0; r < block.rows; ++r) {
-            if (!block.runs(r, t)) {  // the state went through unchanged, and so does its gradient
+            if (!block.is_running(r, t)) {  // the state went through unchanged, and so does its gradient
                 clear(dz + r * wide, wide);
                 clear(call.dprojected + G * block.at(r, t), G * H);
             } else if constexpr (cell == Cell::lstm) {
@@ -300,18 +300,18 @@ void backward_block(const BackwardCall& call, const Block& block, const float* p
         for (Index g = 0; g < G; ++g)
             add_step_product(dz + g * Hp, wide, block.rows, packed + g * Hp * Hp, H, Hp, dh, Hp);
     }
-    write_state(block, dh, call.dh0);
-    if (cell == Cell::lstm) write_state(block, dc, call.dc0);
+    store_state(block, dh, call.dh0);
+    if (cell == Cell::lstm) store_state(block, dc, call.dc0);
 }
 
 // ---- all blocks ----
 
 template <class AnyCall, class Pack, class Run>
-void in_blocks(const AnyCall& call, const Pack& pack, const Run& run) {
+void run_in_blocks(const AnyCall& call, const Pack& pack, const Run& run) {
     const Index G = gates(call.cell), H = call.H, Hp = round_up<width>(H);
     const double flops = 2.0 * call.B * call.T * G * H * H;
-    const Index worth = max<Index>(1, static_cast<Index>(flops / least_flops));
-    const int asked = static_cast<int>(min<Index>(call.threads, min(worth, call.B)));
+    const Index useful = max<Index>(1, static_cast<Index>(flops / least_flops));
+    const int asked = static_cast<int>(min<Index>(call.threads, min(useful, call.B)));
     run_parallel(asked, [&](int thread, int threads) {
         Scratch scratch;
         float* packed = scratch.allocate<float>(G * Hp * Hp);
@@ -320,7 +320,7 @@ void in_blocks(const AnyCall& call, const Pack& pack, const Run& run) {
         const Index count = ceil_div(end - begin, block_rows);
         for (Index b = 0; b < count; ++b) {
             const Index from = begin + (end - begin) * b / count, to = begin + (end - begin) * (b + 1) / count;
-            run(call, Block{call, G, H, Hp, from, static_cast<int>(to - from)}, packed);
+            run(call, BatchBlock{call, G, H, Hp, from, static_cast<int>(to - from)}, packed);
         }
     });
 }
@@ -329,19 +329,19 @@ void in_blocks(const AnyCall& call, const Pack& pack, const Run& run) {
 
 void forward(const ForwardCall& call) {
     switch (call.cell) {
-        case Cell::tanh: return in_blocks(call, pack_forward, forward_block<Cell::tanh>);
-        case Cell::relu: return in_blocks(call, pack_forward, forward_block<Cell::relu>);
-        case Cell::identity: return in_blocks(call, pack_forward, forward_block<Cell::identity>);
-        case Cell::lstm: return in_blocks(call, pack_forward, forward_block<Cell::lstm>);
+        case Cell::tanh: return run_in_blocks(call, pack_forward, forward_block<Cell::tanh>);
+        case Cell::relu: return run_in_blocks(call, pack_forward, forward_block<Cell::relu>);
+        case Cell::identity: return run_in_blocks(call, pack_forward, forward_block<Cell::identity>);
+        case Cell::lstm: return run_in_blocks(call, pack_forward, forward_block<Cell::lstm>);
     }
 }
 
 void backward(const BackwardCall& call) {
     switch (call.cell) {
-        case Cell::tanh: return in_blocks(call, pack_backward, backward_block<Cell::tanh>);
-        case Cell::relu: return in_blocks(call, pack_backward, backward_block<Cell::relu>);
-        case Cell::identity: return in_blocks(call, pack_backward, backward_block<Cell::identity>);
-        case Cell::lstm: return in_blocks(call, pack_backward, backward_block<Cell::lstm>);
+        case Cell::tanh: return run_in_blocks(call, pack_backward, backward_block<Cell::tanh>);
+        case Cell::relu: return run_in_blocks(call, pack_backward, backward_block<Cell::relu>);
+        case Cell::identity: return run_in_blocks(call, pack_backward, backward_block<Cell::identity>);
+        case Cell::lstm: return run_in_blocks(call, pack_backward, backward_block<Cell::lstm>);
     }
 }
 
