@@ -123,7 +123,7 @@ def test_missing_matplotlib_is_said_before_anything_is_measured(tmp_path, monkey
 
 
 def test_runs_as_a_script_from_anywhere(tmp_path) -> None:
-    script = ROOT / "bench" / "crossover.py"
+    script = ROOT / "bench" / "crossover" / "command.py"
     found = subprocess.run(
         [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
     )

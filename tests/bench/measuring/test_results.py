@@ -130,7 +130,12 @@ def test_environment_is_complete_and_serialisable(environment) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["functional", "dispatch", "checks", "feature_maps", "cost", "cases", "measure", "timing", "reference", "ops"],
+    ["functional", "plan", "checks", "feature_maps", "cost", "cases", "measure", "timing", "reference", "ops"],
 )
 def test_fingerprint_covers_what_is_measured_and_how(name: str) -> None:
-    assert f"{name}.py" in {path.name for path in measured_sources()}
+    assert f"{name}.py" in {path.name for path in measured_sources().values()}
+
+
+def test_fingerprint_of_a_checkout_does_not_depend_on_the_build() -> None:
+    names = set(measured_sources())
+    assert ("kernels/bindings.cpp" in names) != ("_native" in names)

@@ -39,7 +39,7 @@ def test_flag_collects_benchmarks_only(flag) -> None:
     collected = [line for line in found.stdout.splitlines() if "::" in line]
     assert found.returncode == 0, found.stdout + found.stderr
     assert len(collected) > 20
-    assert all(line.startswith("bench/bench_") for line in collected)
+    assert all(line.startswith("bench/suite/bench_") for line in collected)
 
 
 def test_without_the_flag_nothing_is_measured() -> None:
