@@ -4,7 +4,7 @@
 
     hf.register()
     model = AutoModelForCausalLM.from_config(config, attn_implementation="linattn_quadratic")
-    model.generate(tokens, past_key_values=hf.StateCache())
+    model.generate(tokens, cache=hf.StateCache())  # past_key_values= before transformers 5.24
 
 `register` enters two functions a kernel with transformers: one attends, the other turns the model's mask into what the
 kernels take, a bool `[B, Tk]` of keys that count. What the kernels cannot do (sliding windows, packed rows, masks of

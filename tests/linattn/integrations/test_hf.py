@@ -23,7 +23,10 @@ from linattn.integrations import hf  # noqa: E402
 
 NAMES = hf.register()
 WITH_STATE = [name for name in NAMES if name != "linattn_softmax"]
-IS_5 = int(transformers.__version__.partition(".")[0]) >= 5
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+IS_5 = VERSION >= (5, 0)
+# The argument of `generate` that takes a cache: renamed in 5.24, where the old name warns.
+CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 SIZES: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
@@ -114,9 +117,11 @@ def test_attention_in_both_directions() -> None:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-def generate(model: LlamaForCausalLM, padding: str, **options: Any) -> Tensor:
+def generate(model: LlamaForCausalLM, padding: str, *, cache: hf.StateCache | None = None, **options: Any) -> Tensor:
     tokens, mask = make_tokens(padding)
     options = {"max_new_tokens": 7, "do_sample": False, **options}
+    if cache is not None:
+        options[CACHE] = cache
     out: Tensor = model.generate(input_ids=tokens, attention_mask=mask, **options)
     return out
 
@@ -129,13 +134,13 @@ def test_generates_the_same_with_every_cache(name: str, padding: str) -> None:
     assert torch.equal(generate(model, padding, use_cache=False), expected)
     assert torch.equal(generate(model, padding), expected)  # keys and values, as transformers keeps them
     if name in WITH_STATE:
-        assert torch.equal(generate(model, padding, past_key_values=hf.StateCache()), expected)
+        assert torch.equal(generate(model, padding, cache=hf.StateCache()), expected)
 
 
 def test_beam_search_reorders_the_state() -> None:
     model = make_model("linattn_elu+1")
     expected = generate(model, "left", num_beams=3)
-    assert torch.equal(generate(model, "left", num_beams=3, past_key_values=hf.StateCache()), expected)
+    assert torch.equal(generate(model, "left", num_beams=3, cache=hf.StateCache()), expected)
 
 
 @pytest.mark.parametrize("name", WITH_STATE)
@@ -155,7 +160,7 @@ def test_the_cache_does_not_grow() -> None:
     sizes = []
     for count in (1, 30):
         cache = hf.StateCache()
-        generate(model, "none", max_new_tokens=count, past_key_values=cache)
+        generate(model, "none", max_new_tokens=count, cache=cache)
         sizes.append(cache.memory_bytes())
     C = 9 * 10 // 2
     numbers = 2 * 2 * 2 * (C * 8 + 8 * 8 + 8)  # layers, rows, key heads, and the state of a head of size 8
@@ -164,11 +169,11 @@ def test_the_cache_does_not_grow() -> None:
 
 def test_a_cache_is_reset() -> None:
     model, cache = make_model("linattn_elu+1"), hf.StateCache()
-    first = generate(model, "none", past_key_values=cache)
+    first = generate(model, "none", cache=cache)
     cache.reset()
     assert cache.get_seq_length() == 0
     assert cache.memory_bytes() == 0
-    assert torch.equal(generate(model, "none", past_key_values=cache), first)
+    assert torch.equal(generate(model, "none", cache=cache), first)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -217,18 +222,18 @@ def test_a_cache_with_unwritten_keys_is_refused() -> None:
 
 def test_softmax_has_no_state() -> None:
     with pytest.raises(ArgumentError, match="softmax has no state"):
-        generate(make_model("linattn_softmax"), "none", past_key_values=hf.StateCache())
+        generate(make_model("linattn_softmax"), "none", cache=hf.StateCache())
 
 
 def test_a_state_cache_that_nothing_reads_is_noticed() -> None:
     """Another attention would see the new keys only, and be wrong without a word."""
     with pytest.raises(StateError, match="21 keys were given to a StateCache"):
-        generate(make_model("sdpa", torch.float32), "none", past_key_values=hf.StateCache())
+        generate(make_model("sdpa", torch.float32), "none", cache=hf.StateCache())
 
 
 def test_a_state_cannot_forget() -> None:
     cache = hf.StateCache()
-    generate(make_model("linattn_quadratic"), "none", past_key_values=cache)
+    generate(make_model("linattn_quadratic"), "none", cache=cache)
     with pytest.raises(StateError, match="forget"):
         cache.crop(-1)
 
