@@ -1,4 +1,4 @@
-// linattn._native. This file and recurrent/bindings.cpp alone know nanobind.
+// linattn._native. Only this file and kernels/recurrent/native/bindings.{hpp,cpp} know nanobind.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
@@ -167,7 +167,7 @@ NB_MODULE(_native, module) {
     nb::class_<linattn::feature_map::Options>(module, "FeatureMapOptions").def("__init__", &make_feature_map_options);
     define_op(module, "quadratic", linattn::quadratic::forward, linattn::quadratic::backward);
     define_op(module, "feature_map", linattn::feature_map::forward, linattn::feature_map::backward);
-    linattn::recurrent::define_op(module);
+    linattn::recurrent::define_ops(module);
     module.def("instruction_sets", &linattn::cpu_features,
                "Names of the instruction sets that this process may use, as Linux spells them.");
     module.def("hardware_threads", &linattn::hardware_threads, "How many threads this process may run at once.");

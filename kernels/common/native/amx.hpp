@@ -1,4 +1,4 @@
-// Matrix products of bf16 by AMX tiles, and the layouts that they want.
+// Matrix products of bf16 by AMX tiles, and the layouts that they take.
 //
 // A tile is 16 rows of 64 bytes, here always whole. C += A B takes A as 16 rows x 32 columns of bf16; B, 32 rows x 16
 // columns, with its rows in pairs: 32-bit word (p, c) holds B[2p][c] and B[2p+1][c]; C as 16 x 16 floats. So from a
@@ -17,7 +17,8 @@ namespace linattn::LINATTN_ISA {
 
 constexpr int tile = 512;  // elements of bf16
 
-// Configures the calling thread's tiles; releases them at the end of the scope, for everyone who saves registers.
+// Configures the calling thread's tiles; releases them at the end of the scope, so that a context switch need not save
+// them.
 class TileConfiguration {
 public:
     TileConfiguration() {
@@ -48,7 +49,7 @@ LINATTN_INLINE void multiply_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// TileConfiguration 0 to 3 are a block of 32 x 32 floats: 0 1 over 2 3.
+// Tiles 0 to 3 are a block of 32 x 32 floats: 0 1 over 2 3.
 LINATTN_INLINE void zero_block() {
     asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
 }
@@ -82,7 +83,7 @@ LINATTN_INLINE void multiply_block(const Bf16* a0, const Bf16* a1, const Bf16* b
 LINATTN_INLINE __m512i load_words(const void* p) { return _mm512_loadu_si512(p); }
 LINATTN_INLINE void store_words(void* p, __m512i x) { _mm512_storeu_si512(p, x); }
 
-// 32 elements, `low` first, round_to_bf16 to nearest even.
+// 32 elements, `low` first, rounded to nearest even.
 LINATTN_INLINE __m512i round_to_bf16(Vec low, Vec high) {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }

@@ -1,4 +1,4 @@
-// What an op with a state is called with: Options and State are the op's own, the rest is the same for all.
+// The arguments of an op with a state: Options and State are the op's own, the rest is the same for all.
 #pragma once
 
 #include "attention_problem.hpp"
@@ -15,15 +15,15 @@ struct AttentionCall : Options {
 
 template <class Options, class State>
 struct AttentionForwardCall : AttentionCall<Options, State> {
-    const State* after = nullptr;  // null: nobody asked for it
+    const State* after = nullptr;  // null: not asked for
 };
 
 template <class Options, class State>
 struct AttentionBackwardCall : AttentionCall<Options, State> {
     TensorView dout;
-    TensorView dq, dk, dv;           // no data: not wanted
-    const State* dafter = nullptr;   // n is null; null: no gradient comes that way
-    const State* dbefore = nullptr;  // n is null; null: not wanted
+    TensorView dq, dk, dv;           // no data: not asked for
+    const State* dafter = nullptr;   // n is null; null: no gradient to it
+    const State* dbefore = nullptr;  // n is null; null: not asked for
 };
 
 }  // namespace linattn

@@ -1,4 +1,4 @@
-// What an attention call is, to every native kernel: raw pointers, no torch, no Python.
+// The arguments that all attention kernels share: raw pointers, no torch, no Python.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct TensorView {
     Index stride_b = 0, stride_h = 0, stride_t = 0;
 };
 
-// The inputs that all ops share. Query head h reads key head h / (H / Hkv). Packed: B = 1, sequence s is the rows
+// The inputs that all ops share. Query head h sees key head h / (H / Hkv). Packed: B = 1, sequence s is the rows
 // cu_seqlens[s] to cu_seqlens[s + 1], which partition [0, T); else every batch element is a sequence.
 struct AttentionProblem {
     Dtype dtype = Dtype::fp32;  // of q, k, v, out and of their gradients; row sums and states are fp32

@@ -1,4 +1,4 @@
-// What a backward pass makes of its rows first, the same in every kernel: dO' = dO / l and delta = dO'.out.
+// The first step of every backward pass: dO' = dO / l and delta = dO'.out.
 #pragma once
 
 #include "packing.hpp"

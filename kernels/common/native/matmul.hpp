@@ -38,7 +38,7 @@ struct Product {
     Index n, seen = Index{1} << 40;
 };
 
-// The sums are complete before they meet what is in c: one over very many keys then takes few additions to a large
+// The sums are complete before they are added to c: one over very many keys then takes few additions to a large
 // number.
 template <int R, int W, int terms>
 LINATTN_INLINE void compute_tile(const Product (&products)[terms], Index r, float* c, Index c_stride, Index j,

@@ -1,4 +1,4 @@
-// Rows of tensors as the matrix products read them, fp32 padded with zeros, and finished rows on their way back.
+// Rows of tensors, packed for the matrix products as fp32 padded with zeros, and results stored as rows of tensors.
 #pragma once
 
 #include <utility>

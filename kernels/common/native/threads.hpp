@@ -64,8 +64,14 @@ public:
     void* broadcast(void* mine);
 
     // This member's share of 0 .. count: from begin to end.
-    LINATTN_INLINE Index begin(Index count) const { return count * member / size; }
-    LINATTN_INLINE Index end(Index count) const { return count * (member + 1) / size; }
+    template <class T>
+    LINATTN_INLINE T begin(T count) const {
+        return static_cast<T>(Index{count} * member / size);
+    }
+    template <class T>
+    LINATTN_INLINE T end(T count) const {
+        return static_cast<T>(Index{count} * (member + 1) / size);
+    }
 
     const int member, size;
 

@@ -1,4 +1,5 @@
-// What walking the chunks of a sequence is made of: products, sums over keys, and chunks of keys and of rows.
+// The parts of a pass over the chunks of a sequence: the segments it is cut into, the state (S = sum phi(k) v^T,
+// z = sum phi(k)), chunks of keys and tiles of queries.
 #pragma once
 
 #include "common/native/bwd_preprocess.hpp"
@@ -15,12 +16,13 @@ using linattn::feature_map::Call;
 using linattn::feature_map::ForwardCall;
 using linattn::feature_map::State;
 
-// Whole strips of registers at every width. Going back, every chunk transposes the sums, so chunks are longer.
+// Whole strips of registers at every width. In a backward pass every chunk transposes
+// the state, so chunks are longer.
 constexpr int longest_chunk = key_block, forward_chunk = 24, backward_chunk = 48;
 constexpr Index shortest_segment = 192;
-constexpr Index many_keys = 4096;  // and more: their sums are taken in two levels
+constexpr Index many_keys = 4096;  // and more: the state is summed in two levels
 
-// Rows and keys of one segment of a sequence.
+// Queries and keys of one segment of a sequence.
 struct Segment {
     Sequence sequence;
     Index head;  // of keys
@@ -28,12 +30,12 @@ struct Segment {
     Index index, count;
 };
 
-// What all threads agree on.
+// How a call is cut into segments: the same for all threads.
 struct SegmentPlan {
     const Call& call;
     const AttentionProblem& p;
     Index Dp, Mp, chunk, group, segments, tasks;
-    float* sums;  // S and z of every segment, where there are several or rows see all keys; and, going back, dS and dz
+    float* sums;  // S and z of every segment, where there are several or queries see all keys; backwards dS, dz too
 
     SegmentPlan(const Call& c, Index usual_chunk)
         : call(c), p(c.problem), Dp(round_up<width>(p.D)), Mp(round_up<width>(p.M)),
@@ -41,15 +43,15 @@ struct SegmentPlan {
           tasks(p.sequences * p.Hkv), sums(nullptr) {
         Index longest = 0;
         for (Index s = 0; s < p.sequences; ++s) longest = max(longest, sequence(p, s).keys);
-        const Index wanted = ceil_div(p.threads, max<Index>(tasks, 1));
-        segments = clamp<Index>(longest / shortest_segment, 1, wanted);
+        const Index useful = ceil_div(p.threads, max<Index>(tasks, 1));
+        segments = clamp<Index>(longest / shortest_segment, 1, useful);
     }
 
     Index size() const { return Dp * Mp + Dp; }
     Index count() const { return tasks * segments; }
-    float* sums_of(Index task, Index segment) const { return sums + (task * segments + segment) * size(); }
+    float* segment_state(Index task, Index segment) const { return sums + (task * segments + segment) * size(); }
 
-    // Row i of a sequence sees keys below i + q_offset + 1; so key j is seen by rows from here on.
+    // Query i of a sequence sees keys below i + q_offset + 1; so key j is seen by queries from here on.
     Index first_query_of(const Sequence& s, Index j) const { return clamp<Index>(j - p.q_offset, 0, s.queries); }
 
     Segment segment(Index unit) const {
@@ -93,11 +95,11 @@ inline void store_state(const SegmentPlan& plan, const float* S, const float* z,
 }
 
 // S [Dp][Mp] and z [Dp], to which chunks are added. Of very many keys, where a chunk would be lost in the sum of all
-// before it, recent ones have a sum of their own, which joins the others now and then.
+// before it, recent ones have a sum of their own, which is merged now and then.
 struct ChunkState {
     const Index size;
     float *S, *z;
-    float *recent, *merged;  // S = settled + recent; or null
+    float *recent, *merged;  // S = merged + recent; or null
     Index updates = 0;
 
     ChunkState(const SegmentPlan& plan, Scratch& scratch, float* memory, Index keys)
@@ -114,7 +116,7 @@ struct ChunkState {
         updates = 0;
         if (recent != nullptr) merge_recent();
     }
-    // Call add(S, z) for the sums that a chunk of rows or keys is to be added to.
+    // Call add(S, z) for the sums that a chunk of queries or keys is to be added to.
     template <class Add>
     void update(const SegmentPlan& plan, const Add& add) {
         float* to = recent == nullptr ? S : recent;
@@ -141,7 +143,7 @@ struct KeyChunk {
     const float* v;  // [chunk][v_stride]
     Index v_stride;
     float* vt;                   // [M][key_block]
-    RowView next_k{}, next_v{};  // of the chunk that comes next, `ahead` rows: read early, as they are needed soon
+    RowView next_k{}, next_v{};  // the next chunk's first `prefetch_count` rows
     int prefetch_count = 0;
 
     KeyChunk(const SegmentPlan& plan, Scratch& scratch)
@@ -183,7 +185,7 @@ struct KeyChunk {
     }
 };
 
-// Rows of one query head: up to a chunk of them, against the sums and the keys of a chunk (none: count 0).
+// Queries of one head: up to a chunk of them, against the state and the keys of a chunk (none: count 0).
 struct QueryTile {
     float *x, *tile, *sums;  // scale phi(q) [chunk][Dp], scores [chunk][key_block], results [chunk][Mp or Dp]
     Index i0 = 0, head = 0;
@@ -203,11 +205,11 @@ struct QueryTile {
         i0 = from, head = query_head, count = static_cast<int>(to - from), rows = round_up<4>(count);
         pack_features(plan.call.map, at(plan, part, plan.p.q), count, plan.p.D, plan.p.scale, nullptr, rows, x);
     }
-    // How many keys of a chunk row 0 sees; row r sees r more.
+    // How many keys of a chunk query 0 sees; query r sees r more.
     Index seen(const SegmentPlan& plan, const KeyChunk& keys) const {
         return plan.p.is_causal ? i0 + plan.p.q_offset - keys.j0 + 1 : keys.count;
     }
-    // tile[r][c] = left[r] . right[c], 0 where row r does not see key c.
+    // tile[r][c] = left[r] . right[c], 0 where query r does not see key c.
     void score(const SegmentPlan& plan, const Segment& part, const KeyChunk& keys, const float* left, Index stride,
                const float* right, Index n, const float* minus, float* to) const {
         const Index columns = round_up<width>(keys.count), first = seen(plan, keys);

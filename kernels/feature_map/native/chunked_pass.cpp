@@ -1,8 +1,8 @@
 // The kernels of one instruction set; the build compiles this file once for each (CMakeLists.txt).
 //
-// One task is a segment of one sequence for one key head and the query heads that share it. It walks chunks of keys:
-// rows read the sums S = sum phi(k) v^T, z = sum phi(k) of earlier keys and the scores of their own chunk, which is
-// then folded in. Where tasks would be fewer than threads, sequences are cut into segments whose sums are taken first.
+// One task is a segment of one sequence for one key head and the query heads that share it. It goes through chunks of
+// keys: queries read the state over earlier keys and the scores of their own chunk, which is then added to the state.
+// Where tasks would be fewer than threads, sequences are cut into segments whose states are computed first.
 #include "feature_map/native/chunk_state.hpp"
 
 namespace linattn::LINATTN_ISA::feature_map {
@@ -43,7 +43,7 @@ void process_queries(const SegmentPlan& plan, const Segment& part, QueryTile& q,
     }
 }
 
-// The sums over the keys of one segment alone. Causal, nobody reads those of the last one.
+// The state over the keys of one segment alone. Causal, that of the last one is not needed.
 void sum_segment(const SegmentPlan& plan, Index unit) {
     const Segment part = plan.segment(unit);
     if (plan.p.is_causal && part.index + 1 == part.count) return;
@@ -57,13 +57,12 @@ void sum_segment(const SegmentPlan& plan, Index unit) {
     }
 }
 
-// The sums before a segment's first key: of the initial state and all earlier segments; of all segments if rows see
-// all.
+// The state before a segment's first key: the initial state and all earlier segments; all segments if queries see all.
 void load_state_before(const SegmentPlan& plan, const Segment& part, Index task, ChunkState& sums) {
     clear(sums.S, plan.size());
     if (plan.call.before != nullptr) add_state(plan, *plan.call.before, task, sums.S, sums.z);
     const Index end = plan.p.is_causal ? part.index : part.count;
-    for (Index i = 0; i < end; ++i) add_all(plan.sums_of(task, i), plan.size(), sums.S);
+    for (Index i = 0; i < end; ++i) add_all(plan.segment_state(task, i), plan.size(), sums.S);
     sums.begin();
 }
 
@@ -88,7 +87,8 @@ void forward_segment(const SegmentPlan& plan, const ForwardCall& call, Index uni
         for (Index j = part.first_key; j < part.last_key; j += plan.chunk) {
             const Index end = min(j + plan.chunk, part.last_key);
             const Index i0 = plan.first_query_of(part.sequence, j), i1 = plan.first_query_of(part.sequence, end);
-            if (i0 == i1 && i0 == part.last_query && !(last && call.after != nullptr)) break;  // nobody reads on
+            if (i0 == i1 && i0 == part.last_query && !(last && call.after != nullptr))
+                break;  // no query is left, nor the final state asked for
             keys.load(plan, part, j, end);
             if (i0 < i1) keys.transpose_keys(plan);
             process_queries(plan, part, queries, i0, i1, keys, sums);
@@ -112,7 +112,7 @@ void store_key_counts(const ForwardCall& call) {
 
 // ---- backward ----
 
-// What a gradient needs of the queries in a tile: dO' = dO / l, and delta, the change of the loss with each row's sum.
+// The queries of a tile in the backward pass: dO' = dO / l and delta = dO'.out (bwd_preprocess.hpp).
 struct QueryGradients {
     float *dout_scaled, *delta;  // [chunk][Mp], [chunk]
 
@@ -178,7 +178,7 @@ struct SegmentBackward {
         rows.load(plan, call, part, queries);
     }
 
-    // Down: rows read the sums of earlier keys again, which lie transposed in `panels`.
+    // dq of queries i0 to i1: from the state over earlier keys, transposed in `panels`, and from their own chunk.
     void accumulate_dq(Index i0, Index i1) {
         if (i0 >= i1) return;
         for (Index g = 0; g < plan.group; ++g) {
@@ -219,8 +219,8 @@ struct SegmentBackward {
         if (part.index + 1 == part.count) read(plan.first_query_of(part.sequence, part.last_key), part.last_query);
     }
 
-    // Up: keys learn what later rows made of them, from the sums, now dS and dz, then from the rows of their own chunk,
-    // which are folded in.
+    // dk and dv of a chunk: from the gradient to the state, dS and dz, then from the queries of their own chunk, which
+    // are added to that.
     void accumulate_dkv(Index i0, Index i1) {
         const int count = round_up<4>(keys.count);
         for (int c = 0; c < count; ++c) __builtin_memcpy(gradient + c * plan.Dp, sums.z, sizeof(float) * plan.Dp);
@@ -261,7 +261,7 @@ struct SegmentBackward {
         clear(sums.S, plan.size());
         if (call.dafter != nullptr) add_state(plan, *call.dafter, task, sums.S, sums.z);
         const Index first = plan.p.is_causal ? part.index + 1 : 0;
-        for (Index i = first; i < part.count; ++i) add_all(plan.sums_of(plan.tasks + task, i), plan.size(), sums.S);
+        for (Index i = first; i < part.count; ++i) add_all(plan.segment_state(plan.tasks + task, i), plan.size(), sums.S);
         sums.begin();
         const bool last = part.index + 1 == part.count;
         if (plan.p.is_causal && last) update(plan.first_query_of(part.sequence, part.last_key), part.last_query);
@@ -281,9 +281,9 @@ struct SegmentBackward {
         store_state(plan, sums.S, sums.z, task, *call.dbefore);
     }
 
-    // The gradient that the rows of this segment alone give to the sums before it.
+    // The gradient to the state before this segment from its own queries.
     void sum_segment_queries(float* dS) {
-        if (plan.p.is_causal && part.index == 0) return;  // read by nobody
+        if (plan.p.is_causal && part.index == 0) return;  // not needed
         clear(sums.S, plan.size());
         sums.begin();
         update(part.first_query, part.last_query);
@@ -296,7 +296,7 @@ struct SegmentBackward {
 void forward(const ForwardCall& call) {
     Scratch scratch;
     SegmentPlan plan(call, forward_chunk);
-    // Sums of the segments are taken first, each by itself, where a segment needs those of others.
+    // The state of each segment is computed first where others need it.
     const bool prefetch_count = !plan.p.is_causal || plan.segments > 1;
     if (prefetch_count) plan.sums = scratch.allocate<float>(plan.count() * plan.size());
     run_parallel(call.problem.threads, [&](int thread, int threads) {

@@ -1,4 +1,4 @@
-// Feature-map attention on the CPU: what a call is, and who computes it. No torch, no Python.
+// Feature-map attention on the CPU: the arguments of a call, and the entry points. No torch, no Python.
 //
 //     out_i = sum_j p_ij v_j / l_i,   l_i = sum_j p_ij,   p_ij = scale * phi(q_i).phi(k_j)
 //
@@ -29,7 +29,7 @@ using Call = AttentionCall<Options, State>;
 using ForwardCall = AttentionForwardCall<Options, State>;
 using BackwardCall = AttentionBackwardCall<Options, State>;
 
-// Chooses by capability. `problem.threads` threads; the same bits for the same number of them.
+// Run on the selected instruction set. `problem.threads` threads; the same bits for the same number of them.
 void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
 

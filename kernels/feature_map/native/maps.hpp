@@ -1,4 +1,4 @@
-// The feature maps and their slopes, a vector at a time, and rows of tensors as features.
+// The feature maps and their derivatives, a vector at a time, and rows of tensors as features.
 #pragma once
 
 #include "common/native/packing.hpp"
@@ -64,7 +64,7 @@ inline void pack_features(Map map, const RowView& from, Index count, Index n, fl
     clear(to + count * stride, (rows - count) * stride);
 }
 
-// Row r of `to` = factor * gradient[r] * slope(row r of `at`), and 0 where keep[r] is false. keep may be null.
+// Row r of `to` = factor * gradient[r] * derivative(row r of `at`), and 0 where keep[r] is false. keep may be null.
 inline void store_map_gradient(Map map, const float* gradient, const RowView& at, Index count, Index n, float factor,
                                const bool* keep, const RowView& to) {
     const Index stride = round_up<width>(n);

@@ -1,4 +1,4 @@
-// Reading sums over keys by AMX tiles, 32 rows at a time: what queries get from them, and the gradients that come back.
+// What 32 queries get from the state by AMX tiles, and the gradients to them.
 #pragma once
 
 #include "quadratic/native/amx_chunk_state.hpp"
@@ -34,7 +34,7 @@ LINATTN_INLINE void add_transposed(const float* from, int columns, float factor,
         }
 }
 
-// What 32 queries need to read the sums; `x` in their names is q.
+// The contribution of earlier chunks to out and to the row sums of 32 queries q.
 struct ChunkOutput {
     float* doubled;  // [D + 1][64]: q_i twice for each query; the last row is 1
     float* paired;   // [D / 2][64]: q_2p and q_2p+1 for each query
@@ -103,7 +103,7 @@ struct ChunkOutput {
         }
     }
 
-    // l[32] = sum of p / factor over the folded keys.
+    // l[32] = sum of p / factor over the keys in the state.
     void row_sums(const ScorePolynomial& w, const ChunkState& state, const Bf16* q, int D, float* l) {
         multiply_moments(state, q, D, squares);
         const float linear = w.a1 / w.factor, square = w.a2 / w.factor, constant = w.a0 / w.factor;
@@ -119,7 +119,7 @@ struct ChunkOutput {
         }
     }
 
-    // acc[32][M] and the first of each 16 parts of row_sums += what the folded keys give to the queries.
+    // acc[32][M] and the first of each 16 parts of row_sums += what the keys in the state give to the queries.
     void read(const ScorePolynomial& w, const FeatureTable& f, const ChunkState& state, const TileSizes& size,
               const Bf16* q, float* acc, float* row_sum_parts) {
         float l[32];
@@ -131,7 +131,7 @@ struct ChunkOutput {
     }
 };
 
-// The gradient to 32 rows x of sum(y . acc) + sum(minus l), where acc and l are what x reads.
+// The gradient to 32 rows x of sum(y . acc) + sum(minus l), where acc and l are what ChunkOutput gives x.
 struct ChunkDx {
     float* x;        // [D + 1][32]; the last row is 1
     float* dx;       // [D + 1][32]; the last row means nothing

@@ -25,10 +25,10 @@ inline KeyHead head(const AttentionProblem& p, Index number) {
 
 inline Index chunk_length(const Call& call) { return call.chunk == 0 ? default_chunk : (call.chunk + 63) / 64 * 64; }
 
-// The first chunk is longer where a mask leaves too few keys in it: its rows are computed from scores.
+// The first chunk is longer where a mask leaves too few keys in it: its queries are computed from scores.
 struct FirstChunk {
     Index end;
-    bool enough;  // keys for later rows to read sums
+    bool enough;  // keys in it for later queries to use the state
 
     FirstChunk(const KeyHead& one, Index chunk) : end(min(chunk, one.sequence.keys)) {
         Index alive = 0;

@@ -1,7 +1,8 @@
-// Sums over keys in bf16 by AMX tiles: what they are made of, and folding keys in. Reading them: amx_readers.hpp.
+// The state, sums over keys in bf16 by AMX tiles: its features, and how keys are added. What queries get from it:
+// amx_chunk_output.hpp.
 //
 // Features of x are the products x_i x_j of i with pairs (j, j + 1), j even, j + 1 >= i, and then x itself as
-// products with 1. Those that come twice (j < i) make_similarities nothing. 16 pairs are a step: 32 terms of a sum.
+// products with 1. Those that come twice (j < i) have weight 0. 16 pairs are a step: 32 terms of a sum.
 #pragma once
 
 #include "common/native/threads.hpp"
@@ -41,7 +42,7 @@ private:
     }
 };
 
-// Rows to be added to state, in strips of 32: x with values y, and z, which is x or a multiple of it.
+// What an update adds to the state, in strips of 32 rows: x with values y, and z, which is x or a multiple of it.
 struct StateUpdate {
     Bf16* y_pairs;       // B tiles of Y: [strip][M / 16][tile]
     Bf16* z_pairs;       // B tiles of Z: [strip][D / 16][tile]
@@ -58,7 +59,7 @@ struct StateUpdate {
         for (Index i = 0; i < capacity; ++i) columns[D * capacity + i] = 1;
     }
 
-    // StripView i of X^T from B tiles of X.
+    // Strip i of X^T from B tiles of X.
     void transpose_strip(int D, Index i, const Bf16* x_pairs) {
         Bf16* transposed = x_transposed + i * 32 * D;
         for (int d = 0; d < D; d += 16, x_pairs += tile, transposed += tile) {
@@ -72,7 +73,7 @@ struct StateUpdate {
     }
 };
 
-// Sums over rows (x, y, z), and copies of S with its weights for those who read them: null if nobody does.
+// Sums over rows (x, y, z), and weighted copies of S for what reads it; null: not needed.
 struct ChunkState {
     float* S;                    // sum of phi(x) y^T: [features][M]
     Bf16* by_column = nullptr;   // A tiles of (weights S)^T: [step][M / 16][tile]
@@ -106,7 +107,7 @@ struct ChunkState {
 
 // ---- adding rows ----
 
-// Features f0 to f0 + count of `rows` addends from `row` on, as rows of bf16, `rows_of_a_product` apart.
+// Features f0 to f0 + count of `rows` rows from `row` on, as rows of bf16, `rows_of_a_product` apart.
 LINATTN_INLINE void make_row_features(const FeatureTable& f, const StateUpdate& x, int f0, int count, Index row,
                                       int rows, Bf16* phi) {
     for (int r = f0; r < f0 + count; ++r, phi += rows_of_a_product) {

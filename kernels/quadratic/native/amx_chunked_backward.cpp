@@ -9,14 +9,15 @@ using linattn::quadratic::BackwardCall;
 
 namespace {
 
-constexpr Index strips_at_once = 16;  // that are added to the sums together
+constexpr Index strips_at_once = 16;  // that are added to the state together
 
-// One key head of one sequence. Downhill, rows learn from the sums over the keys before their chunk; key_pass, keys
-// learn from sums over the rows after theirs, which have the same form: queries instead of keys, dO' instead of values.
+// One key head of one sequence. The query pass goes forwards: dq comes from the state over the keys before a
+// chunk. The key pass goes backwards: dk and dv come from the gradient to that state, which has the same form with
+// queries instead of keys, dO' instead of values.
 template <bool Completed>
 class ChunkedBackward {
 public:
-    // dq: [H][strips][D][32] as in BlockGradients, or null if it is not wanted.
+    // dq: [H][strips][D][32] as in BlockGradients, or null: not asked for.
     ChunkedBackward(const PackedQueries& queries, const ScorePolynomial& w, const FeatureTable& f, float* dq,
                     Index sequence_number, const KeyHead& head, Scratch& scratch)
         : queries_(queries), call_(queries.call), p_(call_.problem), size_(queries.size), w_(w), f_(f), dq_(dq),
@@ -49,7 +50,7 @@ private:
         if (c == chunks()) return strips();
         return max<Index>(0, min((begin(c) - p_.q_offset) / 32, strips()));
     }
-    // Whether rows read sums over keys of their own chunk, there being no order.
+    // Whether queries get everything from the state, also the keys of their own chunk, there being no order.
     bool sees_whole_state() const { return !p_.is_causal && first_.enough; }
 
     template <class Work>
@@ -73,7 +74,7 @@ private:
         any_ = true;
     }
 
-    // ---- query_pass ----
+    // ---- the query pass ----
 
     void query_pass() {
         clear();
@@ -112,7 +113,7 @@ private:
         }
     }
 
-    // dQ of strip n from the sums.
+    // dQ of strip n from the state.
     void store_chunk_dq(Index n) {
         const QueryStrip q = queries_.at(n);
         dx_.read(w_, f_, state_, size_, q.q_transposed, q.dout_transposed, q.minus_delta);
@@ -125,7 +126,7 @@ private:
         }
     }
 
-    // ---- key_pass ----
+    // ---- the key pass ----
 
     void key_pass() {
         clear();
@@ -168,7 +169,7 @@ private:
             }
     }
 
-    // Gradients to keys j to `end`: from the sums over later rows, and from the strips of their own chunk.
+    // Gradients to keys j to `end`: from the gradient to the state, and from the strips of their own chunk.
     void process_keys(Index j, Index end, Index from, Index to) {
         const Index group = p_.H / p_.Hkv;
         for (; j < end; j += 32 * block_strips) {
@@ -208,7 +209,7 @@ private:
     const KeyHead& head_;
     const Index chunk_;
     const FirstChunk first_;
-    const float unit_;  // what a product counts in sums whose scores leave `slope_factor` to the end
+    const float unit_;  // what a product counts in a state whose scores leave `slope_factor` to the end
     BlockGradients<Completed> blocks_;
     ChunkState state_;
     StateUpdate update_;
@@ -216,7 +217,7 @@ private:
     ChunkDx dx_;
     Bf16 *values_, *phi_, *k_, *v_;
     float one_[32];
-    bool any_ = false;  // in the sums
+    bool any_ = false;  // in the state
 };
 
 template <bool Completed>

@@ -10,7 +10,7 @@ using linattn::quadratic::ForwardCall;
 
 namespace {
 
-// A stretch of keys of one head: as queries that score them take them, and as the sums do. Strips come in pairs.
+// A stretch of keys of one head: packed for scores and for the update of the state. Strips come in pairs.
 struct KeyChunk {
     PackedKeys packed;
     StateUpdate update;
@@ -75,7 +75,7 @@ public:
     }
 
 private:
-    // The first row that sees key j.
+    // The first query that sees key j.
     Index first_query_seeing(Index j) const { return max<Index>(0, min(j - p_.q_offset, head_.sequence.queries)); }
 
     void clear() {
@@ -98,7 +98,7 @@ private:
         team_.wait();
     }
 
-    // Adds the packed keys to the sums. Nobody reads these, or packs others, before everyone has come here and left.
+    // Adds the packed keys to the state. The team meets before and after: nobody reads it, or packs others, meanwhile.
     void update_state(bool read_next) {
         team_.wait();
         const int D = size_.D;
@@ -113,7 +113,7 @@ private:
         team_.wait();
     }
 
-    // Rows i0 to i1 of every query head: from the sums, and from the packed keys, the first of which is key j0.
+    // Queries i0 to i1 of every head: from the state, and from the packed keys, the first of which is key j0.
     void attend_queries(Index i0, Index i1, Index j0) {
         const Index group = p_.H / p_.Hkv, strips = (i1 - i0 + 31) / 32;
         for (Index i = team_.member; i < group * strips; i += team_.size)

@@ -28,7 +28,7 @@ void backward_head(const PackedQueries& queries, const ScorePolynomial& w, float
     }
 }
 
-// How many tasks share a head's keys, each with sums of its own for dQ: enough for every thread to have as much to do.
+// How many tasks share a head's keys, each with sums of its own for dQ: enough for threads to have equal work.
 Index count_segments(Index heads, int threads) {
     const Index least_needed = (threads + heads - 1) / heads;
     if (heads % threads == 0 || heads >= 4 * threads) return 1;

@@ -18,7 +18,7 @@ bool suits_tiles(const Call& call) {
     return p.dtype == Dtype::bf16 && p.scale != 0 && call.before == nullptr && p.sequences * 32 <= p.Tk * p.B;
 }
 
-// Below, half of the tiles would multiply padding; above, the sums outgrow the caches.
+// Below, half of the tiles would multiply padding; above, the state outgrows the caches.
 bool suits_chunks(const AttentionProblem& p) { return p.D > 16 && p.D <= 128; }
 
 }  // namespace

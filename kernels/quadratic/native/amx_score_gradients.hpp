@@ -9,11 +9,11 @@ namespace linattn::LINATTN_ISA::quadratic {
 
 using linattn::quadratic::BackwardCall;
 
-// ScoreTiles are computed transposed, keys by queries, and so are what they lead to: P^T and dS^T are then rows of
-// keys, as dV = P^T dO' and dK = dS^T Q take them, and pairs of keys, as dQ^T = K^T dS^T does.
+// Scores are computed transposed, keys by queries, and so are what they lead to: P^T and dS^T are then rows of
+// keys, the left factor of dV = P^T dO' and dK = dS^T Q, and pairs of keys, the right one of dQ^T = K^T dS^T.
 constexpr int block_strips = 4;  // of 32 keys, or queries: a block of scores lies in the nearer caches
 
-// 32 queries and what reaches them.
+// 32 queries and their dO' and delta.
 struct QueryStrip {
     Bf16* q_transposed;     // B tiles of Q^T: [2][D / 32][tile]
     Bf16* q_pairs;          // B tiles of Q: [D / 16][tile]
@@ -98,7 +98,7 @@ struct KeyBlock {
     Index first, strips;
 };
 
-// ScoreTiles and their gradients of a block of keys and queries: tiles of [strip of keys][strip of queries][2].
+// Scores and their gradients of a block of keys and queries: tiles of [strip of keys][strip of queries][2].
 struct ScoreTiles {
     Bf16* p;         // A tiles of P^T
     Bf16* ds;        // A tiles of dS^T
@@ -146,11 +146,11 @@ LINATTN_INLINE void compute_score_gradients(const ScorePolynomial& w, const floa
     }
 }
 
-// The gradients that a block of keys, and queries, get from each other's scores.
+// Gradients from the scores of a block of keys and a block of queries.
 template <bool Completed>
 class BlockGradients {
 public:
-    // dq: sums over keys, [H][strips][D][32] with columns as in `query_of_column`, or null if they are not wanted.
+    // dq: sums over keys, [H][strips][D][32] with columns as in `query_of_column`, or null: not asked for.
     BlockGradients(const PackedQueries& queries, const ScorePolynomial& w, float* dq, Scratch& scratch)
         : queries_(queries), call_(queries.call), p_(call_.problem), size_(queries.size), w_(w), dq_(dq) {
         const Index rows = 32 * block_strips;
@@ -205,7 +205,7 @@ public:
         }
     }
 
-    // Adds what queries of `count` strips from strip i on and the loaded keys give to each other.
+    // Adds the gradients from the scores of `count` strips of queries, from strip i on, with the loaded keys.
     void process_block(Index base, Index i, Index count) {
         Index from[block_strips];
         for (Index a = 0; a < keys_.strips; ++a) from[a] = first_seeing(a, i, count);

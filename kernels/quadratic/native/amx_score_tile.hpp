@@ -1,4 +1,5 @@
-// What the AMX kernels of quadratic attention share: the weight of a score, packed keys, and 32 queries against them.
+// What the AMX kernels of quadratic attention share: the similarity of a score, packed keys, and 32 queries against
+// them.
 #pragma once
 
 #include "common/native/amx.hpp"
@@ -40,7 +41,7 @@ LINATTN_INLINE Vec similarity(const ScorePolynomial& w, Vec y) {
     if constexpr (Completed) return y * y + w.rest;
     return (w.a2 * y + w.a1) * y + w.a0;
 }
-// The derivative of `factor * weight`, but for what `slope_factor` leaves to the sums.
+// The derivative of `factor * similarity`, but for what `slope_factor` leaves to the sums.
 template <bool Completed>
 LINATTN_INLINE Vec slope(const ScorePolynomial& w, Vec y) {
     if constexpr (Completed) return y;
@@ -94,8 +95,8 @@ LINATTN_INLINE void scores(const Bf16* q, const Bf16* k, int D, const float* sta
     }
 }
 
-// ScorePolynomial of 32 x 64 scores as A tiles, two for each 32 keys, and their row sums in 16 parts. Row r sees `seen`
-// + r of the keys. The sums are of what was round_to_bf16: then they belong to the products.
+// Similarities of 32 x 64 scores as A tiles, two for each 32 keys, and their row sums in 16 parts. Row r sees `seen`
+// + r of the keys. The sums are of what was rounded: then they belong to the products.
 template <bool Completed, bool Masked>
 LINATTN_INLINE void make_similarities(const ScorePolynomial& w, const float* y, Index seen, std::uint64_t alive,
                                       Bf16* p, float* sums) {
@@ -128,7 +129,7 @@ inline void attend(const ScorePolynomial& w, const TileSizes& size, const Bf16* 
     store(start, splat(w.start));
     const int blocks = static_cast<int>((visible + 63) / 64);
     const Index k_block = 4 * (size.D / 32) * tile;
-    // The tiles of one block are computed while the vectors make_similarities the one before.
+    // The tiles of one block are computed while the vectors work on the one before.
     scores(q, keys.k, size.D, start, y[0]);
     for (int b = 0; b < blocks; ++b) {
         if (b + 1 < blocks) scores(q, keys.k + (b + 1) * k_block, size.D, start, y[(b + 1) & 1]);
@@ -170,7 +171,7 @@ LINATTN_INLINE StripTarget strip_target(const TensorView& x, Index batch, Index 
     return {data + (row0 + first) * x.stride_t, x.stride_t, count - first, static_cast<int>(width)};
 }
 
-// Writes 32 rows of out and l from the sums over keys. Rows whose weights sum to nothing are 0.
+// Writes 32 rows of out and l from the sums over keys. Rows whose similarities sum to nothing are 0.
 LINATTN_INLINE void finish(const ScorePolynomial& w, bool normalize, int M, const float* acc, const float* sums,
                            const StripTarget& out, float* l) {
     for (int r = 0; r < 32 && r < out.count; ++r) {

@@ -201,7 +201,7 @@ void ChunkedPass::process_span(const ChunkSpan& span, Index sources, bool update
     team_.wait();
 }
 
-// Tiles for everybody, and the state before.
+// Allocates the tiles and loads the state before.
 void ChunkedPass::prepare() {
     const State* before = state_before();
     any_ = before != nullptr;

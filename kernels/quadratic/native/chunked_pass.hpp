@@ -121,7 +121,7 @@ class QueryPass final : public ChunkedPass {
 public:
     enum class Kind { state, output, gradient };
 
-    // `after`: null if nobody asked for the state. `backward`: of the call whose gradient this is, else null.
+    // `after`: null if the state is not asked for. `backward`: of the call whose gradient this is, else null.
     QueryPass(Kind kind, const Call& call, const State* after, const BackwardCall* backward, Index sequence_index,
               Index kv_head, Team& team);
 

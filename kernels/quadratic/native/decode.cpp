@@ -13,7 +13,8 @@ using namespace linattn::quadratic;
 namespace {
 
 constexpr Index max_keys = direct_keys, max_queries = 128;
-constexpr int block_lines = 64;  // lines of a state that lie in the first-level cache while everybody meets them
+constexpr int block_lines =
+    64;  // lines of a state that lie in the first-level cache while all queries and keys use them
 
 // A part of one head's state: for each product of `degree` entries of a key a line of `columns` sums.
 struct StateLines {
@@ -21,13 +22,13 @@ struct StateLines {
     Index count, columns;
     const float* before;
     float* after;         // or null
-    float weight;         // of a line that a row reads; twice that where the entries are different ones
+    float weight;         // of a line for queries; twice that where the entries are different ones
     const float* addend;  // [keys][round_up<width>(columns)]: what a key's products are multiplied with
-    float* acc;           // [rows][round_up<width>(columns)]: what rows collect
+    float* acc;           // [queries][round_up<width>(columns)]: what queries collect
 };
 
 // to[f - f0] = weight * product f of the entries of x, f0 <= f < f1: 1, x_f, or x_a x_b with a >= b at
-// a (a + 1) / 2 + b, where `different` is the weight for a > b.
+// a (a + 1) / 2 + b, where `off_diagonal` is the weight for a > b.
 void make_products(const float* x, int degree, Index f0, Index f1, float weight, float off_diagonal, float* to) {
     if (degree == 0) {
         to[0] = weight;
@@ -68,10 +69,10 @@ private:
     const Sequence sequence_;
     Team& team_;
     const VisibleKeys visible_;
-    const Index queries_, keys_, D_, M_;  // rows of all query heads, one head after the other; D, M: padded
-    float *x_, *k_, *v_;                  // [rows, an even number][D], [keys][D], [keys][M]
-    float *team_acc_, *acc_, *moments_;   // everybody's sums, and the member's: [rows][M], and [rows][D], c1 z + c2 Z x
-    float *products_, *block_;            // [rows or keys][block_lines], [block_lines][columns]
+    const Index queries_, keys_, D_, M_;  // queries of all heads, one head after the other; D, M: padded
+    float *x_, *k_, *v_;                  // [queries, an even number][D], [keys][D], [keys][M]
+    float *team_acc_, *acc_, *moments_;   // of all members, and the member's: [queries][M]; [queries][D], c1 z + c2 Z x
+    float *products_, *block_;            // [queries or keys][block_lines], [block_lines][columns]
 };
 
 Decoder::Decoder(const ForwardCall& call, Index index, Index kv_head, Team& team)
@@ -123,7 +124,7 @@ StateLines Decoder::lines(int degree, float* State::* field, bool of_values, dou
             of_values ? acc_ : moments_};
 }
 
-// StateLines f0 to f1 of a part. Products read whole vectors: lines of other lengths are copied and padded first.
+// Lines f0 to f1 of a part. Products read whole vectors: lines of other lengths are copied and padded first.
 void Decoder::process_lines(const StateLines& part, Index f0, Index f1) {
     const Index columns = part.columns, stride = round_up<width>(columns);
     const int count = static_cast<int>(f1 - f0), rows = static_cast<int>(round_up<2>(queries_));
@@ -188,7 +189,7 @@ void Decoder::finish() {
         call_.after->n[sequence_index_] = call_.before->n[sequence_index_] + keys_;
 }
 
-// acc += p(s) v over the new keys that a row sees; returns the sum of p(s).
+// acc += p(s) v over the new keys that a query sees; returns the sum of p(s).
 float Decoder::accumulate_new_keys(Index query, float* acc) const {
     const ScorePolynomial f = score_polynomial(call_);
     float total = 0;

@@ -27,7 +27,7 @@ TaskSplit split_tasks(const AttentionProblem& p) {
     return split;
 }
 
-// Where tasks that share a row of a gradient leave their shares, one after another in memory: those of part (or slice)
+// Gradients of tasks that share a row of the result, one after another in memory: those of part (or slice)
 // i at i * size. They are added in that order.
 struct PartialGradients {
     float* dq = nullptr;   // [parts][B, H, Tq, round_up<width>(D)]
@@ -35,9 +35,9 @@ struct PartialGradients {
     Index dq_size = 0, dkv_size = 0;
 };
 
-// What a thread works with.
+// The memory of a thread.
 struct GradientWorkspace {
-    float *x, *dout_scaled, *delta, *dq;  // all rows of a query head
+    float *x, *dout_scaled, *delta, *dq;  // all queries of a head
     float *dk, *dv;         // all keys of a key head if several query heads share it, else one block of them
     float *k, *v, *k_rows;  // a block of keys
     std::int32_t* key_mask;
@@ -81,9 +81,9 @@ private:
             keys = max(keys, sequence(p_, i).keys);
         }
         const Index rows = round_up<gradient_rows>(longest);
-        const Index kept = group_ > split_.slices ? round_up<key_block>(keys) : key_block;
-        const Index sizes[] = {rows * D_, rows * M_,        round_up<width>(rows), rows * D_,      kept * D_,
-                               kept * M_, p_.D * key_block, p_.M * key_block,      key_block * D_, key_block};
+        const Index kv_rows = group_ > split_.slices ? round_up<key_block>(keys) : key_block;
+        const Index sizes[] = {rows * D_, rows * M_,        round_up<width>(rows), rows * D_,      kv_rows * D_,
+                               kv_rows * M_, p_.D * key_block, p_.M * key_block,      key_block * D_, key_block};
         float* places[10];
         Index used = 0;
         for (int i = 0; i < 10; ++i) {
@@ -105,8 +105,8 @@ private:
             const Index head = key_head * group_ + g;
             load_queries(s, head, w);
             for (Index block = part; block < ceil_div(s.keys, key_block); block += split_.parts) {
-                const Index kept = last - first > 1 ? block * key_block : 0;
-                float *const dk = w.dk + kept * D_, *const dv = w.dv + kept * M_;
+                const Index row = last - first > 1 ? block * key_block : 0;
+                float *const dk = w.dk + row * D_, *const dv = w.dv + row * M_;
                 if (g == first) {
                     clear(dk, key_block * D_);
                     clear(dv, key_block * M_);
@@ -129,7 +129,7 @@ private:
         clear(w.dq, rows * D_);
     }
 
-    // All rows of a query head against one block of keys.
+    // All queries of a head against one block of keys.
     void process_key_block(const Sequence& s, Index head, Index block, const GradientWorkspace& w, float* dk,
                            float* dv) const {
         const Index first = s.first_key + block * key_block;
@@ -189,7 +189,7 @@ private:
         for (Index r = 0; r < count; ++r) store_row(from + r * stride, n, factor, rows, r);
     }
 
-    // The gradients that several tasks have shares in, row by row.
+    // Sums the gradients of tasks that share a row, row by row.
     void add_partials(int thread, int threads, float* total) const {
         const auto add = [&](const float* from, Index count, Index size, Index n) {
             for (Index i = 0; i < n; i += width) {

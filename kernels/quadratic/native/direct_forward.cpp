@@ -13,7 +13,7 @@ namespace {
 // Keys packed for one parallel region; heads beyond that wait for the next one.
 constexpr Index max_region_bytes = Index{32} << 20;
 
-// How many leading keys of a sequence the rows before `end` see at most.
+// How many leading keys of a sequence the queries before `end` see at most.
 LINATTN_INLINE Index visible_keys(const AttentionProblem& p, const Sequence& s, Index end) {
     return p.is_causal ? min(max<Index>(end + p.q_offset, 0), s.keys) : s.keys;
 }
@@ -38,14 +38,14 @@ KeyBlock key_block_at(const AttentionProblem& p, const Sequence& s, Index block,
             round_up<width>(p.M), static_cast<int>(min<Index>(key_block, s.keys - block * key_block))};
 }
 
-// Rows `first` to `end` of one query head, the work of one thread. `keys`: null if nobody else needs them packed.
+// Queries `first` to `end` of one head, the work of one thread. `keys`: null: the task packs its own.
 struct DirectTask {
     Sequence s;
     Index head, first, end;
     const float* keys;
 };
 
-// As many rows as keep queries and sums in the second-level cache, and fewer if that would leave threads idle.
+// As many as keep queries and accumulators in the second-level cache, and fewer if that would leave threads idle.
 Index queries_per_task(const AttentionProblem& p) {
     Index rows = 192;
     const Index all = p.cu_seqlens == nullptr ? p.B * p.Tq : p.Tq;
@@ -53,7 +53,7 @@ Index queries_per_task(const AttentionProblem& p) {
     return rows;
 }
 
-// A thread's rows: queries, and sums of p v followed by those of p.
+// A thread's queries x, sums of p v followed by those of p, and totals of these.
 struct RowAccumulator {
     float *x, *acc, *totals;
 };
@@ -98,7 +98,7 @@ void run_task(const ForwardCall& call, const ScorePolynomial& f, const DirectTas
 
 }  // namespace
 
-// Heads by heads, as many as fit `region_bytes`: all threads pack keys, then take row blocks from a queue.
+// Heads by heads, as many as fit `max_region_bytes`: all threads pack keys, then pop blocks of queries from a queue.
 void direct_forward(const ForwardCall& call) {
     const AttentionProblem& p = call.problem;
     const ScorePolynomial f = score_polynomial(call);

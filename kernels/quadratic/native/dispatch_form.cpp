@@ -10,7 +10,8 @@ using linattn::quadratic::BackwardCall;
 using linattn::quadratic::Form;
 using linattn::quadratic::ForwardCall;
 
-// A call with a state goes through sums in any form: in one pass if it has few tokens, else `direct` means one chunk.
+// A call with a state goes through the state in any form: in one pass if it has few tokens, else `direct` means one
+// chunk.
 void forward(const ForwardCall& call) {
     if (is_decoding(call)) {
         decode(call);

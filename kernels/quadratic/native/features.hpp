@@ -1,4 +1,4 @@
-// The features of the quadratic kernel, for tiles of 64 rows that lie along the lanes of vectors.
+// The features of the quadratic kernel, for tiles of 64 queries or keys that lie along the lanes of vectors.
 //
 // With x' = [1, x] the features are the products x'_a x'_b, a >= b, in the order a (a + 1) / 2 + b: 1 is (0, 0),
 // x_a is (a + 1, 0). A tile holds x' as [D + 1][tile_width], so that each feature is a product of two of its lines,

@@ -1,4 +1,4 @@
-// Quadratic-kernel attention on the CPU: what a call is, and who computes it. No torch, no Python.
+// Quadratic-kernel attention on the CPU: the arguments of a call, and the entry points. No torch, no Python.
 //
 //     out_i = sum_j p(s_ij) v_j / l_i,   l_i = sum_j p(s_ij),   p(s) = c0 + c1 s + c2 s^2,   s_ij = scale * q_i.k_j
 //
@@ -25,7 +25,7 @@ enum class Form : int { direct, chunked, recurrent };
 struct Options {
     double c0 = 1, c1 = 2, c2 = 1;
     Form form = Form::direct;
-    Index chunk = 0;  // rows of a chunk; 0: the kernel chooses
+    Index chunk = 0;  // keys of a chunk; 0: the kernel chooses
 };
 
 // Queries that have seen fewer keys are ill-conditioned through sums over features (README.md): every form computes
@@ -36,7 +36,8 @@ using Call = AttentionCall<Options, State>;
 using ForwardCall = AttentionForwardCall<Options, State>;
 using BackwardCall = AttentionBackwardCall<Options, State>;
 
-// Chooses by capability, dtype and sizes. `problem.threads` threads; the same bits for the same number of them.
+// Run on the selected instruction set, by dtype and sizes. `problem.threads` threads; the same bits for the same number
+// of them.
 void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int panel = widest * width;  // keys whose scores with six rows fill the registers
 
-// Which of the keys c, c + 1, ... of a block a row sees that sees none beyond `last`.
+// Which of the keys c, c + 1, ... of a block a query sees that sees none beyond `last`.
 LINATTN_INLINE Lanes visible_lanes(const std::int32_t* key_mask, int c, int last) {
     Lanes counts;
     __builtin_memcpy(&counts, key_mask + c, sizeof counts);
@@ -35,7 +35,7 @@ LINATTN_INLINE Vec derivative(const ScorePolynomial& f, Vec t) {
 
 bool is_plain(const ScorePolynomial& f) { return f.a2 == 1 && f.a1 == 0 && f.a0 == 0; }
 
-// start(r) + a k for six rows a [n] and a panel of keys k [n][key_block].
+// start(r) + a k for six queries a [n] and a panel of keys k [n][key_block].
 template <class Start>
 LINATTN_INLINE void multiply_panel(Vec (&t)[group_rows][widest], const Start& start, const float* a, Index n,
                                    const float* k) {
@@ -46,7 +46,7 @@ LINATTN_INLINE void multiply_panel(Vec (&t)[group_rows][widest], const Start& st
     multiply_add(t, a, round_up<width>(n), 1, k, key_block, static_cast<int>(n));
 }
 
-// The similarities p [group_rows][key_block] of six rows with the keys c to c + panel, and their sums to l.
+// The similarities p [group_rows][key_block] of six queries with the keys c to c + panel, and their sums to l.
 template <bool plain, bool masked>
 LINATTN_INLINE void compute_scores(const ScorePolynomial& f, const float* x, Index D, const KeyBlock& keys, int c,
                                    int last, float* p, float* l) {
@@ -82,7 +82,7 @@ void accumulate_strip(const ScorePolynomial& f, const float* x, Index D, Index M
                               round_up<width>(M));
 }
 
-// For six rows: p(s) and dS [group_rows][key_block].
+// For six queries: p(s) and dS [group_rows][key_block].
 template <bool plain, bool masked>
 LINATTN_INLINE void compute_score_gradients(const ScorePolynomial& f, const QueryTile& queries, int r, Index D, Index M,
                                             const KeyGradientBlock& keys, int c, int last, float* p, float* ds) {
@@ -110,7 +110,7 @@ LINATTN_INLINE void compute_score_gradients(const ScorePolynomial& f, const Quer
         }
 }
 
-// accumulate_gradients for rows that all see some key, whole strips of them.
+// accumulate_gradients for queries that all see some key, whole strips of them.
 template <bool plain, bool masked>
 void accumulate_tile_gradients(const ScorePolynomial& f, const QueryTile& queries, int count, Index D, Index M,
                                const KeyGradientBlock& keys, int last) {

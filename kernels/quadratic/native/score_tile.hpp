@@ -1,4 +1,4 @@
-// Tiles of scores: some rows against one block of keys. What the direct form and the chunks of the other are made of.
+// Tiles of scores: some queries against one block of keys. The inner loops of the direct form.
 #pragma once
 
 #include "common/native/packing.hpp"
@@ -20,7 +20,7 @@ ScorePolynomial score_polynomial(const Call& call);
 // Rows of a tile come in whole strips: every product's registers divide them.
 constexpr int strip_rows = accumulators;
 
-// Keys as rows meet them. `seen` is -1 for keys that count and 0 for others (masked, or beyond the last).
+// A block of keys. `key_mask` is -1 for keys that count and 0 for others (masked, or beyond the last).
 struct KeyBlock {
     const float* k;                // [D][key_block], transposed
     const std::int32_t* key_mask;  // [key_block]
@@ -29,12 +29,12 @@ struct KeyBlock {
     int count;
 };
 
-// seen[c] for the `count` first keys of a block, of which those count that keep[c] says; keep may be null.
+// key_mask[c] for the `count` first keys of a block, of which those count that keep[c] says; keep may be null.
 void load_key_mask(const bool* keep, Index count, std::int32_t* key_mask);
 
 // Add what a block of keys gives to `rows` (whole strips of) queries x [rows][round_up<width>(D)]: p(s) v to acc
-// [rows][round_up<width>(M)], p(s) to l [rows][width], whose lanes are summed at the end. Row r sees keys c <= last +
-// r.
+// [rows][round_up<width>(M)], p(s) to l [rows][width], whose lanes are summed at the end. Query r sees keys
+// c <= last + r.
 void accumulate_out(const ScorePolynomial& p, const float* x, Index D, Index M, const KeyBlock& keys, Index last,
                     int rows, float* acc, float* l);
 
@@ -45,16 +45,16 @@ struct KeyGradientBlock {
     const std::int32_t* key_mask;  // [key_block]
     const float* k_rows;           // [key_block][round_up<width>(D)]
     int count;
-    float* dk;  // [key_block][round_up<width>(D)], added to; null: not wanted
-    float* dv;  // [key_block][round_up<width>(M)], added to; null: not wanted
+    float* dk;  // [key_block][round_up<width>(D)], added to; null: not asked for
+    float* dv;  // [key_block][round_up<width>(M)], added to; null: not asked for
 };
 
-// Rows that a gradient reaches: dO' = dO / l, delta = dO'.out (dO and 0 if nothing is normalised).
+// The queries of a tile in the backward pass: dO' = dO / l, delta = dO'.out (dO and 0 if nothing is normalised).
 struct QueryTile {
     const float* x;            // [rows][round_up<width>(D)]
     const float* dout_scaled;  // [rows][round_up<width>(M)]
     const float* delta;        // [rows]
-    float* dx;                 // [rows][round_up<width>(D)], added to; null: not wanted
+    float* dx;                 // [rows][round_up<width>(D)], added to; null: not asked for
 };
 
 constexpr int gradient_rows = 48;  // the most rows of a tile: its two squares of scores stay in the first-level cache

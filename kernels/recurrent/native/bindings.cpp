@@ -12,7 +12,7 @@ namespace nb = nanobind;
 namespace linattn::recurrent {
 namespace {
 
-// Addresses of tensors, which cpu.py keeps alive; 0 where there is none.
+// Addresses of tensors, which the caller keeps alive; 0 where there is none.
 template <std::size_t n>
 using Addresses = std::array<Index, n>;
 
@@ -44,23 +44,23 @@ void run_forward(int cell, const std::array<Index, 3>& sizes, const Addresses<7>
     forward(call);
 }
 
-// arriving: dall_h, dlast_h, dlast_c. wanted: dprojected, dh0, dc0.
+// grad_outputs: dall_h, dlast_h, dlast_c. grad_inputs: dprojected, dh0, dc0.
 void run_backward(int cell, const std::array<Index, 3>& sizes, const Addresses<7>& shared, int threads,
-                  const Addresses<3>& arriving, const Addresses<3>& wanted) {
+                  const Addresses<3>& grad_outputs, const Addresses<3>& grad_inputs) {
     const BackwardCall call{make_call(cell, sizes, shared, threads),
-                            numbers(arriving[0]),
-                            numbers(arriving[1]),
-                            numbers(arriving[2]),
-                            numbers(wanted[0]),
-                            numbers(wanted[1]),
-                            numbers(wanted[2])};
+                            numbers(grad_outputs[0]),
+                            numbers(grad_outputs[1]),
+                            numbers(grad_outputs[2]),
+                            numbers(grad_inputs[0]),
+                            numbers(grad_inputs[1]),
+                            numbers(grad_inputs[2])};
     const nb::gil_scoped_release released;
     backward(call);
 }
 
 }  // namespace
 
-void define(nb::module_& module) {
+void define_ops(nb::module_& module) {
     module.def("recurrent_forward", &run_forward);
     module.def("recurrent_backward", &run_backward);
 }

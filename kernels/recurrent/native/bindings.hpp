@@ -5,6 +5,6 @@
 
 namespace linattn::recurrent {
 
-void define(nanobind::module_& module);
+void define_ops(nanobind::module_& module);
 
 }  // namespace linattn::recurrent

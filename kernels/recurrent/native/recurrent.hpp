@@ -1,4 +1,5 @@
-// Recurrent layers on the CPU: what a call is, and who computes it. No torch, no Python. Derivation: README.md.
+// Recurrent layers on the CPU: the arguments of a call, and the entry points. No torch, no Python. Derivation:
+// README.md.
 #pragma once
 
 #include "common/native/attention_problem.hpp"
@@ -32,7 +33,7 @@ struct ForwardCall : Call {
 };
 
 struct BackwardCall : Call {
-    const float* dall_h = nullptr;   // [B, T, H]; null: no gradient comes that way
+    const float* dall_h = nullptr;   // [B, T, H]; null: no gradient to it
     const float* dlast_h = nullptr;  // [B, H]; or null
     const float* dlast_c = nullptr;  // [B, H]; or null
     float* dprojected = nullptr;     // [B, T, G H]
@@ -40,7 +41,7 @@ struct BackwardCall : Call {
     float* dc0 = nullptr;            // [B, H]; lstm
 };
 
-// Chooses by capability. The same bits for every number of threads.
+// Run on the selected instruction set. The same bits for every number of threads.
 void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
 

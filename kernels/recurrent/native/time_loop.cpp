@@ -1,7 +1,7 @@
 // The kernels of one instruction set; the build compiles this file once for each (CMakeLists.txt).
 //
-// A task is a block of batch rows, which walks through time by itself: all T steps are one loop, with the state in
-// cache and the weights packed once a thread. A step is one product, h W_h^T or dz W_h, and what the cell makes of it.
+// A task is a block of batch rows, which goes through time by itself: all T steps are one loop, with the state in
+// cache and the weights packed once a thread. A step is one product, h W_h^T or dz W_h, and the functions of the cell.
 #include "common/native/matmul.hpp"
 #include "common/native/packing.hpp"
 #include "common/native/threads.hpp"
@@ -309,7 +309,7 @@ void backward_block(const BackwardCall& call, const BatchBlock& block, const flo
 template <class AnyCall, class Pack, class Run>
 void run_in_blocks(const AnyCall& call, const Pack& pack, const Run& run) {
     const Index G = gates(call.cell), H = call.H, Hp = round_up<width>(H);
-    const double flops = 2.0 * call.B * call.T * G * H * H;
+    const double flops = 2.0 * static_cast<double>(call.B * call.T * G * H * H);
     const Index useful = max<Index>(1, static_cast<Index>(flops / least_flops));
     const int asked = static_cast<int>(min<Index>(call.threads, min(useful, call.B)));
     run_parallel(asked, [&](int thread, int threads) {
