@@ -77,24 +77,42 @@ COMMANDS = {
     "runs": Command(
         "linattn.training.compare_runs", "list training runs and compare their histories, in a table and a figure"
     ),
-    "study scaling": Command("linattn.bench.studies.scaling", "why scores are divided by sqrt(D)"),
-    "study argmax": Command("linattn.bench.studies.argmax", "looking up the best key, and why it cannot learn"),
-    "study kernels": Command("linattn.bench.studies.kernels", "similarities that keep the denominator away from zero"),
-    "study maps": Command("linattn.bench.studies.maps", "how well feature maps stand in for softmax, by their number"),
+    "study scaling": Command("linattn.bench.studies.attention.scaling", "why scores are divided by sqrt(D)"),
+    "study argmax": Command(
+        "linattn.bench.studies.attention.argmax", "looking up the best key, and why it cannot learn"
+    ),
+    "study kernels": Command(
+        "linattn.bench.studies.attention.kernels", "similarities that keep the denominator away from zero"
+    ),
+    "study maps": Command(
+        "linattn.bench.studies.attention.maps", "how well feature maps stand in for softmax, by their number"
+    ),
     "study recall": Command(
-        "linattn.bench.studies.recall", "looking things up in a context: accuracy against state size"
+        "linattn.bench.studies.attention.recall", "looking things up in a context: accuracy against state size"
     ),
-    "study lm": Command("linattn.bench.studies.lm", "character language models with each kernel, on texts of yours"),
+    "study lm": Command(
+        "linattn.bench.studies.attention.lm", "character language models with each kernel, on texts of yours"
+    ),
     "study karate": Command(
-        "linattn.bench.studies.karate", "Zachary's karate club by graph convolution and by attention"
+        "linattn.bench.studies.graphs.karate", "Zachary's karate club by graph convolution and by attention"
     ),
-    "study accumulation": Command("linattn.bench.studies.accumulation", "micro-batches under BatchNorm and LayerNorm"),
-    "study gradients": Command("linattn.bench.studies.gradients", "how gradients vanish and explode through time"),
-    "study beam": Command("linattn.bench.studies.beam", "beam search: a worked example, what it misses, what it costs"),
-    "study pca": Command("linattn.bench.studies.pca", "what a linear autoencoder learns, beside PCA"),
-    "study decay": Command("linattn.bench.studies.decay", "weight decay makes a linear autoencoder orthonormal"),
-    "study conversion": Command("linattn.bench.studies.conversion", "a trained softmax model becomes a linear one"),
-    "study depth": Command("linattn.bench.studies.depth", "plain and residual networks of 20 and 56 layers"),
+    "study accumulation": Command(
+        "linattn.bench.studies.networks.accumulation", "micro-batches under BatchNorm and LayerNorm"
+    ),
+    "study gradients": Command(
+        "linattn.bench.studies.networks.gradients", "how gradients vanish and explode through time"
+    ),
+    "study beam": Command(
+        "linattn.bench.studies.networks.beam", "beam search: a worked example, what it misses, what it costs"
+    ),
+    "study pca": Command("linattn.bench.studies.networks.pca", "what a linear autoencoder learns, beside PCA"),
+    "study decay": Command(
+        "linattn.bench.studies.networks.decay", "weight decay makes a linear autoencoder orthonormal"
+    ),
+    "study conversion": Command(
+        "linattn.bench.studies.attention.conversion", "a trained softmax model becomes a linear one"
+    ),
+    "study depth": Command("linattn.bench.studies.networks.depth", "plain and residual networks of 20 and 56 layers"),
 }
 
 

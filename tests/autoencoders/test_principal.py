@@ -22,8 +22,8 @@ from linattn.autoencoders import (
     principal_components,
     shrunk_singular_values,
 )
-from linattn.bench.studies import decay as decay_study
-from linattn.bench.studies.decay import Recipe
+from linattn.bench.studies.networks import decay as decay_study
+from linattn.bench.studies.networks.decay import Recipe
 from linattn.errors import ArgumentError, ShapeError
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from linattn.bench.studies.beam import EXAMPLE, example_step, exhaustive, found
+from linattn.bench.studies.networks.beam import EXAMPLE, example_step, exhaustive, found
 from linattn.errors import ArgumentError, ShapeError
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.rnn import LSTM, RNN, BeamResult, LinearAttentionLayer, RecurrentLM, RNNLayer, beam_search, prefix_step

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from linattn._util import argtypes
-from linattn.bench.studies import study
-from linattn.bench.studies.study import Claim
+from linattn.bench.studies.common import study
+from linattn.bench.studies.common.study import Claim
 from linattn.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,14 +65,17 @@ def test_a_broken_claim_is_told_by_status_table_and_file(tmp_path: Path, capsys:
 
 
 def test_every_study_is_a_command_and_a_script() -> None:
-    commands = {name.removeprefix("study ") for name in COMMANDS if name.startswith("study ")}
-    assert commands == {*SMALL, "depth", "recall", "lm", "conversion"}
-    assert all((ROOT / "bench" / "studies" / f"{name}.py").is_file() for name in commands)
+    modules = {name.removeprefix("study "): command.module for name, command in COMMANDS.items() if "study " in name}
+    assert modules.keys() == {*SMALL, "depth", "recall", "lm", "conversion"}
+    for name, module in modules.items():
+        assert module.startswith("linattn.bench.studies.")
+        assert module.endswith(f".{name}")
+        assert (ROOT / f"{module.removeprefix('linattn.').replace('.', '/')}.py").is_file()
 
 
 def test_a_script_runs_from_anywhere(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
-    command = [sys.executable, ROOT / "bench" / "studies" / "argmax.py", "--steps", "120", "--out", "here"]
+    command = [sys.executable, ROOT / "bench" / "studies" / "attention" / "argmax.py", "--steps", "120", "--out", "here"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "here" / study.FIGURE_NAME).is_file()

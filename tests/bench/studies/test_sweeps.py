@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from linattn.bench.studies import lm, recall
-from linattn.bench.studies.recall import CELLS, NOTHING, SYMBOLS, Cell, RecallModel, Settings, draw_sequences
-from linattn.bench.studies.sweep import sweep
+from linattn.bench.studies.attention import lm, recall
+from linattn.bench.studies.attention.recall import CELLS, NOTHING, SYMBOLS, Cell, RecallModel, Settings, draw_sequences
+from linattn.bench.studies.common.sweep import sweep
 from linattn.cli.main import main
 from linattn.errors import DataError
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from linattn import kernel_attention, linear_attention, quadratic_attention
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
-from linattn.bench.studies import study
+from linattn.bench.studies.common import study
 
 if TYPE_CHECKING:
     import argparse

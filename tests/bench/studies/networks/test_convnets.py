@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from linattn.bench.studies import accumulation, depth
-from linattn.bench.studies.convnets import Block, ConvNet
-from linattn.bench.studies.digits import load_digits
+from linattn.bench.studies.networks import accumulation, depth
+from linattn.bench.studies.networks.convnets import Block, ConvNet
+from linattn.bench.studies.networks.digits import load_digits
 from linattn.errors import ArgumentError
 
 

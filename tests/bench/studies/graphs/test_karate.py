@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from linattn.bench.studies import karate, karate_club
+from linattn.bench.studies.graphs import karate, karate_club
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data" / "karate"
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from torch import Tensor
 import linattn
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
-from linattn.bench.studies import study
+from linattn.bench.studies.common import study
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.lm.text import Characters, consecutive_windows, random_windows
 from linattn.modules import Attention, rotate

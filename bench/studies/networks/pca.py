@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from linattn.autoencoders import (
     principal_components,
     synthetic_set,
 )
-from linattn.bench.studies import study
+from linattn.bench.studies.common import study
 from linattn.errors import MissingExtraError
 from linattn.training.trainer import Trainer, TrainingConfig
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
-from linattn.bench.studies import study
-from linattn.bench.studies.convnets import ConvNet, Norm
-from linattn.bench.studies.digits import Digits, load_digits
+from linattn.bench.studies.common import study
+from linattn.bench.studies.networks.convnets import ConvNet, Norm
+from linattn.bench.studies.networks.digits import Digits, load_digits
 
 if TYPE_CHECKING:
     import argparse

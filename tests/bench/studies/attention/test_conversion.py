@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from linattn import softmax_attention
-from linattn.bench.studies.conversion import distilling_loss, queries_keys, swapped
+from linattn.bench.studies.attention.conversion import distilling_loss, queries_keys, swapped
 from linattn.lm.model import CausalLM, CausalLMConfig
 
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
-from linattn.bench.studies import study
-from linattn.bench.studies.sweep import sweep
+from linattn.bench.studies.common import study
+from linattn.bench.studies.common.sweep import sweep
 from linattn.errors import DataError
 from linattn.lm import train as language
 from linattn.training.compare_runs import Run, find

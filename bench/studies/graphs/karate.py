@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import itertools
 
@@ -37,8 +37,8 @@ from torch.nn import functional as F
 from linattn import kernel_attention
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
-from linattn.bench.studies import study
-from linattn.bench.studies.karate_club import (
+from linattn.bench.studies.common import study
+from linattn.bench.studies.graphs.karate_club import (
     CLUBS,
     INSTRUCTOR,
     MEMBERS,
@@ -62,8 +62,9 @@ EPSILON = 1e-4
 
 
 class GraphConvolution(nn.Module):
-    """tanh(A^ H W^T) with A^ = D~^-1/2 (A + I) D~^-1/2. Source: Kipf and Welling 2017, "Semi-supervised classification
-    with graph convolutional networks".
+    """Compute tanh(A^ H W^T) with A^ = D~^-1/2 (A + I) D~^-1/2.
+
+    Source: Kipf and Welling 2017, "Semi-supervised classification with graph convolutional networks".
     """
 
     propagation: Tensor

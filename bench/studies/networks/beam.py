@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 from torch import Tensor
 
 from linattn._util.tables import text_table
 from linattn.bench.measuring.timing import side_by_side, summarise
-from linattn.bench.studies import study
+from linattn.bench.studies.common import study
 from linattn.rnn import beam_search
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.autoencoders import orthonormality_defect, principal_angles, shrunk_singular_values
-from linattn.bench.studies import study
+from linattn.bench.studies.common import study
 
 if TYPE_CHECKING:
     import argparse

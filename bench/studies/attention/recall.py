@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import numpy as np
 import torch
@@ -36,8 +36,8 @@ from linattn._util.argtypes import whole
 from linattn._util.environment import describe, pick_device
 from linattn._util.files import write_json
 from linattn._util.tables import text_table
-from linattn.bench.studies import study
-from linattn.bench.studies.sweep import RESULTS_NAME, sweep
+from linattn.bench.studies.common import study
+from linattn.bench.studies.common.sweep import RESULTS_NAME, sweep
 from linattn.decode import KeyCache
 from linattn.modules import Transformer
 from linattn.training.trainer import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint

@@ -1,0 +1,1 @@
+"""Share claims, figures, result files and sweeps between the studies."""

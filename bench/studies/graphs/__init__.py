@@ -1,0 +1,1 @@
+"""Studies of graphs: convolution and attention between neighbours."""

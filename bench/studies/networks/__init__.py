@@ -1,0 +1,1 @@
+"""Studies of other networks: convolutional, recurrent, and linear autoencoders."""
