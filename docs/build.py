@@ -41,12 +41,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Set formulas aside and rewrite links that lead out of the site."""
     here = PurePosixPath(page.file.src_uri)
     markdown = FORMULA.sub(_named_formula, FIGURE.sub(r"\1", markdown))
     return LINK.sub(lambda link: _link(link["text"], link["target"], here, files), markdown)
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Put the formulas back, as MathML."""
     return re.sub(r"FORMULA\d+END", lambda name: _formulas[name[0]], html)
 
 
@@ -75,6 +77,7 @@ class Examples(griffe.Extension):
     """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the examples of one docstring before it is parsed."""
         if obj.docstring:
             text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
             text = re.sub(r"^>>> .+?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", text, flags=re.MULTILINE | re.DOTALL)

@@ -226,6 +226,7 @@ def _interpolate(curve: Mapping[int, float], at: float) -> float:
 
 
 def log_axes(axes: Axes, sizes: Sequence[int]) -> None:
+    """Set N in powers of 2, labelled every other octave, and the other axis in powers of 10."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)
     powers = range(math.ceil(math.log2(min(sizes))), math.floor(math.log2(max(sizes))) + 1)

@@ -100,6 +100,7 @@ class Outcomes:
         self.begun = self.written = time.monotonic()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count the outcome of a test and keep the last line of a failure."""
         if report.when == "call" or not report.passed:
             self.counts[report.outcome] += 1
         if report.failed:
@@ -109,6 +110,7 @@ class Outcomes:
             self.write()
 
     def write(self) -> None:
+        """Put the counts into the record."""
         self.written = time.monotonic()
         found = {**self.counts, "failures": self.failures, "seconds": round(self.written - self.begun, 1)}
         self.record.put("tests", "kernels", found)

@@ -95,6 +95,7 @@ def _again(kernel: cost.Kernel, D: int, tokens: int) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
+    """Format predictions as a Markdown table."""
     lines = [
         "| kernel | D | tokens | GPUs | ms a layer | of it exchange | efficiency | MB a GPU sends | ring: ms | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linattn._util.files import write_json, write_text
@@ -20,6 +19,7 @@ from linattn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 SCHEMA = 1
 

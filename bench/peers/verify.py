@@ -154,17 +154,22 @@ def run(args: argparse.Namespace) -> int:
 def compare(problem: Problem, proofs: Sequence[Proof], device: torch.device, budget_s: float) -> list[Row]:
     """Every proved peer and ours on one problem, side by side; a peer that fails at this size says why."""
     ours = (QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)
-    passed = [method_of(proof.peer) for proof in proofs if proof.state == "proved"]
-    runs, failed = [], []
-    for method in passed:
-        try:
-            prepare(method, problem, problem.inputs(device))()
-            runs.append(method)
-        except Exception as error:  # out of memory, a size that the peer has no kernel for
-            print(f"{method.name}: {_first_line(error)}", file=sys.stderr)
-            failed.append(Row(method, problem, skipped=_first_line(error)))
+    peers = [method_of(proof.peer) for proof in proofs if proof.state == "proved"]
+    failures = {method: _failure(method, problem, device) for method in peers}
+    runs = [method for method, failure in failures.items() if failure is None]
+    failed = [Row(method, problem, skipped=failure) for method, failure in failures.items() if failure is not None]
     with MemoryProbe(device) as memory:
         return measure(problem, [*runs, *ours], device=device, budget_s=budget_s, memory=memory) + failed
+
+
+def _failure(method: Method, problem: Problem, device: torch.device) -> str | None:
+    """Call a peer once; say why it fails, None where it runs."""
+    try:
+        prepare(method, problem, problem.inputs(device))()
+    except Exception as error:  # out of memory, a size that the peer has no kernel for
+        print(f"{method.name}: {_first_line(error)}", file=sys.stderr)
+        return _first_line(error)
+    return None
 
 
 def _errors(method: Method, problem: Problem, device: torch.device) -> tuple[float, float | None]:

@@ -1,4 +1,6 @@
-"""Tables in Markdown pages that are made from result files, between marks:
+"""Keep the tables of Markdown pages equal to the result files that they are made from.
+
+A table stands between two marks:
 
     <!-- linattn report: nstar-forward bench/results/cpu-2core-avx512/results.json -->
     | D | ...

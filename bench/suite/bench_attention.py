@@ -33,8 +33,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_forward(problem: Problem, benchmarks: BenchmarkPlugin) -> None:
+    """Measure the forward pass of every method on one problem."""
     benchmarks.check(problem, METHODS)
 
 
 def test_training(problem: Problem, benchmarks: BenchmarkPlugin) -> None:
+    """Measure forward and backward of every method on one problem."""
     benchmarks.check(problem, METHODS)

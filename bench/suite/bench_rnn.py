@@ -32,6 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_recurrent_layers(case: Case, results: list[Result], benchmarks: BenchmarkPlugin) -> None:
+    """Measure one layer beside torch.nn, and check its outputs and gradients."""
     result = rnn_cases.measure(case, QUICK_BUDGET_S if benchmarks.quick else BUDGET_S)
     results.append(result)
     rnn_cases.save(benchmarks.folder / "rnn.json", results, describe(torch.device("cpu")))

@@ -22,4 +22,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_targets(problem: Problem, targets: tuple[Target, ...], benchmarks: BenchmarkPlugin) -> None:
+    """Measure every method that a target on this problem compares."""
     benchmarks.check(problem, methods_on(problem, targets))

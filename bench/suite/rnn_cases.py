@@ -66,6 +66,7 @@ class Result:
     error: float
 
     def median(self, name: str) -> float:
+        """Return the median of one network in milliseconds."""
         return summarise(self.samples_ms[name]).median
 
     @property

@@ -65,6 +65,7 @@ class Conversion:
             return sum(float(model.loss(part)) * len(part) for part in torch.split(windows, 25)) / len(windows)
 
     def windows(self, step: int) -> Tensor:
+        """Draw the training windows of one step."""
         return random_windows(self.text.train, BATCH, self.config.context + 1, seed=self.seed, step=step)
 
     def trained(
@@ -97,6 +98,7 @@ def swapped(teacher: CausalLM, kernel: str) -> CausalLM:
 
 
 def attentions(model: CausalLM) -> list[Attention]:
+    """List the attention layers of a model, first layer first."""
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
@@ -174,6 +176,7 @@ def recovered(losses: dict[str, float], name: str) -> float:
 
 
 def claims(losses: dict[str, float]) -> list[study.Claim]:
+    """Claim what swapping loses and what distilling and fine-tuning give back."""
     best, teacher = "hedgehog, distilled and fine-tuned", losses["softmax, the teacher"]
     return [
         study.Claim("swapping the kernel alone loses (nats)", losses["hedgehog, swapped"] - teacher, ">", 0.1),

@@ -83,10 +83,12 @@ def draw_queries_and_keys(spread: float, generator: torch.Generator) -> tuple[Te
 
 
 def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Return the weights of softmax attention, `[..., queries, keys]`."""
     return (q @ k.mT / math.sqrt(SIZE)).softmax(-1)
 
 
 def map_weights(phi: Map, q: Tensor, k: Tensor) -> Tensor:
+    """Return the weights of attention by a feature map, `[..., queries, keys]`."""
     similarity = phi(q) @ phi(k).mT
     return similarity / similarity.sum(-1, keepdim=True).clamp(min=torch.finfo(similarity.dtype).tiny)
 

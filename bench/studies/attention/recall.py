@@ -110,6 +110,7 @@ class RecallModel(nn.Module):
         self.head = nn.Linear(dim, SYMBOLS, bias=False)
 
     def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
+        """Return the logits `[B, T, SYMBOLS]` of tokens `[B, T]`."""
         x = self.embedding(tokens)
         x = x + self.shift(x.mT)[..., : x.shape[1]].mT
         logits: Tensor = self.head(self.transformer(x, cache=cache))

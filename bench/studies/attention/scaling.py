@@ -54,10 +54,12 @@ class Moments:
 
     @property
     def true_mean(self) -> float:
+        """Return the mean that theory gives to a score."""
         return self.D * self.mu**2
 
     @property
     def true_variance(self) -> float:
+        """Return the variance that theory gives to a score."""
         return 2 * self.s**2 * self.D * self.mu**2 + self.D * self.s**4
 
 

@@ -51,6 +51,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
+        """Whether the measured value keeps the limit."""
         return bool(HOLDS[self.relation](self.measured, self.limit))
 
     def __str__(self) -> str:

@@ -77,6 +77,7 @@ class GraphConvolution(nn.Module):
         self.weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(outputs, inputs, dtype=adjacency.dtype)))
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return `[34, outputs]` of node features `[34, inputs]`."""
         return torch.tanh(self.propagation @ h @ self.weight.mT)
 
 
@@ -100,6 +101,7 @@ class GraphAttention(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return `[34, outputs]` of node features `[34, inputs]`."""
         q, k, v = (h @ weight.mT for weight in self.weights)
         q, k = torch.cat((q, self.neighbours), 1), torch.cat((k, self.names), 1)
         return torch.tanh(kernel_attention(q[None, None], k[None, None], v[None, None], sim=self.similarity)[0, 0])
@@ -125,6 +127,7 @@ class NodeClassifier(nn.Module):
         self.head = nn.Linear(SIZES[-1], len(CLUBS), dtype=adjacency.dtype)
 
     def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the logits `[34, 2]` and the embedding they are read from."""
         embedding = self.layers(self.features)
         return self.head(embedding), embedding
 

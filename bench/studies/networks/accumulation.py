@@ -126,6 +126,7 @@ def claims_of(rows: Sequence[Difference], losses: Sequence[Sequence[float]]) -> 
     """LayerNorm agrees to rounding in every split, BatchNorm in none; without zero_grad() the loss grows.
 
     Args:
+        rows: differences of every split, under both normalisations.
         losses: of the loop with `zero_grad()` and of the one without.
     """
     layer = [row for row in rows if row.norm == "LayerNorm"]
@@ -164,11 +165,11 @@ def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[f
             own = [row for row in rows if row.norm == norm]
             sizes = range(len(own))
             axes.plot(sizes, [getattr(row, name) for row in own], marker + "-", color=color, label=norm)
-            axes.set_xticks(sizes, [f"{row.size}×{row.count}" for row in own])
+            axes.set_xticks(sizes, [f"{row.size}x{row.count}" for row in own])
         axes.set_yscale("symlog", linthresh=1e-16)
         axes.set_yticks([0, 1e-16, 1e-12, 1e-8, 1e-4, 1])
         axes.set_ylim(-5e-17, 1e2)
-        axes.set(title=title, xlabel="images in a micro-batch × micro-batches")
+        axes.set(title=title, xlabel="images in a micro-batch x micro-batches")
         axes.legend(loc="center left")
     panels[0].set_ylabel("largest difference of a logit")
     panels[1].set_ylabel("relative difference of the gradient")

@@ -62,6 +62,7 @@ class Cost:
 
     @property
     def bound(self) -> float:
+        """Return T K M log M, which bounds the cost up to a factor."""
         return self.T * self.K * self.M * math.log(self.M)
 
 

@@ -39,6 +39,7 @@ class Block(nn.Module):
         self.second_norm = _norm(norm, outputs, size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the activations of the block, `[N, outputs, H / stride, W / stride]`."""
         inner = self.second_norm(self.second(F.relu(self.first_norm(self.first(x)))))
         if self.residual:
             inner = inner + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
@@ -93,6 +94,7 @@ class ConvNet(nn.Module):
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits `[N, classes]` of images `[N, 1, H, W]`."""
         hidden = self.body(F.relu(self.stem_norm(self.stem(x))))
         logits: Tensor = self.head(hidden.mean((2, 3)))
         return logits

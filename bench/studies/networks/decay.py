@@ -63,6 +63,7 @@ class Found(NamedTuple):
 
     @property
     def singular_values(self) -> tuple[Tensor, Tensor]:
+        """Return the singular values of W1 and of W2, largest first."""
         return torch.linalg.svdvals(self.encoder), torch.linalg.svdvals(self.decoder)
 
 

@@ -54,6 +54,7 @@ class Curve:
 
     @property
     def name(self) -> str:
+        """Return kind and depth, as in tables and legends."""
         return f"{'residual' if self.residual else 'plain'} {self.depth}"
 
 

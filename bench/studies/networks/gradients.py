@@ -193,9 +193,13 @@ def draw(
     ):
         back = range(len(path.gradient))
         relative = [g / path.gradient[-1] for g in reversed(path.gradient)]
-        law.plot(back, relative, "o", color=color, markersize=4, label=f"ρ = {rho:g}")
+        law.plot(back, relative, "o", color=color, markersize=4, label=rf"$\rho$ = {rho:g}")
         law.plot(back, [rho**k for k in back], color=color, linewidth=1)
-    law.set(title="Identity RNN, W$_h$ = ρ × orthogonal (lines: ρ$^{T-t}$)", xlabel="steps back, T − t", yscale="log")
+    law.set(
+        title=r"Identity RNN, W$_h$ = $\rho$ x orthogonal (lines: $\rho^{T-t}$)",
+        xlabel="steps back, T - t",
+        yscale="log",
+    )
     law.set_ylabel("|dL/dh$_t$| / |dL/dh$_T$|")
     colors = (study.BLUE, study.SKY, study.ORANGE, study.RED, study.PURPLE, study.GREY, study.GREEN)
     for (name, path), color in zip(far.items(), colors, strict=True):

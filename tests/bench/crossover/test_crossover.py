@@ -193,7 +193,8 @@ def test_nothing_of_a_figure_with_one_head_size_is_cut_off() -> None:
     figure.draw_without_rendering()
     for part in (*figure.legends, *figure.texts):
         box = part.get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, part
+        assert box.x0 >= 0, part
+        assert box.x1 <= figure.bbox.x1, part
 
 
 def test_a_size_below_one_is_named() -> None:

@@ -71,7 +71,7 @@ def test_a_value_is_replaced_by_its_key_and_others_stay(tmp_path: Path) -> None:
         record.put("rows", key, value)
     assert json.loads(record.path.read_text()) == {"rows": {"a": 3, "b": 2}}
     record.path.write_text("{")
-    with pytest.raises(DataError, match="record.json"):
+    with pytest.raises(DataError, match=r"record\.json"):
         record.put("rows", "c", 4)
     assert record.path.read_text() == "{"
 

@@ -37,7 +37,7 @@ def test_what_is_saved_is_loaded(results: Results, tmp_path) -> None:
     path = tmp_path / "new" / "results.json"
     results.save(path)
     assert Results.load(path) == results
-    assert sorted(os.listdir(path.parent)) == ["results.csv", "results.json"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["results.csv", "results.json"]
 
 
 def test_csv_has_one_line_a_row(results: Results, tmp_path) -> None:
@@ -62,7 +62,7 @@ def test_failed_write_leaves_the_earlier_file_and_no_litter(results: Results, tm
     with pytest.raises(DataError, match="No space left"):
         results.save(path)
     assert path.read_text() == before
-    assert sorted(os.listdir(tmp_path)) == ["results.csv", "results.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["results.csv", "results.json"]
 
 
 @pytest.mark.parametrize(

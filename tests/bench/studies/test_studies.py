@@ -75,7 +75,14 @@ def test_every_study_is_a_command_and_a_script() -> None:
 
 def test_a_script_runs_from_anywhere(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
-    command = [sys.executable, ROOT / "bench" / "studies" / "attention" / "argmax.py", "--steps", "120", "--out", "here"]
+    command = [
+        sys.executable,
+        ROOT / "bench" / "studies" / "attention" / "argmax.py",
+        "--steps",
+        "120",
+        "--out",
+        "here",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "here" / study.FIGURE_NAME).is_file()

@@ -44,7 +44,7 @@ def test_a_sweep_does_what_is_missing_only(tmp_path: Path) -> None:
     found = sweep(runs, tmp_path, work_on(done))
     assert done == ["a", "bb", "ccc"]
     assert [results["of"] for results in found.values()] == ["a", "bb", "ccc"]
-    with pytest.raises(DataError, match="was made with {'size': 2}; accepted: {'size': 9}"):
+    with pytest.raises(DataError, match=r"was made with {'size': 2}; accepted: {'size': 9}"):
         sweep({"bb": {"size": 9}}, tmp_path, work_on(done))
 
 
