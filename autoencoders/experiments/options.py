@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linattn._util import figures as drawing
+from linattn._util import figures
 from linattn.autoencoders.analysis.probe import ProbeConfig
 from linattn.autoencoders.data.sets import NAMES, SampleSet, load_set
 from linattn.autoencoders.experiments.settings import Settings
@@ -65,4 +65,4 @@ def fingerprint(data: SampleSet) -> str:
 
 def require_matplotlib() -> None:
     """Raise MissingExtraError now rather than after the computation."""
-    drawing.require_matplotlib("train", "drawing figures (leave it out with --no-figure)")
+    figures.require_matplotlib("train", "drawing figures (leave it out with --no-figure)")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linattn._util.figures import log_scale, save
+from linattn._util import figures
 from linattn.autoencoders.analysis.principal import principal_components
-from linattn.autoencoders.experiments.figures import GREY, OBJECTIVE_COLOURS, band, new_figure
+from linattn.autoencoders.experiments.figures import OBJECTIVE_COLORS, band
 from linattn.autoencoders.models.autoencoder import Autoencoder
 from linattn.autoencoders.models.patches import PatchAutoencoder
 
@@ -48,7 +48,7 @@ def draw_all(experiment: Experiment, history: Sequence[Record], folder: Path) ->
         if shape is not None:
             drawings["filters"] = draw_filters(experiment, model)
     for name, drawing in drawings.items():
-        save(drawing, folder / f"{name}.png")
+        figures.save(drawing, folder / f"{name}.png")
     return drawings
 
 
@@ -56,31 +56,31 @@ def draw_curve(experiment: Experiment, history: Sequence[Record]) -> Figure:
     """Losses and probe accuracy against epoch, mean and range of the repeats."""
     settings = experiment.settings
     with_probe = "accuracy" in history[-1].measures
-    figure = new_figure(10.5 if with_probe else 5.5, 4)
+    figure = figures.new_figure(10.5 if with_probe else 5.5, 4)
     panels = figure.subplots(1, 1 + with_probe, squeeze=False)[0]
 
     def curves(name: str, records: Sequence[Record]) -> list[list[float]]:
         return [list(column) for column in zip(*(r.measures[name] for r in records), strict=True)]
 
-    colour = OBJECTIVE_COLOURS[settings.objective]
+    color = OBJECTIVE_COLORS[settings.objective]
     trained = [r for r in history if "train" in r.measures]
     epochs = [experiment.epoch(r.step) for r in history]
     if trained:
         x = [experiment.epoch(r.step) for r in trained]
-        band(panels[0], x, curves("train", trained), color=colour, label="training")
-    band(panels[0], epochs, curves("validation", history), color=colour, linestyle="--", label="validation")
+        band(panels[0], x, curves("train", trained), color=color, label="training")
+    band(panels[0], epochs, curves("validation", history), color=color, linestyle="--", label="validation")
     if settings.objective != "vanilla":
-        band(panels[0], epochs, curves("reconstruction", history), color=GREY, label="validation, clean input")
+        band(panels[0], epochs, curves("reconstruction", history), color=figures.GREY, label="validation, clean input")
     what = "squared error of a sample" if settings.loss == "sum" else "squared error of an entry"
     panels[0].set(title="Loss", ylabel=what)
-    log_scale(panels[0])
+    figures.set_log_scale(panels[0])
     panels[0].legend()
     if with_probe:
-        band(panels[1], epochs, curves("accuracy", history), color=colour)
+        band(panels[1], epochs, curves("accuracy", history), color=color)
         panels[1].set(title=f"Linear probe, {len(experiment.labelled)} labels", ylabel="accuracy on test split (%)")
     for axes in panels:
         axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     figure.suptitle(_title(experiment))
     return figure
 
@@ -97,7 +97,7 @@ def draw_reconstructions(experiment: Experiment, model: Autoencoder | PatchAutoe
         shown = model.corruption(x, generator)
         rows |= {"shown": shown, "filled in" if experiment.settings.objective == "masked" else "restored": model(shown)}
     rows["reconstructed"] = model(x)
-    figure = new_figure(0.75 * IMAGES + 1.2, 0.78 * len(rows) + 0.5)
+    figure = figures.new_figure(0.75 * IMAGES + 1.2, 0.78 * len(rows) + 0.5)
     grid = figure.subplots(len(rows), IMAGES)
     for (name, images), panels in zip(rows.items(), grid, strict=True):
         for image, axes in zip(images, panels, strict=True):
@@ -114,7 +114,7 @@ def draw_latent(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -
     codes = _codes(model, data.test.x[:POINTS])
     k = codes.shape[1]
     found = principal_components(codes, min(k, DIRECTIONS))
-    figure = new_figure(11 if with_images else 5.8, 4.8)
+    figure = figures.new_figure(11 if with_images else 5.8, 4.8)
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.05)) if with_images else [figure]
     parts = list(halves)
     axes = parts[0].subplots()
@@ -158,7 +158,7 @@ def draw_filters(experiment: Experiment, model: Autoencoder) -> Figure:
         "encoder: into each unit of the first layer": _weights(model)[0],
         "decoder: out of each unit of the last": _weights(model)[-1].T,
     }
-    figure = new_figure(10.5, 3.3)
+    figure = figures.new_figure(10.5, 3.3)
     parts: Any = figure.subfigures(1, 2)
     for part, (name, filters) in zip(parts, halves.items(), strict=True):
         strongest = filters[filters.norm(dim=1).argsort(descending=True)[:FILTERS]]
@@ -176,13 +176,16 @@ def draw_filters(experiment: Experiment, model: Autoencoder) -> Figure:
 
 def draw_spectrum(experiment: Experiment, model: Autoencoder) -> Figure:
     """Singular values of every weight matrix, and of the centred codes of the test split over sqrt(n)."""
-    figure = new_figure(10.5, 4)
+    figure = figures.new_figure(10.5, 4)
     left, right = figure.subplots(1, 2)
     depth = len(_weights(model)) // 2
     for number, weights in enumerate(_weights(model)):
         half, layer = ("encoder", number) if number < depth else ("decoder", number - depth)
         values = torch.linalg.svdvals(weights).tolist()
-        style = {"linestyle": "-" if half == "encoder" else "--", "color": f"C{min(number, 2 * depth - 1 - number)}"}
+        style = {
+            "linestyle": "-" if half == "encoder" else "--",
+            "color": figures.PALETTE[min(number, 2 * depth - 1 - number) % len(figures.PALETTE)],
+        }
         left.plot(range(1, len(values) + 1), values, label=f"{half}, layer {layer + 1}", **style)
     left.set(
         title="Singular values of the weights", ylabel="singular value", xlabel="number", xscale="log", ylim=(0, None)
@@ -190,7 +193,9 @@ def draw_spectrum(experiment: Experiment, model: Autoencoder) -> Figure:
     left.legend(fontsize=8)
     codes = _codes(model, experiment.data.test.x)
     values = principal_components(codes, 1).variances.sqrt()
-    right.plot(range(1, len(values) + 1), values.clamp_min(1e-6 * float(values[0])).tolist(), color="black", marker=".")
+    right.plot(
+        range(1, len(values) + 1), values.clamp_min(1e-6 * float(values[0])).tolist(), color=figures.BLACK, marker="."
+    )
     right.set(
         title="Singular values of the codes / √n",
         ylabel="standard deviation",
@@ -199,7 +204,7 @@ def draw_spectrum(experiment: Experiment, model: Autoencoder) -> Figure:
         yscale="log",
     )
     for axes in (left, right):
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     figure.suptitle(_title(experiment))
     return figure
 

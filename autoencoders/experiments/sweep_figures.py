@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from linattn._util.figures import log_scale, save
-from linattn.autoencoders.experiments.figures import (
-    GREY,
-    OBJECTIVE_COLOURS,
-    band,
-    new_figure,
-    shared_legend,
-    size_colours,
-)
+from linattn._util import figures
+from linattn.autoencoders.experiments.figures import OBJECTIVE_COLORS, band, size_colors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,26 +28,26 @@ def draw_all(results: dict[str, Any], folder: Path) -> list[Path]:
     written = []
     for objective in dict.fromkeys(cell["objective"] for cell in results["cells"]):
         path = folder / f"epochs-{objective}.png"
-        save(draw_epochs(results, objective), path)
+        figures.save(draw_epochs(results, objective), path)
         written.append(path)
-    save(draw_objectives(results), folder / "objectives.png")
-    save(draw_sizes(results), folder / "sizes.png")
+    figures.save(draw_objectives(results), folder / "objectives.png")
+    figures.save(draw_sizes(results), folder / "sizes.png")
     return [*written, folder / "objectives.png", folder / "sizes.png"]
 
 
 def draw_epochs(results: dict[str, Any], objective: str) -> Figure:
     """Validation error of the clean reconstruction and probe accuracy against epoch; a colour a size."""
     models = _names(results, "model")
-    figure = new_figure(10.5, 3.4 * len(models) + 0.7)
+    figure = figures.new_figure(10.5, 3.4 * len(models) + 0.7)
     grid = figure.subplots(len(models), 2, squeeze=False, sharex=True)
-    colours = size_colours([cell["k"] for cell in results["cells"]])
+    colors = size_colors([cell["k"] for cell in results["cells"]])
     for model, (left, right) in zip(models, grid, strict=True):
         for cell in _cells(results, model=model, objective=objective):
-            style = {"color": colours[cell["k"]], "label": f"k = {cell['k']}"}
+            style = {"color": colors[cell["k"]], "label": f"k = {cell['k']}"}
             band(left, cell["epochs"], cell["curves"]["reconstruction"], **style)
             band(right, cell["epochs"], cell["curves"]["accuracy"], **style)
             if model == "linear" and cell["pca"] > 0:
-                left.axhline(cell["pca"], color=colours[cell["k"]], linestyle=":", linewidth=1.2)
+                left.axhline(cell["pca"], color=colors[cell["k"]], linestyle=":", linewidth=1.2)
         left.set(title=f"{MODEL_NAMES[model]}: reconstruction", ylabel=f"{LOSS}, validation")
         _losses(
             left,
@@ -62,10 +55,10 @@ def draw_epochs(results: dict[str, Any], objective: str) -> Figure:
         )
         right.set(title=f"{MODEL_NAMES[model]}: linear probe", ylabel="accuracy on test split (%)")
     for axes in grid.flat:
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
-    shared_legend(figure, columns=len(colours))
+    figures.add_legend_below(figure, columns=len(colors))
     dotted = "; dotted: PCA" if "linear" in models else ""
     figure.suptitle(f"{results['set']}, {objective}: mean and range of the repeats, before training at 0{dotted}")
     return figure
@@ -74,32 +67,32 @@ def draw_epochs(results: dict[str, Any], objective: str) -> Figure:
 def draw_objectives(results: dict[str, Any]) -> Figure:
     """Training (solid) and validation (dashed) loss of each objective, one colour an objective, a panel a size."""
     models, sizes = _names(results, "model"), _names(results, "k")
-    figure = new_figure(3.1 * len(sizes) + 0.8, 3.0 * len(models) + 0.9)
+    figure = figures.new_figure(3.1 * len(sizes) + 0.8, 3.0 * len(models) + 0.9)
     grid = figure.subplots(len(models), len(sizes), squeeze=False, sharex=True)
     for model, panels in zip(models, grid, strict=True):
         for k, axes in zip(sizes, panels, strict=True):
             cells = _cells(results, model=model, k=k)
             for cell in cells:
-                colour = OBJECTIVE_COLOURS[cell["objective"]]
+                color = OBJECTIVE_COLORS[cell["objective"]]
                 # Before training only the validation loss exists.
                 train = [curve[1:] for curve in cell["curves"]["train"]]
-                band(axes, cell["epochs"][1:], train, color=colour, label=f"{cell['objective']}, training")
+                band(axes, cell["epochs"][1:], train, color=color, label=f"{cell['objective']}, training")
                 band(
                     axes,
                     cell["epochs"],
                     cell["curves"]["validation"],
-                    color=colour,
+                    color=color,
                     linestyle="--",
                     label=f"{cell['objective']}, validation",
                 )
             axes.set(title=f"{model}, k = {k}")
             _losses(axes, [curve for cell in cells for curve in cell["curves"]["validation"]])
-            axes.grid(alpha=0.3)
+            figures.add_grid(axes)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
     for axes in grid[:, 0]:
         axes.set_ylabel(LOSS)
-    shared_legend(figure, columns=3)
+    figures.add_legend_below(figure, columns=3)
     figure.suptitle(f"{results['set']}: each objective's own loss, mean and range of the repeats")
     return figure
 
@@ -108,7 +101,7 @@ def draw_sizes(results: dict[str, Any]) -> Figure:
     """Reconstruction and probe at the end of training against k."""
     from matplotlib.ticker import NullLocator
 
-    figure = new_figure(10.5, 4.4)
+    figure = figures.new_figure(10.5, 4.4)
     left, right = figure.subplots(1, 2)
     for model in _names(results, "model"):
         for objective in _names(results, "objective"):
@@ -116,7 +109,7 @@ def draw_sizes(results: dict[str, Any]) -> Figure:
             if not cells:
                 continue
             style = {
-                "color": OBJECTIVE_COLOURS[objective],
+                "color": OBJECTIVE_COLORS[objective],
                 "linestyle": "-" if model == "linear" else "--",
                 "label": f"{model}, {objective}",
             }
@@ -132,7 +125,7 @@ def draw_sizes(results: dict[str, Any]) -> Figure:
                 )
     bounds = sorted({(cell["k"], cell["pca"]) for cell in results["cells"] if cell["pca"] > 0})
     if bounds:
-        left.plot(*zip(*bounds, strict=True), color=GREY, linestyle=":", marker="x", label="PCA")
+        left.plot(*zip(*bounds, strict=True), color=figures.GREY, linestyle=":", marker="x", label="PCA")
     left.set(ylabel=f"{LOSS}, validation", title="Clean reconstruction")
     _losses(left, [[cell["curves"]["reconstruction"][0][-1]] for cell in results["cells"]])
     right.set(ylabel="accuracy on test split (%)", title="Linear probe on the codes")
@@ -140,8 +133,8 @@ def draw_sizes(results: dict[str, Any]) -> Figure:
         axes.set(xscale="log", xlabel="size of the code, k")
         axes.set_xticks(sizes := _names(results, "k"), [str(k) for k in sizes])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(alpha=0.3)
-    shared_legend(figure, columns=4)
+        figures.add_grid(axes)
+    figures.add_legend_below(figure, columns=4)
     figure.suptitle(f"{results['set']}: after training, mean and range of the repeats")
     return figure
 
@@ -159,7 +152,7 @@ def _losses(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
     if not curves:  # of a sweep that was stopped
         axes.set_axis_off()
         return
-    log_scale(axes)
+    figures.set_log_scale(axes)
     largest = max(max(curve) for curve in curves)
     if min(min(curve) for curve in curves) < 1e-5 * largest:
         axes.set_ylim(bottom=1e-5 * largest)

@@ -29,7 +29,7 @@ from linattn._util import figures
 from linattn._util.environment import pick_device
 from linattn._util.files import write_json
 from linattn._util.tables import text_table
-from linattn.bench.crossover.figures import DPI, require_matplotlib
+from linattn.bench.crossover.figures import require_matplotlib
 from linattn.bench.measuring.environment import describe
 from linattn.bench.measuring.timing import summarise
 from linattn.errors import ArgumentError
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             stretches = decode(kernel, settings, device)
             found["kernels"][kernel] = [asdict(stretch) for stretch in stretches]
             write_json(path, found)
-    figures.save(draw(found), path.with_suffix(".png"), dpi=DPI)
+    figures.save(draw(found), path.with_suffix(".png"))
     print(table(found))
     print(f"\nwritten: {path}, {path.with_suffix('.png')}")
     return 0
@@ -150,9 +150,7 @@ def table(found: dict[str, Any]) -> str:
 
 def draw(found: dict[str, Any]) -> Figure:
     """Time of a token and memory of the cache against position."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = figures.new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     for (kernel, stretches), color in zip(found["kernels"].items(), COLORS, strict=False):
         last = [s["last"] for s in stretches]
@@ -169,7 +167,7 @@ def draw(found: dict[str, Any]) -> Figure:
     left.set(ylabel="time of a token (ms; median, 20 to 80 %)", title="Time")
     right.set(ylabel="memory held by the cache (MiB)", title="Memory")
     for axes in (left, right):
-        figures.log_scale(axes)
+        figures.set_log_scale(axes)
         axes.set(xscale="log", xlabel="position (tokens decoded)")
         axes.grid(alpha=0.3, which="both")
     left.legend()

@@ -268,8 +268,7 @@ def write_results(
             file.write(sample.encode() + b"\n")
     if figure:
         curve = draw_curve(trainer.history, trigram, settings.kernel)
-        with atomic_file(out / "curve.png") as file:
-            curve.savefig(file, format="png", dpi=150)
+        figures.save(curve, out / "curve.png")
         if trainer.tracker is not None:
             trainer.tracker.figure(last.step, "loss", curve)
     if trainer.tracker is not None:
@@ -304,23 +303,25 @@ def write_sample(settings: Settings, text: Characters, model: CausalLM) -> str:
 
 def draw_curve(history: list[Record], trigram: float, kernel: str) -> Figure:
     """Losses against steps and against minutes, with the trigram's as a line."""
-    from matplotlib.figure import Figure
-
     trained = [record for record in history if record.train_loss is not None]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = figures.new_figure(10, 4)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, label, name, unit in (
         (left, "optimiser steps", "step", 1),
         (right, "wall time of training (minutes)", "seconds", 60),
     ):
         for lines, loss, style in (
-            (trained, "train_loss", {"color": "C0", "alpha": 0.5, "label": "training, mean since the last point"}),
-            (history, "validation_loss", {"color": "C1", "marker": ".", "label": "validation"}),
+            (
+                trained,
+                "train_loss",
+                {"color": figures.BLUE, "alpha": 0.5, "label": "training, mean since the last point"},
+            ),
+            (history, "validation_loss", {"color": figures.VERMILION, "marker": ".", "label": "validation"}),
         ):
             axes.plot([getattr(r, name) / unit for r in lines], [getattr(r, loss) for r in lines], **style)
-        axes.axhline(trigram, color="black", linestyle="--", label=f"trigram, validation: {trigram:.3f}")
+        axes.axhline(trigram, color=figures.BLACK, linestyle="--", label=f"trigram, validation: {trigram:.3f}")
         axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     # The untrained model, at step 0, lies far above everything of interest and may leave the picture.
     shown = [trigram, *(r.validation_loss for r in history if r.step or not trained)]
     shown += [r.train_loss for r in trained if r.train_loss is not None]

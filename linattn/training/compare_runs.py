@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.top is not None and args.top < len(found):
         print(f"... and {len(found) - args.top} more")
     if not args.no_figure:
-        figures.save(draw(found), args.figure, dpi=120)
+        figures.save(draw(found), args.figure)
         print(f"\n{args.figure}")
     return 0
 
@@ -156,18 +156,16 @@ def draw(runs: Sequence[Run]) -> Figure:
         MissingExtraError: matplotlib is not installed.
     """
     figures.require_matplotlib("train", "drawing the runs (leave it out with --no-figure)")
-    from matplotlib.figure import Figure
-
     by_loss = sorted(runs, key=ORDERS["best"])
     shown = differing(runs)
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = figures.new_figure(12, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
     for rank, one in reversed(list(enumerate(by_loss))):
-        style: dict[str, Any] = {"color": "#BBBBBB", "linewidth": 0.8, "zorder": 1}
+        style: dict[str, Any] = {"color": figures.LIGHT_GREY, "linewidth": 0.8, "zorder": 1}
         if rank < HIGHLIGHTED:
             settings = ", ".join(f"{name} {one.settings.get(name, '?')}" for name in shown[:3])
             label = f"{one.best:.3f}  {settings or one.name}"
-            style = {"color": f"C{rank}", "marker": ".", "label": label, "zorder": 2 + HIGHLIGHTED - rank}
+            style = {"color": figures.PALETTE[rank], "marker": ".", "label": label, "zorder": 2 + HIGHLIGHTED - rank}
         elif rank == HIGHLIGHTED:
             style["label"] = f"{len(runs) - HIGHLIGHTED} others"
         losses = [record.validation_loss for record in one.history]
@@ -179,7 +177,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     left.set(xlabel="optimiser steps", ylabel="validation loss", ylim=(min(trained) - margin, max(trained) + margin))
     right.set_xlabel("wall time of training (minutes)")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8, title="best loss, settings")
     figure.suptitle(f"{len(runs)} training run{'s'[: len(runs) != 1]}")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linattn._util import figures as drawing
+from linattn._util import figures
 from linattn._util.environment import describe
 from linattn._util.files import write_json, write_text
 from linattn._util.tables import text_table
@@ -211,7 +211,7 @@ def write_results(names: Names, scores: list[Score], args: argparse.Namespace) -
     write_json(args.out / "results.json", results)
     write_text(args.out / "model-card.md", card)
     for name, figure in (("confusion", draw_confusion(names.languages, scores)), ("curve", draw_curves(scores))):
-        drawing.save(figure, args.out / f"{name}.png", dpi=120)
+        figures.save(figure, args.out / f"{name}.png")
     print(_recall_table(results))
     print(f"\n{_accuracy_lines(results)}\nresults, figures and model card in {args.out}")
 
@@ -279,12 +279,10 @@ model is made to study recurrent networks, and for nothing else.
 
 def draw_confusion(languages: tuple[str, ...], scores: list[Score]) -> Figure:
     """Answers to the test names of all seeds, as shares of each true language."""
-    from matplotlib.figure import Figure
-
     counts = torch.tensor([score.confusion for score in scores]).sum(0)
     totals = counts.sum(1, keepdim=True)
     shares = counts / totals.clamp(min=1)
-    figure = Figure(figsize=(10.5, 9), layout="constrained")
+    figure = figures.new_figure(10.5, 9)
     axes = figure.subplots()
     image = axes.imshow(shares.tolist(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(languages)), languages, rotation=60, ha="right")
@@ -307,23 +305,21 @@ def draw_confusion(languages: tuple[str, ...], scores: list[Score]) -> Figure:
 
 def draw_curves(scores: list[Score]) -> Figure:
     """Losses of every seed over the epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = figures.new_figure(7, 4)
     axes = figure.subplots()
     for index, score in enumerate(scores):
         epochs = range(len(score.history))
         trained = [record.train_loss for record in score.history[1:] if record.train_loss is not None]
         first = index == 0
         axes.plot(
-            epochs[1:], trained, color="#0072B2", alpha=0.7, label="training, mean of the epoch" if first else None
+            epochs[1:], trained, color=figures.BLUE, alpha=0.7, label="training, mean of the epoch" if first else None
         )
         tested = [record.validation_loss for record in score.history]
-        axes.plot(epochs, tested, color="#D55E00", alpha=0.7, label="test" if first else None)
+        axes.plot(epochs, tested, color=figures.VERMILION, alpha=0.7, label="test" if first else None)
     axes.set(
         xlabel="epochs", ylabel="cross entropy (nats)", title=f"Surnames: loss, a line for each of {len(scores)} seeds"
     )
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    figures.add_grid(axes)
     axes.legend()
     return figure

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         "environment": asdict(describe(torch.device("cpu"))),
     }
     write_json(args.out / "results.json", results)
-    figures.save(draw(runs, models, args.steps), args.out / "figure.png", dpi=120)
+    figures.save(draw(runs, models, args.steps), args.out / "figure.png")
     header = ("network", "targets", "last 100 batches", "sd", "4096 fresh sequences", "sd", "worst seed")
     print(text_table(header, [tuple(row.values()) for row in rows]))
     print(f"\nmean squared errors, seeds {args.seeds}; results and figure in {args.out}")
@@ -178,15 +178,10 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")
-
-
 def draw(runs: Sequence[Run], models: dict[tuple[str, str], RecurrentRegressionModel], steps: int) -> Figure:
     """Loss over training for each kind of targets, and predictions of the best network beside the truth."""
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(one.targets for one in runs))
-    figure = Figure(figsize=(5.2 * (len(kinds) + 1), 4.4), layout="constrained")
+    figure = figures.new_figure(5.2 * (len(kinds) + 1), 4.4)
     panels = figure.subplots(1, len(kinds) + 1)
     names = list(dict.fromkeys(one.name for one in runs))
     for axes, targets in zip(panels, kinds, strict=False):
@@ -196,14 +191,14 @@ def draw(runs: Sequence[Run], models: dict[tuple[str, str], RecurrentRegressionM
                 axes.plot(
                     [record.step for record in one.history],
                     [record.validation_loss for record in one.history],
-                    color=COLORS[names.index(one.name) % len(COLORS)],
+                    color=figures.PALETTE[names.index(one.name) % len(figures.PALETTE)],
                     linewidth=1.2,
                     alpha=1 if first else 0.45,
                     label=one.name if first else None,
                 )
         what = "all steps count" if targets == "all" else "the last step counts"
         axes.set(title=f"Running average: {what}", xlabel="optimiser steps", yscale="log")
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
         axes.legend()
     panels[0].set_ylabel("mean squared error on fresh sequences")
     best = min((one for one in runs if one.targets == kinds[0]), key=lambda one: one.validation)
@@ -214,10 +209,10 @@ def draw(runs: Sequence[Run], models: dict[tuple[str, str], RecurrentRegressionM
     at = range(1, steps + 1)
     for row in range(SHOWN):
         label = row == 0
-        axes.plot(at, x[row, :, 0], ".", color=COLORS[row], alpha=0.35, label="input" if label else None)
-        axes.plot(at, y[row, :, 0], color=COLORS[row], label="mean so far" if label else None)
-        axes.plot(at, predictions[row, :, 0], "x", color=COLORS[row], label=best.name if label else None)
+        axes.plot(at, x[row, :, 0], ".", color=figures.PALETTE[row], alpha=0.35, label="input" if label else None)
+        axes.plot(at, y[row, :, 0], color=figures.PALETTE[row], label="mean so far" if label else None)
+        axes.plot(at, predictions[row, :, 0], "x", color=figures.PALETTE[row], label=best.name if label else None)
     axes.set(title=f"{SHOWN} sequences never trained on", xlabel="step t", ylabel="value")
-    axes.grid(alpha=0.3)
+    figures.add_grid(axes)
     axes.legend()
     return figure
