@@ -87,11 +87,11 @@ class Family(NamedTuple):
 # Some 25 % above what Triton 3.6 and 3.9 make of the kernels on sm_90.
 LIMITS = {
     ("softmax", "forward_kernel"): Family({64: 1.15, 128: 0.65}, full_waits=1),
-    ("softmax", "queries_kernel"): Family({64: 0.7, 128: 0.55}, full_waits=2),
-    ("softmax", "keys_kernel"): Family({64: 0.85, 128: 0.7}, full_waits=2),
+    ("softmax", "dq_kernel"): Family({64: 0.7, 128: 0.55}, full_waits=2),
+    ("softmax", "dkv_kernel"): Family({64: 0.85, 128: 0.7}, full_waits=2),
     ("quadratic", "forward_kernel"): Family({32: 1.6, 64: 0.85, 128: 0.5}, full_waits=1),
-    ("quadratic", "queries_kernel"): Family({32: 1.1, 64: 0.6, 128: 0.5}, full_waits=2),
-    ("quadratic", "keys_kernel"): Family({32: 1.9, 64: 1.0, 128: 0.8}, full_waits=2),
+    ("quadratic", "dq_kernel"): Family({32: 1.1, 64: 0.6, 128: 0.5}, full_waits=2),
+    ("quadratic", "dkv_kernel"): Family({32: 1.9, 64: 1.0, 128: 0.8}, full_waits=2),
     ("quadratic", "pair_sums"): Family({64: 0.65, 128: 0.5}),
     ("quadratic", "record_sums"): Family({64: 1.85, 128: 1.3}, full_waits=1),
     ("quadratic", "scan_sums"): Family(None),

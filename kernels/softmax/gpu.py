@@ -20,8 +20,8 @@ def _problem(
     is_causal: bool,
     q_offset: int,
     scale: float,
-) -> direct.Problem:
-    return direct.Problem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, softmax(scale), normalize=True)
+) -> direct.DirectProblem:
+    return direct.DirectProblem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, softmax(scale), normalize=True)
 
 
 def forward(

@@ -1,7 +1,7 @@
-"""The one place where kernels get their arguments and are launched, or recorded instead.
+"""The one place where kernels are launched, or recorded instead.
 
-A launcher can be run on meta tensors inside `recording()`: its launches are then collected and not executed, which is
-how the static report compiles, without a GPU, exactly what would run on one.
+A function that launches can be run on meta tensors inside `recording()`: its launches are then collected and not
+executed, which is how the static report compiles, without a GPU, exactly what would run on one.
 """
 
 from __future__ import annotations
@@ -33,21 +33,27 @@ class Launch(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-FARTHEST_ROWS = 2**23
-"""Elements from a row to the next: offsets inside a tile, of 256 rows at most, are 32-bit."""
+MAX_TOKEN_STRIDE = 2**23
+"""Elements from a token to the next: offsets inside a tile, of 256 tokens at most, are 32-bit."""
 
 
-def readable(x: Tensor) -> Tensor:
-    """A tensor `[B, H, T, size]` as kernels read it: its last stride is 1. All other strides are free: it is copied
-    only if the last one is not, or if rows lie 32 MB apart.
+def with_unit_stride(x: Tensor) -> Tensor:
+    """Return a tensor `[B, H, T, size]` with 1 as its last stride, as kernels read it. All other strides are free: it
+    is copied only if the last one is not 1, or if tokens lie 32 MB apart.
     """
     adjacent = x.stride(3) == 1 or x.shape[3] == 1
-    return x if adjacent and x.stride(2) < FARTHEST_ROWS else x.contiguous()
+    return x if adjacent and x.stride(2) < MAX_TOKEN_STRIDE else x.contiguous()
 
 
-def block(size: int) -> int:
-    """The side of a tile that holds `size`: a power of two, and at least the 16 that matrix units take."""
+def block_size(size: int) -> int:
+    """Return the side of a tile that holds `size`: a power of two, and at least the 16 that matrix units take."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def strides_bht(x: Tensor) -> tuple[int, int, int]:
+    """Return the strides of batch, head and token of a tensor `[B, H, T, size]`: `stride_q` of a kernel."""
+    b, h, t, _ = x.stride()
+    return b, h, t
 
 
 def strides(name: str, x: Tensor, letter: str = "") -> dict[str, Any]:
@@ -85,7 +91,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: Any, num_stages: An
 
 def _interpret(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
     """Triton's interpreter computes with bf16 and fp16 wrongly, or in their own precision. So kernels see fp32 tensors
-    that hold the same values, round where they say so (`numerics.rounded`), and what they wrote is rounded again.
+    that hold the same values, round where they say so (`numerics.round_to`), and what they wrote is rounded again.
     """
     low = {n: x for n, x in arguments.items() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)}
     memory = {name: _memory(x).float() for name, x in low.items()}

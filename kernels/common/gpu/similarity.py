@@ -14,7 +14,7 @@ class Similarity(NamedTuple):
     "square"      (a t + b)^2 + c            2 a (a t + b)
     "polynomial"  (a t + b) t + c            2 a t + b
     "linear"      a t                        a
-    `slope` is the factor of the derivative that tiles leave out (pairs.py) and that gradients get at the end.
+    `slope` is the factor of the derivative that tiles leave out (mainloop.py) and that gradients get at the end.
     """
 
     kind: str

@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from linattn.kernels.common.gpu.architecture import architecture
-from linattn.kernels.common.gpu.launch import readable
-from linattn.kernels.common.gpu.numerics import LOW, precision
+from linattn.kernels.common.gpu.launch import with_unit_stride
+from linattn.kernels.common.gpu.numerics import TRITON_DTYPE, precision
 from linattn.kernels.common.op.backend import INTERPRETED
 from linattn.kernels.feature_map.gpu.config import configuration
 
@@ -21,12 +21,12 @@ State = list[Tensor]
 
 
 class Call:
-    """q, k and v are readable (common/gpu/launch.py)."""
+    """q, k and v have unit stride (common/gpu/launch.py)."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
     ) -> None:
-        self.q, self.k, self.v = readable(q), readable(k), readable(v)
+        self.q, self.k, self.v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
         self.key_mask, self.cu_seqlens = key_mask, cu_seqlens
         dense_mask = None if key_mask is None else key_mask.contiguous()
         self.D, self.M, self.Hkv = q.shape[3], v.shape[3], k.shape[1]
@@ -60,7 +60,7 @@ class Call:
         in_tf32 = is_half and not INTERPRETED and not torch.version.hip
         self.products: dict[str, Any] = {
             "IS_CAUSAL": options.is_causal,
-            "LOW": LOW[self.product_dtype],
+            "LOW": TRITON_DTYPE[self.product_dtype],
             "PRECISION": "tf32" if in_tf32 else precision(q.dtype),
         }
 

@@ -10,7 +10,7 @@ registers. One program makes BLOCK columns of all three; what is contracted is r
 import triton
 import triton.language as tl
 
-from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.common.gpu.numerics import dot, round_to
 from linattn.kernels.feature_map.gpu.layout import source, splits_before, stored_sums, tile_at
 from linattn.kernels.feature_map.gpu.maps import key_features, load_rows, operand, query_features, slope, store_rows
 from linattn.kernels.feature_map.gpu.sums import load_row_gradient
@@ -90,7 +90,7 @@ def chunk_gradients(
             if IS_CAUSAL and (DQ or DK):
                 dA = dot(v_m, tl.trans(O_m), dA, PRECISION)
         if IS_CAUSAL and (DQ or DK):
-            dA = rounded(tl.where(visible, dA - delta[None, :], 0.0), LOW)
+            dA = round_to(tl.where(visible, dA - delta[None, :], 0.0), LOW)
 
         if DQ:
             dx = tl.zeros([CHUNK, BLOCK], tl.float32)
@@ -137,7 +137,7 @@ def chunk_gradients(
                 O, part = load_row_gradient(
                     do, o, l, first_row, stride_dot, stride_ot, offs_t, offs_c, rows, M_MASK, NORMALIZE, LOW
                 )
-            dv = dot(rounded(tl.where(visible, p, 0.0), LOW), O, dv, PRECISION)
+            dv = dot(round_to(tl.where(visible, p, 0.0), LOW), O, dv, PRECISION)
 
     if DK or DV:  # what rows of later chunks made of these keys
         base, chunks = stored_sums(s, start, Tk, CHUNK, ROW_SPLITS, PACKED, IS_CAUSAL)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linattn.kernels.common.gpu import direct
 from linattn.kernels.common.gpu.architecture import architecture
-from linattn.kernels.common.gpu.launch import readable
+from linattn.kernels.common.gpu.launch import with_unit_stride
 from linattn.kernels.common.gpu.similarity import linear
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
 from linattn.kernels.common.op.varlen import check_sequences
@@ -60,8 +60,10 @@ def _direct(
 ) -> tuple[Tensor, Tensor]:
     is_causal, q_offset, scale, name, normalize = options
     if name != "identity":
-        q, k = mapped(readable(q), readable(k), name)
-    return direct.forward(direct.Problem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, linear(scale), normalize))
+        q, k = mapped(with_unit_stride(q), with_unit_stride(k), name)
+    similarity = linear(scale)
+    problem = direct.DirectProblem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, similarity, normalize)
+    return direct.forward(problem)
 
 
 def backward(
@@ -85,7 +87,7 @@ def backward(
     want_initial = wanted[3] and bool(initial_state)
     before = [x.contiguous() for x in initial_state[1:]]
     after = [x.contiguous() for x in dstate]
-    rows = Rows(readable(dout), readable(out), l.contiguous())
+    rows = Rows(with_unit_stride(dout), with_unit_stride(out), l.contiguous())
     chunk = call.config.backward_chunk
     keys, dinitial = Sums.none(), Sums.none()
     if wanted[0]:

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from linattn.kernels.common.gpu.launch import block, launch, strides
-from linattn.kernels.common.gpu.numerics import LOW
+from linattn.kernels.common.gpu.launch import block_size, launch, strides
+from linattn.kernels.common.gpu.numerics import TRITON_DTYPE
 from linattn.kernels.common.op.allocation import empty_in_storage_order
 from linattn.kernels.feature_map.gpu.config import splits_for
 from linattn.kernels.feature_map.gpu.gradient import chunk_gradients
@@ -68,16 +68,16 @@ def mapped(q: Tensor, k: Tensor, name: str) -> tuple[Tensor, Tensor]:
         q_programs=q_programs,
         D=q.shape[3],
         BLOCK_T=ROWS_MAPPED,
-        BLOCK_D=block(q.shape[3]),
+        BLOCK_D=block_size(q.shape[3]),
         MAP=name,
-        LOW=LOW[q.dtype],
+        LOW=TRITON_DTYPE[q.dtype],
     )
     return fq, fk
 
 
 def walked(call: Call, out: Tensor, l: Tensor, before: State, return_state: bool) -> State:
     """Fill out and l token by token; f_sum and fv afterwards, if they are returned."""
-    columns = min(block(call.M), max(16, STATE_ENTRIES // block(call.D)))
+    columns = min(block_size(call.M), max(16, STATE_ENTRIES // block_size(call.D)))
     after = call.empty_state(call.sequences) if return_state else []
     launch(
         walk,
@@ -91,7 +91,7 @@ def walked(call: Call, out: Tensor, l: Tensor, before: State, return_state: bool
         l_ptr=l,
         **_state("first", before),
         **_state("last", after),
-        BLOCK_D=block(call.D),
+        BLOCK_D=block_size(call.D),
         BLOCK_M=columns,
         HAS_FIRST=bool(before),
         HAS_LAST=return_state,
@@ -103,7 +103,7 @@ def walked(call: Call, out: Tensor, l: Tensor, before: State, return_state: bool
 def scan(call: Call, chunk: int, first: State, keep_last: bool, rows: Rows | None = None) -> Sums:
     """Sums over keys or, given `rows`, the gradients to them."""
     config, Hkv, S = call.config, call.Hkv, call.sequences
-    features = min(config.features, block(call.D))
+    features = min(config.features, block_size(call.D))
     slices = triton.cdiv(call.D, features)
     length = (call.k if rows is None else call.q).shape[2]
     mean = length * call.k.shape[0] // S
@@ -129,7 +129,7 @@ def scan(call: Call, chunk: int, first: State, keep_last: bool, rows: Rows | Non
         **_state("last", last),
         OF_ROWS=rows is not None,
         BLOCK_D=features,
-        BLOCK_M=block(call.M),
+        BLOCK_M=block_size(call.M),
         CHUNK=chunk,
         SPLITS=splits,
         HAS_FIRST=bool(first),
@@ -144,7 +144,7 @@ def read(call: Call, out: Tensor, l: Tensor, keys: Sums) -> None:
     """Fill out and l from the sums over keys and the scores inside each chunk."""
     config = call.config
     places, W = call.places(config.chunk, from_keys=False)
-    columns = min(config.columns, block(call.M))
+    columns = min(config.columns, block_size(call.M))
     launch(
         read_sums,
         (triton.cdiv(call.M, columns) * places * call.q.shape[1] * call.q.shape[0],),
@@ -160,7 +160,7 @@ def read(call: Call, out: Tensor, l: Tensor, keys: Sums) -> None:
         places=places,
         sequences=call.sequences,
         W=W,
-        BLOCK_D=block(call.D),
+        BLOCK_D=block_size(call.D),
         BLOCK_M=columns,
         CHUNK=config.chunk,
         BLOCK_N=min(config.keys, config.chunk),
@@ -176,7 +176,7 @@ def gradients_of_chunks(
     """Fill those of dq, dk and dv that are wanted."""
     config, (dq, dk, dv) = call.config, gradients
     places, W = call.places(config.backward_chunk, from_keys=True)
-    columns = min(config.gradient, max(block(call.D), block(call.M)))
+    columns = min(config.gradient, max(block_size(call.D), block_size(call.M)))
     slices = triton.cdiv(max(call.D, call.M), columns)
     launch(
         chunk_gradients,

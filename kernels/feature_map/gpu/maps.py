@@ -5,7 +5,7 @@ kernels of the chunked form, or beforehand for the direct form.
 import triton
 import triton.language as tl
 
-from linattn.kernels.common.gpu.numerics import rounded
+from linattn.kernels.common.gpu.numerics import round_to
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def key_features(k, kept, offs_c, SIZE: tl.constexpr, MAP: tl.constexpr, LOW: tl
     if MAP == "identity":
         return operand(k, LOW)
     f = feature(k.to(tl.float32), MAP)
-    return rounded(tl.where(inside(offs_c, kept, SIZE), f, 0.0), LOW)
+    return round_to(tl.where(inside(offs_c, kept, SIZE), f, 0.0), LOW)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def query_features(q, scale, offs_c, SIZE: tl.constexpr, MAP: tl.constexpr, LOW:
     f = scale * feature(q.to(tl.float32), MAP)
     if SIZE > 0:
         f = tl.where((offs_c < SIZE)[None, :], f, 0.0)
-    return rounded(f, LOW)
+    return round_to(f, LOW)
 
 
 @triton.jit
@@ -117,5 +117,5 @@ def _map_tile(
     offs_t, offs_d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     kept = first + offs_t < T
     x = load_rows(x_ptr + b * stride_xb + h * stride_xh, first, stride_xt, offs_t, offs_d, kept, D)
-    f = rounded(feature(x.to(tl.float32), MAP), LOW)
+    f = round_to(feature(x.to(tl.float32), MAP), LOW)
     store_rows(f_ptr + b * stride_fb + h * stride_fh, first, stride_ft, offs_t, offs_d, kept, D, f)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.common.gpu.numerics import dot, round_to
 from linattn.kernels.feature_map.gpu.layout import source, splits_before, stored_sums, tile_at
 from linattn.kernels.feature_map.gpu.maps import key_features, load_rows, operand, query_features, store_rows
 
@@ -67,7 +67,7 @@ def read_sums(
             k = load_rows(k_ptr, start + j, stride_kt, offs_n, offs_d, seen, D_MASK)
             k = key_features(k, seen, offs_d, D_MASK, MAP, LOW)
             p = dot(x, tl.trans(k), tl.zeros([CHUNK, BLOCK_N], tl.float32), PRECISION)
-            p = rounded(tl.where(offs_t[:, None] >= n * BLOCK_N + offs_n[None, :], p, 0.0), LOW)
+            p = round_to(tl.where(offs_t[:, None] >= n * BLOCK_N + offs_n[None, :], p, 0.0), LOW)
             l += tl.sum(p.to(tl.float32), 1)
             v = operand(load_rows(v_ptr, start + j, stride_vt, offs_n, offs_m, seen, M_MASK), LOW)
             acc = dot(p, v, acc, PRECISION)

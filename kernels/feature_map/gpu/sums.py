@@ -10,7 +10,7 @@ BLOCK_D features and all M columns, and keeps its sums in fp32 registers.
 import triton
 import triton.language as tl
 
-from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.common.gpu.numerics import dot, round_to
 from linattn.kernels.feature_map.gpu.layout import bounds, clamped, first_tile, stored_sums
 from linattn.kernels.feature_map.gpu.maps import key_features, load_rows, operand, query_features
 
@@ -25,7 +25,7 @@ def load_row_gradient(
     if NORMALIZE:
         out = load_rows(out_ptr, first, stride_ot, offs_t, offs_m, kept, SIZE)
         l = tl.load(l_ptr + first + offs_t, mask=kept, other=1.0)
-        do = rounded(dout.to(tl.float32) * (1 / tl.where(l <= 0, float("inf"), l))[:, None], LOW)
+        do = round_to(dout.to(tl.float32) * (1 / tl.where(l <= 0, float("inf"), l))[:, None], LOW)
         return do, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     return operand(dout, LOW), tl.zeros([dout.shape[0]], tl.float32)
 
@@ -96,7 +96,7 @@ def scan_sums(
             if (n < steps) & (g == 0) & (c >= 0) & (c < chunks):
                 at = (base + c).to(tl.int64) * Hkv + h
                 tile = at * (D * M) + offs_d[:, None] * M + offs_m[None, :]
-                tl.store(sums_ptr + tile, rounded(acc, LOW), mask=inside)
+                tl.store(sums_ptr + tile, round_to(acc, LOW), mask=inside)
                 tl.store(totals_ptr + at * D + offs_d, total, mask=offs_d < D)
         first = c * CHUNK - offset
         kept = (first + offs_t >= 0) & (first + offs_t < tl.where(n < steps, length, 0))
@@ -123,7 +123,7 @@ def scan_sums(
         acc = dot(tl.trans(x), w, acc, PRECISION)
 
     at = (base + chunks + split).to(tl.int64) * Hkv + h
-    tl.store(sums_ptr + at * (D * M) + offs_d[:, None] * M + offs_m[None, :], rounded(acc, LOW), mask=inside)
+    tl.store(sums_ptr + at * (D * M) + offs_d[:, None] * M + offs_m[None, :], round_to(acc, LOW), mask=inside)
     tl.store(totals_ptr + at * D + offs_d, total, mask=offs_d < D)
     if HAS_LAST:
         at = (s * SPLITS + split).to(tl.int64) * Hkv + h

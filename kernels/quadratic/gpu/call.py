@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from linattn.kernels.common.gpu.architecture import architecture
-from linattn.kernels.common.gpu.launch import block, launch, readable, strides
-from linattn.kernels.common.gpu.numerics import LOW, precision
+from linattn.kernels.common.gpu.launch import block_size, launch, strides, with_unit_stride
+from linattn.kernels.common.gpu.numerics import TRITON_DTYPE, precision
 from linattn.kernels.common.gpu.similarity import quadratic
 from linattn.kernels.quadratic.gpu import config, layout
 
@@ -68,10 +68,10 @@ class Call:
         options: Options,
         plan: Plan,
     ) -> Call:
-        q, k, v = (readable(x) for x in (q, k, v))
+        q, k, v = (with_unit_stride(x) for x in (q, k, v))
         # Beyond the last key, or before the first, all offsets are one.
         offset = min(max(options.q_offset, -q.shape[2]), k.shape[2]) if options.is_causal else 0
-        row = config.row(architecture(q.device), q.dtype, max(block(q.shape[3]), block(v.shape[3])))
+        row = config.row(architecture(q.device), q.dtype, max(block_size(q.shape[3]), block_size(v.shape[3])))
         whole = plan.form == "direct"
         chunk = k.shape[2] if whole or not options.is_causal else plan.chunk_size or row.chunk
         step = max(row.read.rows, row.pull_rows.rows, row.pull_keys.rows, row.pull_values.rows, row.lost.BLOCK_T)
@@ -97,11 +97,11 @@ class Call:
 
     @property
     def BLOCK_D(self) -> int:
-        return block(self.q.shape[3])
+        return block_size(self.q.shape[3])
 
     @property
     def BLOCK_M(self) -> int:
-        return block(self.v.shape[3])
+        return block_size(self.v.shape[3])
 
     @property
     def boundaries(self) -> int:
@@ -181,9 +181,9 @@ class Call:
             key_mask_ptr=mask, stride_mb=0 if mask is None else mask.stride(0), KEY_MASK=mask is not None,
             T=self.q.shape[2], Tk=self.k.shape[2], a=similarity.a, b=similarity.b, c=similarity.c,
             slope=similarity.slope, SIMILARITY=similarity.kind, NORMALIZE=o.normalize, GROUP=self.group,
-            LOW=LOW[self.q.dtype],
+            LOW=TRITON_DTYPE[self.q.dtype],
         )  # fmt: skip
 
     def scores(self, read: config.Read) -> dict[str, Any]:
         """What kernels that compute scores and read sums take."""
-        return self.constants() | self.pairs() | {"WIDTH": read.WIDTH, "FOLD": LOW[FOLD[self.q.dtype]]}
+        return self.constants() | self.pairs() | {"WIDTH": read.WIDTH, "FOLD": TRITON_DTYPE[FOLD[self.q.dtype]]}

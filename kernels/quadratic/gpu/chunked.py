@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 
 from linattn.kernels.common.gpu.architecture import architecture
-from linattn.kernels.common.gpu.launch import readable, strides
-from linattn.kernels.common.gpu.numerics import LOW, precision
+from linattn.kernels.common.gpu.launch import strides, with_unit_stride
+from linattn.kernels.common.gpu.numerics import TRITON_DTYPE, precision
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
 from linattn.kernels.common.op.stateful import Plan
 from linattn.kernels.common.op.varlen import check_sequences
@@ -102,7 +102,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, State]:
     cu_seqlens = _checked(cu_seqlens, q.shape[2])
     call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
-    dout = readable(dout)
+    dout = with_unit_stride(dout)
     lost, kept = (saved[0], saved[1:]) if call.guarded else (None, saved)
     rows = _share(call, dout, out, l, lost)
     dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
@@ -190,7 +190,7 @@ def _share(call: Call, dout: Tensor, out: Tensor, l: Tensor, lost: Tensor | None
     arguments = dict(
         **strides("out", out, "o"), **strides("dout", dout, "g"), **shared._asdict(), l_ptr=l, T=T, H=H, M=M,
         BLOCK_Q=SHARE.BLOCK_T, BLOCK_M=call.BLOCK_M, NORMALIZE=normalize, GUARD=call.guarded,
-        FOLD=LOW[FOLD[out.dtype]],
+        FOLD=TRITON_DTYPE[FOLD[out.dtype]],
     )  # fmt: skip
     run_kernel(share_rows, (tiles, H, B), SHARE, arguments)
     return shared

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
-) -> direct.Problem:
+) -> direct.DirectProblem:
     is_causal, q_offset, scale, c0, c1, c2, normalize = options
     similarity = quadratic(scale, (c0, c1, c2), normalize)
-    return direct.Problem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, similarity, normalize)
+    return direct.DirectProblem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, similarity, normalize)
 
 
 def forward(

@@ -9,7 +9,7 @@ is formed like a feature.
 import triton
 import triton.language as tl
 
-from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.common.gpu.numerics import dot, round_to
 from linattn.kernels.quadratic.gpu.state import SLICE, product
 
 
@@ -89,8 +89,8 @@ def read_record(
     linear_ptr = record_ptr + BLOCK_D * BLOCK_D
     for first in tl.range(0, BLOCK_D, STEP):
         linear = tl.load(linear_ptr + (first + offs_d)[:, None] * BLOCK_M + offs_m[None, :]) * weight_1
-        x = rounded(load_columns(x_tile, tl.multiple_of(first, STEP), offs_d, D, EVEN), FOLD)
-        acc = dot(x, rounded(linear, FOLD), acc, PRECISION)
+        x = round_to(load_columns(x_tile, tl.multiple_of(first, STEP), offs_d, D, EVEN), FOLD)
+        acc = dot(x, round_to(linear, FOLD), acc, PRECISION)
     return acc + tl.load(linear_ptr + BLOCK_D * BLOCK_M + BLOCK_D + offs_m)[None, :] * weight_0
 
 
@@ -145,8 +145,8 @@ def pull_record(
     for first in tl.range(0, BLOCK_M, STEP_M):
         offs = tl.arange(0, STEP_M)
         linear = tl.load(linear_ptr + offs_d[None, :] * BLOCK_M + (first + offs)[:, None]) * weight_1
-        y = rounded(load_columns(y_tile, tl.multiple_of(first, STEP_M), offs, M, EVEN), FOLD)
-        acc = dot(y, rounded(linear, FOLD), acc, PRECISION)
+        y = round_to(load_columns(y_tile, tl.multiple_of(first, STEP_M), offs, M, EVEN), FOLD)
+        acc = dot(y, round_to(linear, FOLD), acc, PRECISION)
     if ROW_SUMS:
         row = tl.zeros(acc.shape, tl.float32)
         for first in tl.range(0, BLOCK_D, STEP_D):

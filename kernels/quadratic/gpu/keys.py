@@ -5,8 +5,8 @@ its scores; of the rows that are lost to the sums (rows.py), a kernel of its own
 import triton
 import triton.language as tl
 
-from linattn.kernels.common.gpu.numerics import rounded
-from linattn.kernels.common.gpu.pairs import kept_keys, load_rows, pull_keys
+from linattn.kernels.common.gpu.mainloop import accumulate_dkv, load_key_mask, load_tile
+from linattn.kernels.common.gpu.numerics import round_to
 from linattn.kernels.quadratic.gpu.folded import pull_pairs, pull_record, read_pairs, read_record
 from linattn.kernels.quadratic.gpu.places import existing, first_reader, head_of, place_of, rows_between, tile_of_rows
 
@@ -60,9 +60,9 @@ def load_keys(
     keys = key_0 + offs_k
     if KEY_MASK:
         key_mask_ptr += first
-    keep = kept_keys(key_mask_ptr, keys, Tk, KEY_MASK)
-    k = load_rows(k_ptr, 0, stride_kt, keep, offs_k, offs_d, D, True, EVEN)
-    v = load_rows(v_ptr, 0, stride_vt, keep, offs_k, offs_m, M, True, EVEN)
+    keep = load_key_mask(key_mask_ptr, keys, Tk, KEY_MASK)
+    k = load_tile(k_ptr, 0, stride_kt, keep, offs_k, offs_d, D, True, EVEN)
+    v = load_tile(v_ptr, 0, stride_vt, keep, offs_k, offs_m, M, True, EVEN)
     dk, dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32), tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     return keys, keep, k, v, dk, dv
 
@@ -118,13 +118,13 @@ def pull_folded_keys(
     tl.assume(to_stop > full)
     for _ in tl.static_range(GROUP):
         if CAUSAL:
-            dk, dv = pull_keys(
+            dk, dv = accumulate_dkv(
                 dk, dv, k, v, keys, q_ptr, dout_ptr, norm_ptr + row, delta_ptr + row, begin,
                 to_full, full, q_offset, stride_qt, stride_gt, D, M, a, b, c,
                 SIMILARITY, True, True, NORMALIZE, not OF_VALUES, OF_VALUES, EVEN, EVEN, LOW, PRECISION,
                 BLOCK_Q, BLOCK_D, BLOCK_M,
             )  # fmt: skip
-        dk, dv = pull_keys(
+        dk, dv = accumulate_dkv(
             dk, dv, k, v, keys, q_ptr, dout_ptr, norm_ptr + row, delta_ptr + row, full,
             to_stop, stop, q_offset, stride_qt, stride_gt, D, M, a, b, c,
             SIMILARITY, False, True, NORMALIZE, not OF_VALUES, OF_VALUES, EVEN, EVEN, LOW, PRECISION,
@@ -143,7 +143,7 @@ def pull_folded_keys(
 def store_gradient(ptr, x, keep, real, stride, SIZE, LOW: tl.constexpr):
     """Rows of a tile, 0 for keys that do not count."""
     offs_t, offs = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
-    x = rounded(tl.where(keep[:, None], x, 0.0), LOW)
+    x = round_to(tl.where(keep[:, None], x, 0.0), LOW)
     tl.store(ptr + offs_t * stride + offs, x, mask=real[:, None] & (offs < SIZE))
 
 
@@ -153,7 +153,7 @@ def add_gradient(ptr, x, keep, stride, SIZE, LOW: tl.constexpr):
     offs_t, offs = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[1])[None, :]
     mask = keep[:, None] & (offs < SIZE)
     before = tl.load(ptr + offs_t * stride + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(ptr + offs_t * stride + offs, rounded(before + x, LOW), mask=mask)
+    tl.store(ptr + offs_t * stride + offs, round_to(before + x, LOW), mask=mask)
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def pull_lost_rows(
         tile = next_lost(lost_tiles_ptr + head * lost_tiles, first, end)
         while tile < end:
             row_0 = tl.maximum((tile * BLOCK_Q - start).to(tl.int32), stop)
-            dk, dv = pull_keys(
+            dk, dv = accumulate_dkv(
                 dk, dv, k, v, keys, q_head, dout_head, lost_norm_ptr + row, delta_ptr + row, row_0, row_0 + BLOCK_Q,
                 tl.minimum(((tile + 1) * BLOCK_Q - start).to(tl.int32), T), q_offset, stride_qt, stride_gt, D, M,
                 a, b, c, SIMILARITY, False, True, True, WANT_DK, WANT_DV, EVEN, EVEN, LOW, PRECISION,

@@ -8,8 +8,8 @@ and computes all of its scores. The row is noted as lost to the sums, for the ba
 import triton
 import triton.language as tl
 
-from linattn.kernels.common.gpu.numerics import rounded
-from linattn.kernels.common.gpu.pairs import attend, load_rows, no_sums, pull_queries, settled
+from linattn.kernels.common.gpu.mainloop import accumulate_dq, accumulate_output, init_accumulators, load_tile, unscale
+from linattn.kernels.common.gpu.numerics import round_to
 from linattn.kernels.quadratic.gpu.folded import pull_pairs, pull_record, read_pairs, read_record, read_row_sums
 from linattn.kernels.quadratic.gpu.places import existing, head_of, place_of, read_boundary, tile_of_rows
 
@@ -75,26 +75,26 @@ def read_rows(
     folded = read_record(
         folded, q_tile, record_ptr + record, D, weight_0, weight_1, BLOCK_D, BLOCK_M, EVEN, FOLD, PRECISION
     )
-    acc, l, m = no_sums(BLOCK_Q, BLOCK_M, SIMILARITY)
+    acc, l, m = init_accumulators(BLOCK_Q, BLOCK_M, SIMILARITY)
     if tl.float16 != LOW:  # pairs of fp16 are summed on a scale of their own
         acc, l = folded, folded_l
-    q = load_rows(q_ptr, 0, stride_qt, real, offs_q, offs_d, D, True, EVEN)
+    q = load_tile(q_ptr, 0, stride_qt, real, offs_q, offs_d, D, True, EVEN)
     begin, full, stop = key_spans(position, boundary, Tk, CHUNK, CAUSAL, KEY_MASK, BLOCK_Q, BLOCK_K)
-    acc, l, m = attend(
+    acc, l, m = accumulate_output(
         acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, begin, full, Tk, position + offs_q, stride_kt, stride_vt, D, M,
         a, b, c, SIMILARITY, CAUSAL, KEY_MASK, False, EVEN, EVEN, LOW, PRECISION, BLOCK_K, BLOCK_D, BLOCK_M,
     )  # fmt: skip
-    acc, l, m = attend(
+    acc, l, m = accumulate_output(
         acc, l, m, q, k_ptr, v_ptr, key_mask_ptr, full, stop, Tk, position + offs_q, stride_kt, stride_vt, D, M,
         a, b, c, SIMILARITY, CAUSAL, KEY_MASK, True, EVEN, EVEN, LOW, PRECISION, BLOCK_K, BLOCK_D, BLOCK_M,
     )  # fmt: skip
-    acc, l = settled(acc, l, m, SIMILARITY, LOW)
+    acc, l = unscale(acc, l, m, SIMILARITY, LOW)
     if tl.float16 == LOW:
         acc, l = acc + folded, l + folded_l
     if NORMALIZE:
         acc = acc / tl.where(l <= 0, float("inf"), l)[:, None]
     columns = real[:, None] & (offs_m < M)[None, :]
-    tl.store(out_ptr + offs_q[:, None] * stride_ot + offs_m[None, :], rounded(acc, LOW), mask=columns)
+    tl.store(out_ptr + offs_q[:, None] * stride_ot + offs_m[None, :], round_to(acc, LOW), mask=columns)
     tl.store(l_ptr + row + offs_q, l, mask=real)
 
 
@@ -130,10 +130,10 @@ def share_rows(
             of_tile = (batch * H + h) * tl.num_programs(0) + tile
             tl.store(lost_tiles_ptr + of_tile, tl.max(lost.to(tl.int32), 0).to(tl.uint8))
             norm = tl.where(lost, 0.0, norm)
-        shared = rounded(dout * norm[:, None], FOLD)
+        shared = round_to(dout * norm[:, None], FOLD)
         tl.store(folded_delta_ptr + place, tl.sum(shared.to(tl.float32) * out, 1), mask=real)
     else:
-        shared = rounded(dout, FOLD)
+        shared = round_to(dout, FOLD)
     tl.store(shared_ptr + place[:, None] * M + offs_m[None, :], shared, mask=inside)
 
 
@@ -175,7 +175,7 @@ def pull_rows(
         boundary = tl.where(tl.max(lost.to(tl.int32), 0) > 0, 0, boundary)
     pairs, record = place_of(slot + boundary, h // GROUP, H // GROUP, BLOCK_D, BLOCK_M, size)
     # The sums come first, as above.
-    q = load_rows(q_ptr, 0, stride_qt, real, offs_q, offs_d, D, True, EVEN)
+    q = load_tile(q_ptr, 0, stride_qt, real, offs_q, offs_d, D, True, EVEN)
     offs = existing(offs_q, row_0, T)[:, None]
     q_tile, shared_tile = q_ptr + offs * stride_qt, shared_ptr + row * M + offs * M
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -188,22 +188,22 @@ def pull_rows(
         NORMALIZE, FOLD, PRECISION, GRAM,
     )  # fmt: skip
     dq /= slope  # pairs leave their slope to the end
-    dout = load_rows(dout_ptr, 0, stride_gt, real, offs_q, offs_m, M, True, EVEN)
+    dout = load_tile(dout_ptr, 0, stride_gt, real, offs_q, offs_m, M, True, EVEN)
     norm, delta = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     if NORMALIZE:
         norm = tl.load(norm_ptr + row + offs_q, mask=real, other=0.0)
         delta = tl.load(delta_ptr + row + offs_q, mask=real, other=0.0)
     begin, full, stop = key_spans(position, boundary, Tk, CHUNK, CAUSAL, KEY_MASK, BLOCK_Q, BLOCK_K)
-    dq = pull_queries(
+    dq = accumulate_dq(
         dq, q, dout, norm, delta, k_ptr, v_ptr, key_mask_ptr, begin, full, Tk, position + offs_q, stride_kt, stride_vt,
         D, M, a, b, c, SIMILARITY, CAUSAL, KEY_MASK, False, NORMALIZE, EVEN, EVEN, LOW, PRECISION,
         BLOCK_K, BLOCK_D, BLOCK_M,
     )  # fmt: skip
-    dq = pull_queries(
+    dq = accumulate_dq(
         dq, q, dout, norm, delta, k_ptr, v_ptr, key_mask_ptr, full, stop, Tk, position + offs_q, stride_kt, stride_vt,
         D, M, a, b, c, SIMILARITY, CAUSAL, KEY_MASK, True, NORMALIZE, EVEN, EVEN, LOW, PRECISION,
         BLOCK_K, BLOCK_D, BLOCK_M,
     )  # fmt: skip
     dq *= slope
     columns = real[:, None] & (offs_d < D)[None, :]
-    tl.store(dq_ptr + offs_q[:, None] * stride_dqt + offs_d[None, :], rounded(dq, LOW), mask=columns)
+    tl.store(dq_ptr + offs_q[:, None] * stride_dqt + offs_d[None, :], round_to(dq, LOW), mask=columns)

@@ -11,7 +11,7 @@ Sums are first taken over runs of a few chunks, each in one program, then `scan_
 import triton
 import triton.language as tl
 
-from linattn.kernels.common.gpu.numerics import dot, rounded
+from linattn.kernels.common.gpu.numerics import dot, round_to
 from linattn.kernels.quadratic.gpu.places import (
     base_of,
     first_reader,
@@ -33,7 +33,7 @@ def product(a, b, LOW: tl.constexpr):
         a = a.to(tl.float32)
     if b.dtype == tl.float16:
         b = b.to(tl.float32)
-    return rounded(a * b, LOW)
+    return round_to(a * b, LOW)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def pair_sums(
         groups = tl.minimum(chunks, (last + 1 if REVERSE else last) - run * chunks)
         if (not REVERSE) & (run == 0):
             place = (tl.cast(slot, tl.int64) * H + h) * PAIRS + pair
-            tl.store(sums_ptr + place * FEATURES * BLOCK_M + offs, rounded(acc, LOW))
+            tl.store(sums_ptr + place * FEATURES * BLOCK_M + offs, round_to(acc, LOW))
     else:
         groups = 1
     for step in range(groups):
@@ -134,10 +134,10 @@ def pair_sums(
                 xb = load_slice(x_tile, offs_b, D, real, not EVEN_T, EVEN)
                 y = load_slice(y_tile, offs_m, M, real, not EVEN_T, EVEN)
                 phi = product(tl.trans(xb)[:, None, :], tl.trans(xa)[None, :, :], LOW).reshape(FEATURES, BLOCK_T)
-                acc = dot(phi, rounded(y, LOW), acc, PRECISION)
+                acc = dot(phi, round_to(y, LOW), acc, PRECISION)
         if CAUSAL:
             place = (tl.cast(slot + boundary, tl.int64) * H + h) * PAIRS + pair
-            tl.store(sums_ptr + place * FEATURES * BLOCK_M + offs, rounded(acc * weight, LOW))
+            tl.store(sums_ptr + place * FEATURES * BLOCK_M + offs, round_to(acc * weight, LOW))
     if TOTALS:
         place = (tl.cast(tl.program_id(1), tl.int64) * H + h) * PAIRS + pair
         tl.store(totals_ptr + place * FEATURES * BLOCK_M + offs, acc * weight if REVERSE else acc)
@@ -185,7 +185,7 @@ def record_sums(
             x_tile = x_head + row * stride_xt + offs_t[:, None] * stride_xt + offs_d[None, :]
             y_tile = y_head + row * stride_yt + offs_t[:, None] * stride_yt + offs_m[None, :]
             x, y = tl.load(x_tile, mask=real_x, other=0.0), tl.load(y_tile, mask=real_y, other=0.0)
-            linear = dot(tl.trans(rounded(x, LOW)), rounded(y, LOW), linear, PRECISION)
+            linear = dot(tl.trans(round_to(x, LOW)), round_to(y, LOW), linear, PRECISION)
             y_sum += tl.sum(y.to(tl.float32), 0)
             x = x.to(tl.float32)
             if FACTOR:
@@ -233,7 +233,7 @@ def scan(
             boundary = last - i if REVERSE else i
             local = tl.load(sums_ptr + boundary * step, mask=inside, other=0.0).to(tl.float32)
             total = tl.where(EMPTY, 0.0, local) + carry * weight
-            tl.store(sums_ptr + boundary * step, rounded(total, LOW), mask=inside)
+            tl.store(sums_ptr + boundary * step, round_to(total, LOW), mask=inside)
             if IN_PLACE:
                 carry = total
             else:
@@ -250,8 +250,8 @@ def scan(
                 few = tl.load(rows_from_ptr + slot + 1) > 0
                 after = tl.where(few, before, carry)
             before = carry
-        tl.store(sums_ptr, rounded(before * weight, LOW), mask=inside)
-        tl.store(sums_ptr + step, rounded(after * weight, LOW), mask=inside)
+        tl.store(sums_ptr, round_to(before * weight, LOW), mask=inside)
+        tl.store(sums_ptr + step, round_to(after * weight, LOW), mask=inside)
     if END:
         tl.store(end_ptr + of_sequence, carry, mask=inside)
 

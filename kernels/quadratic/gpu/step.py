@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from linattn.kernels.common.gpu.architecture import architecture
-from linattn.kernels.common.gpu.launch import block, strides
-from linattn.kernels.common.gpu.numerics import rounded
-from linattn.kernels.common.gpu.pairs import weigh
+from linattn.kernels.common.gpu.launch import block_size, strides
+from linattn.kernels.common.gpu.mainloop import weigh
+from linattn.kernels.common.gpu.numerics import round_to
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
 from linattn.kernels.quadratic.contract import Options, state_shapes
 from linattn.kernels.quadratic.gpu import config
@@ -76,7 +76,7 @@ def forward(
 def describe(q: Tensor, v: Tensor) -> str:
     """The kernels of a call beside a state, and their configuration."""
     name = architecture(q.device)
-    tile = config.row(name, q.dtype, max(block(q.shape[3]), block(v.shape[3]))).step
+    tile = config.row(name, q.dtype, max(block_size(q.shape[3]), block_size(v.shape[3]))).step
     return f"Triton, {name}: one pass over the state in blocks of {tile.numbers} numbers, {tile.num_warps} warps"
 
 
@@ -256,5 +256,5 @@ def finish_rows(
     if NORMALIZE:
         acc = acc / tl.where(l <= 0, float("inf"), l)
     out_ptr += s * stride_ob + h * stride_oh + t * stride_ot
-    tl.store(out_ptr + offs_m, rounded(acc, LOW), mask=offs_m < M)
+    tl.store(out_ptr + offs_m, round_to(acc, LOW), mask=offs_m < M)
     tl.store(l_ptr + row, l)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from linattn.kernels.common.gpu.launch import strides
-from linattn.kernels.common.gpu.numerics import LOW
+from linattn.kernels.common.gpu.numerics import TRITON_DTYPE
 from linattn.kernels.quadratic.gpu import config, layout
 from linattn.kernels.quadratic.gpu.call import FOLD, Call, run_kernel
 from linattn.kernels.quadratic.gpu.state import pair_sums, record_sums, scan_sums
@@ -63,7 +63,7 @@ def _sums(
     arguments: dict[str, Any] = call.constants() | dict(
         **strides("x", x), **strides("y", y), key_mask_ptr=mask, MASKED=mask is not None,
         stride_mb=0 if mask is None else mask.stride(0), T=x.shape[2], Tk=call.k.shape[2], H=H, REVERSE=reverse,
-        GROUP=call.group if reverse else 1, LOW=LOW[FOLD[x.dtype]],
+        GROUP=call.group if reverse else 1, LOW=TRITON_DTYPE[FOLD[x.dtype]],
     )  # fmt: skip
     pairs, of_pairs = _pairs(call, arguments, offset is not None or keep)
     record, of_record = _record(call, arguments, f)

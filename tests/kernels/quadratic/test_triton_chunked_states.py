@@ -184,7 +184,7 @@ def test_a_step_on_a_cache_of_few_heads_fills_the_chip(op: str) -> None:
     k = torch.empty(1, 8, 8192, 64, dtype=torch.bfloat16, device="meta")
     kind = similarity.softmax(0.125) if op == "softmax" else similarity.quadratic(1.0, (1, 2, 1), True)
     with as_architecture("sm_90"), recording() as launches:
-        direct.forward(direct.Problem(q, k, k, None, None, True, 8191, kind, True))
+        direct.forward(direct.DirectProblem(q, k, k, None, None, True, 8191, kind, True))
     assert [x.kernel.__name__ for x in launches] == ["decode_kernel", "merge_kernel"]
     assert launches[0].arguments["SIMILARITY"] == kind.kind
     assert 132 <= launches[0].grid[0] <= 264

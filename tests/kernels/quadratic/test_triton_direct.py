@@ -57,7 +57,7 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Tensor:
-        ctx.problem = direct.Problem(q, k, v, *options)
+        ctx.problem = direct.DirectProblem(q, k, v, *options)
         out, sums = direct.forward(ctx.problem)
         ctx.save_for_backward(out, sums)
         return out
@@ -152,7 +152,7 @@ def test_few_queries_of_many_keys(name: str, queries: int) -> None:
     check(name, tuple(x.half() for x in (q, k, v)), key_mask=key_mask)
     meta = (x.to("meta") for x in (q, k, v))
     with recording() as launches:
-        direct.forward(direct.Problem(*meta, None, None, True, 0, KINDS[name].similarity, KINDS[name].normalize))
+        direct.forward(direct.DirectProblem(*meta, None, None, True, 0, KINDS[name].similarity, KINDS[name].normalize))
     assert [x.kernel.__name__ for x in launches] == ["decode_kernel", "merge_kernel"]
 
 
@@ -203,7 +203,7 @@ def test_one_launch_forward_and_two_backward(name: str, queries: int) -> None:
     key_mask, bounds = torch.ones(1, keys, dtype=torch.bool, device="meta"), torch.zeros(4, dtype=int, device="meta")
     flags = itertools.product((False, True), (None, key_mask), (None, bounds) if queries == keys else (None,))
     for is_causal, mask, cu_seqlens in flags:
-        problem = direct.Problem(q, k, v, mask, cu_seqlens, is_causal, 0, kind.similarity, kind.normalize)
+        problem = direct.DirectProblem(q, k, v, mask, cu_seqlens, is_causal, 0, kind.similarity, kind.normalize)
         with recording() as launches, as_architecture("sm_90"):
             out, sums = direct.forward(problem)
         assert len(launches) == (2 if queries == 1 else 1)
@@ -215,7 +215,7 @@ def test_one_launch_forward_and_two_backward(name: str, queries: int) -> None:
 
 def test_gradients_that_nobody_reads_are_not_computed() -> None:
     q, k, v = inputs(keys=20)
-    problem = direct.Problem(q, k, v, None, None, True, 0, KINDS["taylor"].similarity, True)
+    problem = direct.DirectProblem(q, k, v, None, None, True, 0, KINDS["taylor"].similarity, True)
     out, sums = direct.forward(problem)
     whole = direct.backward(problem, out, out, sums, (True, True, True))
     for i in range(3):

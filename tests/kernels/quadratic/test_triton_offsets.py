@@ -22,12 +22,12 @@ pytestmark = pytest.mark.skipif(
 if not TRITON_ABSENT:
     from triton.runtime.interpreter import GridExecutor
 
-    from linattn.kernels.common.gpu.direct import launcher as direct
-    from linattn.kernels.common.gpu.launch import FARTHEST_ROWS
+    from linattn.kernels.common.gpu.direct import launch as direct
+    from linattn.kernels.common.gpu.launch import MAX_TOKEN_STRIDE
     from linattn.kernels.feature_map.gpu import launcher as feature_map
     from linattn.kernels.quadratic.gpu import chunked as quadratic
 
-ROW = FARTHEST_ROWS - 8
+ROW = MAX_TOKEN_STRIDE - 8
 KEYS = 2**31 // ROW + 16
 HEAD = 2**30
 NO_RESERVE, NO_HUGE_PAGES = 0x4000, 15  # of Linux; the first has a name in Python from 3.13 on

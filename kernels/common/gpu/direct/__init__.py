@@ -1,5 +1,5 @@
 """The direct form: every pair's score is computed, a tile at a time, and none is kept."""
 
-from linattn.kernels.common.gpu.direct.launcher import Problem, backward, describe, forward
+from linattn.kernels.common.gpu.direct.launch import DirectProblem, backward, describe, forward
 
-__all__ = ["Problem", "backward", "describe", "forward"]
+__all__ = ["DirectProblem", "backward", "describe", "forward"]

@@ -1,4 +1,4 @@
-"""Tile sizes of the direct form, by architecture, width of the inputs and head size.
+"""Tile sizes of the direct form, by architecture, bytes of an input's element and head size.
 
 Chosen by reading compiled code (`linattn kernels`); none was timed yet. On sm_90, in 2-byte types up to head size 128,
 all products run on the asynchronous matrix unit, and nothing in the long loops serialises it or is spilled, with Triton
@@ -12,64 +12,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from linattn.kernels.common.gpu.config import BYTES_16BIT, BYTES_32BIT, KernelConfig, size_class
+
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Queries and keys of one step, warps of a program, loads in flight."""
+class DirectConfig:
+    """The tiles of one call: forward, dq, dk and dv, and of decoding, where BLOCK_T is the least."""
 
-    BLOCK_Q: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-
-    def __str__(self) -> str:
-        return f"{self.BLOCK_Q}x{self.BLOCK_K} ({self.num_warps} warps, {self.num_stages} stages)"
-
-
-@dataclass(frozen=True)
-class Row:
-    """The tile of each kernel: forward, dq, dk and dv, and of decoding, where BLOCK_Q is the least."""
-
-    forward: Tile
-    queries: Tile
-    keys: Tile
-    decode: Tile
+    forward: KernelConfig
+    dq: KernelConfig
+    dkv: KernelConfig
+    decode: KernelConfig
 
 
 HEAD_SIZES = (64, 128, 256)
-"""A row serves head sizes, D or M, up to its own."""
+"""An entry serves head sizes, D or M, up to its own."""
 
-LOW, FP32 = 2, 4
-"""Bytes of an element."""
 
-INTERPRETER = Row(Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2), Tile(16, 32, 4, 2))
+def _tiles(*kernels: tuple[int, int, int, int]) -> DirectConfig:
+    """Build an entry from BLOCK_T, BLOCK_N, warps and stages of forward, dq, dkv and decode."""
+    return DirectConfig(*(KernelConfig(*kernel) for kernel in kernels))
+
+
+INTERPRETER = _tiles((16, 32, 4, 2), (16, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2))
 
 _HOPPER = {
-    (LOW, 64): Row(Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 4, 3)),
-    (LOW, 128): Row(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 4, 3)),
-    (LOW, 256): Row(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(16, 32, 4, 3)),
-    (FP32, 64): Row(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 3)),
-    (FP32, 128): Row(Tile(64, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 3)),
-    (FP32, 256): Row(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 3)),
+    (BYTES_16BIT, 64): _tiles((128, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+    (BYTES_16BIT, 128): _tiles((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2), (16, 64, 4, 3)),
+    (BYTES_16BIT, 256): _tiles((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (16, 32, 4, 3)),
+    (BYTES_32BIT, 64): _tiles((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (16, 64, 4, 3)),
+    (BYTES_32BIT, 128): _tiles((64, 32, 4, 2), (64, 32, 8, 2), (32, 64, 8, 2), (16, 32, 4, 3)),
+    (BYTES_32BIT, 256): _tiles((16, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1), (16, 16, 4, 3)),
 }
 _AMPERE = {
-    (LOW, 64): Row(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 64, 4, 3)),
-    (LOW, 128): Row(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 4, 3)),
-    (LOW, 256): Row(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 4, 2)),
-    (FP32, 64): Row(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 64, 4, 2)),
-    (FP32, 128): Row(Tile(32, 32, 4, 2), Tile(32, 16, 8, 2), Tile(32, 16, 4, 2), Tile(16, 32, 4, 2)),
-    (FP32, 256): Row(Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 2)),
+    (BYTES_16BIT, 64): _tiles((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (16, 64, 4, 3)),
+    (BYTES_16BIT, 128): _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 3)),
+    (BYTES_16BIT, 256): _tiles((64, 64, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1), (16, 32, 4, 2)),
+    (BYTES_32BIT, 64): _tiles((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2)),
+    (BYTES_32BIT, 128): _tiles((32, 32, 4, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 32, 4, 2)),
+    (BYTES_32BIT, 256): _tiles((16, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1), (16, 16, 4, 2)),
 }
 _CONSUMER = {
-    (LOW, 64): Row(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(16, 64, 4, 2)),
-    (LOW, 128): Row(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(16, 32, 4, 2)),
-    (LOW, 256): Row(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(16, 32, 4, 2)),
-    (FP32, 64): Row(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
-    (FP32, 128): Row(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
-    (FP32, 256): Row(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    (BYTES_16BIT, 64): _tiles((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (16, 64, 4, 2)),
+    (BYTES_16BIT, 128): _tiles((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2)),
+    (BYTES_16BIT, 256): _tiles((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 2)),
+    (BYTES_32BIT, 64): _tiles((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+    (BYTES_32BIT, 128): _tiles((32, 32, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+    (BYTES_32BIT, 256): _tiles((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 CONFIGURATIONS = {
     "sm_80": _AMPERE,
@@ -77,7 +69,7 @@ CONFIGURATIONS = {
     "sm_100": _HOPPER,
     "gfx942": _CONSUMER,  # 64 KB of shared memory, no loads in flight beyond registers
     "consumer": _CONSUMER,
-    "interpreter": {(width, size): INTERPRETER for width in (LOW, FP32) for size in HEAD_SIZES},
+    "interpreter": {(width, size): INTERPRETER for width in (BYTES_16BIT, BYTES_32BIT) for size in HEAD_SIZES},
 }
 
 # Programs that fill a chip, two for each multiprocessor of its largest model: decoding splits keys alike on all.
@@ -86,6 +78,6 @@ MOST_SPLITS = 64
 """Their sums are added up in one program's registers."""
 
 
-def configuration(architecture: str, dtype: torch.dtype, head_size: int) -> Row:
-    size = next(size for size in HEAD_SIZES if head_size <= size)
-    return CONFIGURATIONS[architecture][dtype.itemsize, size]
+def configuration(architecture: str, dtype: torch.dtype, head_size: int) -> DirectConfig:
+    """Return the tiles for an architecture and the larger of both head sizes."""
+    return CONFIGURATIONS[architecture][dtype.itemsize, size_class(HEAD_SIZES, head_size)]
