@@ -5,6 +5,7 @@
 # make triton36 the kernels' gate and their tests in the interpreter, with Triton 3.6.0 instead of the one that is there
 # make transformers4  the Hugging Face integration with transformers 4.57 instead of the one that is there
 # make lint     ruff, formatting, import contract        make types    mypy
+# make lint-cpp clang-format and clang-tidy over the C++ sources, a quarter of a minute
 # make docs     the site into build/docs                 make clean    remove builds and caches, not runs
 #
 # PYTHON names the interpreter (python3), VENV the environment (.venv). NOVENV=1 installs nothing and runs PYTHON as it
@@ -26,9 +27,10 @@ READY := $(abspath $(VENV))/.ready
 endif
 
 NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/*,kernels/$(depth).cpp kernels/$(depth).hpp))
+CXX_FILES := $(filter %.cpp %.hpp,$(NATIVE)) $(wildcard tests/kernels/native/*.?pp)
 ROOMS := kernels autoencoders rnn bench
 
-.PHONY: demo test bench gpu triton36 transformers4 lint contract types docs clean setup tree
+.PHONY: demo test bench gpu triton36 transformers4 lint lint-cpp contract types docs clean setup tree
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -69,6 +71,19 @@ $(TRANSFORMERS4)/.ready: | $(READY)
 lint: contract
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# clang-tidy sees each source once: as the portable set, or as AMX where that is all there is. Without OpenMP, whose
+# header clang brings along only where it is installed as a compiler.
+CLANG_TIDY := clang-tidy==23.1.4
+executable = $$($(PY) -c 'import $(1); print($(1).get_executable("$(2)"))')
+lint-cpp: $(READY)
+	"$(call executable,clang_format,clang-format)" --dry-run --Werror $(CXX_FILES)
+	$(PY) -c 'import clang_tidy' 2>/dev/null || $(PY) -m pip install $(CLANG_TIDY)
+	cmake -S . -B build/lint -DCMAKE_BUILD_TYPE=Release -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
+	  -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON -DLINATTN_INSTRUCTION_SETS=portable -DLINATTN_CHECKED=ON -DLINATTN_TESTS=ON \
+	  -DPython_EXECUTABLE=$(PY) -Dnanobind_DIR=$$($(PY) -c 'import nanobind; print(nanobind.cmake_dir())')
+	$(PY) "$(call executable,clang_tidy,run-clang-tidy.py)" -quiet -p build/lint \
+	  -clang-tidy-binary "$(call executable,clang_tidy,clang-tidy)" '/kernels/.*\.cpp$$'
 
 # -S leaves out .pth files and with them the import hook of an editable install, which would hide the tree.
 contract: $(READY) tree

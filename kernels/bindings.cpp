@@ -44,7 +44,7 @@ nb::dict build_info() {
     nb::dict info;
     info["version"] = LINATTN_VERSION;
     info["compiler"] = compiler();
-    info["cxx_standard"] = static_cast<long>(__cplusplus);
+    info["cxx_standard"] = __cplusplus;
     info["architecture"] = architecture();
     info["build_type"] = LINATTN_BUILD_TYPE;
 #if defined(Py_LIMITED_API)

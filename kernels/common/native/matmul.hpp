@@ -87,6 +87,7 @@ LINATTN_INLINE void compute_panels(const Product (&products)[terms], int rows, I
             if constexpr (widest > 2) compute_panel<2>(products, rows, c, c_stride, j, add);
             return;
         case 1: return compute_panel<1>(products, rows, c, c_stride, j, add);
+        default: return;
     }
 }
 

@@ -87,8 +87,8 @@ void forward_segment(const SegmentPlan& plan, const ForwardCall& call, Index uni
         for (Index j = part.first_key; j < part.last_key; j += plan.chunk) {
             const Index end = min(j + plan.chunk, part.last_key);
             const Index i0 = plan.first_query_of(part.sequence, j), i1 = plan.first_query_of(part.sequence, end);
-            if (i0 == i1 && i0 == part.last_query && !(last && call.after != nullptr))
-                break;  // no query is left, nor the final state asked for
+            const bool state_needed = last && call.after != nullptr;
+            if (i0 == i1 && i0 == part.last_query && !state_needed) break;
             keys.load(plan, part, j, end);
             if (i0 < i1) keys.transpose_keys(plan);
             process_queries(plan, part, queries, i0, i1, keys, sums);
@@ -261,7 +261,8 @@ struct SegmentBackward {
         clear(sums.S, plan.size());
         if (call.dafter != nullptr) add_state(plan, *call.dafter, task, sums.S, sums.z);
         const Index first = plan.p.is_causal ? part.index + 1 : 0;
-        for (Index i = first; i < part.count; ++i) add_all(plan.segment_state(plan.tasks + task, i), plan.size(), sums.S);
+        for (Index i = first; i < part.count; ++i)
+            add_all(plan.segment_state(plan.tasks + task, i), plan.size(), sums.S);
         sums.begin();
         const bool last = part.index + 1 == part.count;
         if (plan.p.is_causal && last) update(plan.first_query_of(part.sequence, part.last_key), part.last_query);

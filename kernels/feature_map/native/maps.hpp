@@ -45,7 +45,7 @@ LINATTN_INLINE void dispatch_map(Map map, Dtype dtype, const Body& body) {
 inline void pack_features(Map map, const RowView& from, Index count, Index n, float factor, const bool* keep,
                           Index rows, float* to) {
     const Index stride = round_up<width>(n);
-    dispatch_map(map, from.dtype, [=]<Map m, class T>() {
+    dispatch_map(map, from.dtype, [=]<Map m, class T> {
         for (Index r = 0; r < count; ++r) {
             const T* row = static_cast<const T*>(from.data) + r * from.stride;
             float* features = to + r * stride;
@@ -68,7 +68,7 @@ inline void pack_features(Map map, const RowView& from, Index count, Index n, fl
 inline void store_map_gradient(Map map, const float* gradient, const RowView& at, Index count, Index n, float factor,
                                const bool* keep, const RowView& to) {
     const Index stride = round_up<width>(n);
-    dispatch_map(map, at.dtype, [=]<Map m, class T>() {
+    dispatch_map(map, at.dtype, [=]<Map m, class T> {
         for (Index r = 0; r < count; ++r) {
             const T* x = static_cast<const T*>(at.data) + r * at.stride;
             T* row = static_cast<T*>(to.data) + r * to.stride;

@@ -82,7 +82,7 @@ private:
         }
         const Index rows = round_up<gradient_rows>(longest);
         const Index kv_rows = group_ > split_.slices ? round_up<key_block>(keys) : key_block;
-        const Index sizes[] = {rows * D_, rows * M_,        round_up<width>(rows), rows * D_,      kv_rows * D_,
+        const Index sizes[] = {rows * D_,    rows * M_,        round_up<width>(rows), rows * D_,      kv_rows * D_,
                                kv_rows * M_, p_.D * key_block, p_.M * key_block,      key_block * D_, key_block};
         float* places[10];
         Index used = 0;

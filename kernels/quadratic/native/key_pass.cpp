@@ -35,13 +35,13 @@ void KeyPass::read_state(Index part, Tile& target) const {
     }
 }
 
-void KeyPass::store_target(const Tile& tile) {
+void KeyPass::store_target(const Tile& target) {
     const Index b = sequence_.batch, first = sequence_.first_key, M = round_up<width>(p_.M);
     if (collects_.gradients)
-        store_lanes(tile, backward_->dk, kv_head_, first, 1, [&](int r) { return key_position(tile, r); });
+        store_lanes(target, backward_->dk, kv_head_, first, 1, [&](int r) { return key_position(target, r); });
     if (!collects_.values) return;
     const RowView dv = row_view(backward_->dv, p_.dtype, b, kv_head_, first);
-    for (int r = 0; r < tile.rows; ++r) store_row(tile.acc + r * M, p_.M, 1, dv, key_position(tile, r));
+    for (int r = 0; r < target.rows; ++r) store_row(target.acc + r * M, p_.M, 1, dv, key_position(target, r));
 }
 
 // Masked keys have no gradient.

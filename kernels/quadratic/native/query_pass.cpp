@@ -41,19 +41,19 @@ void QueryPass::read_state(Index part, Tile& target) const {
     }
 }
 
-void QueryPass::store_target(const Tile& tile) {
+void QueryPass::store_target(const Tile& target) {
     const Index b = sequence_.batch, M = round_up<width>(p_.M);
     if (kind_ == Kind::gradient)
-        return store_lanes(tile, backward_->dq, tile.head, sequence_.first_query, p_.scale,
-                           [&](int r) { return tile.first + r; });
-    const Index first = sequence_.first_query + tile.first;
-    const RowView out = row_view(call_.out, p_.dtype, b, tile.head, first);
-    for (int r = 0; r < tile.rows; ++r) {
-        call_.l[(b * p_.H + tile.head) * p_.Tq + first + r] = tile.l[r];
+        return store_lanes(target, backward_->dq, target.head, sequence_.first_query, p_.scale,
+                           [&](int r) { return target.first + r; });
+    const Index first = sequence_.first_query + target.first;
+    const RowView out = row_view(call_.out, p_.dtype, b, target.head, first);
+    for (int r = 0; r < target.rows; ++r) {
+        call_.l[(b * p_.H + target.head) * p_.Tq + first + r] = target.l[r];
         if (p_.normalize)
-            store_quotient(tile.acc + r * M, p_.M, tile.l[r], out, r);
+            store_quotient(target.acc + r * M, p_.M, target.l[r], out, r);
         else
-            store_row(tile.acc + r * M, p_.M, 1, out, r);
+            store_row(target.acc + r * M, p_.M, 1, out, r);
     }
 }
 

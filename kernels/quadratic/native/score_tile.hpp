@@ -35,7 +35,7 @@ void load_key_mask(const bool* keep, Index count, std::int32_t* key_mask);
 // Add what a block of keys gives to `rows` (whole strips of) queries x [rows][round_up<width>(D)]: p(s) v to acc
 // [rows][round_up<width>(M)], p(s) to l [rows][width], whose lanes are summed at the end. Query r sees keys
 // c <= last + r.
-void accumulate_out(const ScorePolynomial& p, const float* x, Index D, Index M, const KeyBlock& keys, Index last,
+void accumulate_out(const ScorePolynomial& f, const float* x, Index D, Index M, const KeyBlock& keys, Index last,
                     int rows, float* acc, float* l);
 
 // The same for the backward pass: keys in both layouts.
@@ -60,7 +60,7 @@ struct QueryTile {
 constexpr int gradient_rows = 48;  // the most rows of a tile: its two squares of scores stay in the first-level cache
 
 // Add the gradients of a tile: dS = p'(s) (dO' V^T - delta), dx += dS K, dK += dS^T x, dV += p(s)^T dO'.
-void accumulate_gradients(const ScorePolynomial& p, const QueryTile& queries, int count, Index D, Index M,
+void accumulate_gradients(const ScorePolynomial& f, const QueryTile& queries, int count, Index D, Index M,
                           const KeyGradientBlock& keys, Index last);
 
 }  // namespace linattn::LINATTN_ISA::quadratic

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 
 #include "common/native/isa.hpp"
@@ -9,6 +10,11 @@
 namespace test {
 
 constexpr int failed = 1, skipped = 77;  // CMakeLists.txt: SKIP_RETURN_CODE
+
+// Argument `index` of a program, a number; `otherwise` if it is not there.
+inline unsigned argument(int count, char** words, int index, unsigned otherwise) {
+    return count > index ? static_cast<unsigned>(std::strtoul(words[index], nullptr, 10)) : otherwise;
+}
 
 // The exit status of a program that computes `wrong()`, the number of wrong calls: skipped where the machine lacks the
 // instruction set that is asked for, failed where something is wrong or an error comes out.

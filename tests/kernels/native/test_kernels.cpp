@@ -4,7 +4,6 @@
 //
 //     test_kernels [calls] [first seed]          LINATTN_CPU_CAPABILITY names the instruction set
 #include <cstdio>
-#include <cstdlib>
 #include <string>
 
 #include "common/native/isa.hpp"
@@ -97,7 +96,7 @@ int count_wrong(unsigned calls, unsigned first) {
 }  // namespace
 
 int main(int count, char** words) {
-    const unsigned calls = count > 1 ? static_cast<unsigned>(std::atoi(words[1])) : 60;
-    const unsigned first = count > 2 ? static_cast<unsigned>(std::atoi(words[2])) : 0;
+    const unsigned calls = test::argument(count, words, 1, 60);
+    const unsigned first = test::argument(count, words, 2, 0);
     return test::exit_status([&] { return count_wrong(calls, first); });
 }

@@ -5,7 +5,6 @@
 //     test_recurrent [calls]          LINATTN_CPU_CAPABILITY names the instruction set
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <vector>
@@ -166,6 +165,6 @@ int count_wrong(unsigned calls) {
 }  // namespace
 
 int main(int count, char** words) {
-    const unsigned calls = count > 1 ? static_cast<unsigned>(std::atoi(words[1])) : 60;
+    const unsigned calls = test::argument(count, words, 1, 60);
     return test::exit_status([&] { return count_wrong(calls); });
 }
