@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from linattn._util.files import write_json
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.lm.text import Characters, consecutive_windows, random_windows
-from linattn.training.trainer import Record, Trainer, TrainingConfig, write_checkpoint
+from linattn.training import Record, Trainer, TrainingConfig, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

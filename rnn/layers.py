@@ -28,14 +28,14 @@ class LSTMState(NamedTuple):
     c: Tensor
 
 
-class Reader(nn.Module, ABC):
+class RecurrentModule(nn.Module, ABC):
     """What reads sequences step by step: a layer, or a stack of them."""
 
     input_size: int
     hidden_size: int
 
     @abstractmethod
-    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+    def run_recurrent(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
         """All h `[B, T, H]`, 0 behind a sequence's end, and the last state of these checked inputs."""
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ class Reader(nn.Module, ABC):
         return (batch, self.hidden_size)
 
 
-class ReaderWithH(Reader):
+class HiddenStateModule(RecurrentModule):
     """Its state is h."""
 
     def forward(
@@ -58,13 +58,13 @@ class ReaderWithH(Reader):
         if initial is not None:
             check_state("initial", initial, self.state_shape(given.batch), given.padded)
         kept: list[State] | None = None if kept_states is None else []
-        all_h, (last_h,) = self.walk(given, None if initial is None else (initial,), kept)
+        all_h, (last_h,) = self.run_recurrent(given, None if initial is None else (initial,), kept)
         if kept_states is not None and kept is not None:
             kept_states.extend(h for (h,) in kept)
         return given.like_given(all_h), last_h
 
 
-class ReaderWithCell(Reader):
+class LSTMStateModule(RecurrentModule):
     """Its state is an LSTMState."""
 
     def forward(
@@ -77,22 +77,22 @@ class ReaderWithCell(Reader):
     ) -> tuple[Tensor | PackedSequence, LSTMState]:
         given = sequences(x, lengths, self.input_size, next(self.parameters()))
         if initial is not None:
-            initial = _checked_pair(initial, self.state_shape(given.batch), given.padded)
+            initial = _check_pair(initial, self.state_shape(given.batch), given.padded)
         kept: list[State] | None = None if kept_states is None else []
-        all_h, last = self.walk(given, initial, kept)
+        all_h, last = self.run_recurrent(given, initial, kept)
         if kept_states is not None and kept is not None:
             kept_states.extend(LSTMState(*state) for state in kept)
         return given.like_given(all_h), LSTMState(*last)
 
 
-def _checked_pair(initial: object, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+def _check_pair(initial: object, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two halves of an LSTM's initial state, each of this shape, or raise StateError."""
     if not isinstance(initial, (tuple, list)) or len(initial) != 2:
         raise StateError(f"the initial state of an LSTM must be a pair (h, c) of tensors, got {type(initial).__name__}")
     return check_state("initial h", initial[0], shape, x), check_state("initial c", initial[1], shape, x)
 
 
-class RecurrentLayer(Reader):
+class RecurrentLayer(RecurrentModule):
     """What both layers share: `weight_x [G H, F]`, `weight_h [G H, H]` and `bias [G H]` with the rows of G gates.
 
     Raises: ArgumentError (sizes).
@@ -137,7 +137,7 @@ class RecurrentLayer(Reader):
     def cell(self) -> str | Activation:
         """What `linattn.recurrence.recur` computes at each step."""
 
-    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+    def run_recurrent(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
         projected = F.linear(x.padded, self.weight_x, self.bias)
         return recur(projected, self.weight_h, initial, cell=self.cell, lengths=x.lengths, kept=kept)
 
@@ -145,7 +145,7 @@ class RecurrentLayer(Reader):
         return f"{self.input_size}, {self.hidden_size}"
 
 
-class RNNLayer(RecurrentLayer, ReaderWithH):
+class RNNLayer(RecurrentLayer, HiddenStateModule):
     """Elman layer: `h_t = act(W_h h_{t-1} + W_x x_t + b)`, with one bias.
 
     Args:
@@ -205,7 +205,7 @@ class RNNLayer(RecurrentLayer, ReaderWithH):
         return f"{super().extra_repr()}, nonlinearity={name}"
 
 
-class LSTMLayer(RecurrentLayer, ReaderWithCell):
+class LSTMLayer(RecurrentLayer, LSTMStateModule):
     """Long short-term memory, one bias a gate:
 
         i, f, o = sigmoid(x_t U + h_{t-1} W + b)     g = tanh(x_t U + h_{t-1} W + b)     each with its own U, W, b

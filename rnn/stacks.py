@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from linattn.errors import ArgumentError
 from linattn.rnn.checks import check_size
-from linattn.rnn.layers import LSTMLayer, Reader, ReaderWithCell, ReaderWithH, RecurrentLayer, RNNLayer
+from linattn.rnn.layers import HiddenStateModule, LSTMLayer, LSTMStateModule, RecurrentLayer, RecurrentModule, RNNLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from linattn.rnn.sequences import Sequences
 
 
-class _Stack(Reader):
+class _Stack(RecurrentModule):
     """`layers[l]` reads forwards; where the stack is bidirectional `reverse_layers[l]` reads the same backwards."""
 
     def __init__(
@@ -43,27 +43,27 @@ class _Stack(Reader):
     def state_shape(self, batch: int) -> tuple[int, ...]:
         return (self.state_count, batch, self.hidden_size)
 
-    def walk(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+    def run_recurrent(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
         """The top layer's outputs, and the last states of all layers, stacked; of each layer forwards first."""
         last: list[State] = []
 
-        def climb(layer: nn.Module, x: Sequences) -> Tensor:
+        def run_layer(layer: nn.Module, x: Sequences) -> Tensor:
             assert isinstance(layer, RecurrentLayer)
             before = None if initial is None else tuple(half[len(last)] for half in initial)
-            all_h, state = layer.walk(x, before, kept)
+            all_h, state = layer.run_recurrent(x, before, kept)
             last.append(state)
             return all_h
 
         for level, layer in enumerate(self.layers):
-            all_h = climb(layer, x)
+            all_h = run_layer(layer, x)
             if self.reverse_layers is not None:
-                backwards = x._replace(padded=climb(self.reverse_layers[level], x.reversed())).reversed().padded
+                backwards = x._replace(padded=run_layer(self.reverse_layers[level], x.reversed())).reversed().padded
                 all_h = torch.cat((all_h, backwards), -1)
             x = x._replace(padded=all_h)
         return x.padded, tuple(map(torch.stack, zip(*last, strict=True)))
 
 
-class RNN(_Stack, ReaderWithH):
+class RNN(_Stack, HiddenStateModule):
     """A stack of `RNNLayer`: `h^l_t = act(W_h h^l_{t-1} + W_x h^{l-1}_t + b)` with h^0 = x.
 
     Args:
@@ -112,7 +112,7 @@ class RNN(_Stack, ReaderWithH):
         super().__init__(make, input_size, hidden_size, num_layers, bidirectional)
 
 
-class LSTM(_Stack, ReaderWithCell):
+class LSTM(_Stack, LSTMStateModule):
     """A stack of `LSTMLayer`, each reading the hidden states of the one below.
 
     Args:

@@ -99,14 +99,9 @@ class Experiment:
     ) -> Trainer:
         """The trainer for it; `kept` goes into the checkpoint beside the settings."""
         settings = self.settings
-        config = TrainingConfig(
+        config = TrainingConfig.adam(
             steps=settings.epochs * self.batches,
             learning_rate=settings.lr,
-            warmup=0.0,
-            final_learning_rate=1.0,
-            weight_decay=0.0,
-            betas=(0.9, 0.999),
-            clip=None,
             validate_every=settings.validate_every * self.batches,
             patience=settings.patience,
         )

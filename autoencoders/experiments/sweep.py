@@ -38,7 +38,7 @@ from linattn.autoencoders.experiments.options import (
 from linattn.autoencoders.experiments.settings import OBJECTIVES, Settings
 from linattn.autoencoders.models.repeats import batching_pays
 from linattn.errors import ArgumentError
-from linattn.training import jobs as sweeps
+from linattn.training.jobs import JobFile, read_finished
 from linattn.training.workers import side_by_side
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """What one process does in one go: some repeats of one combination, trained together.
 
     Attributes:
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         for path in (out / "jobs").glob("*.json"):
             path.unlink()
     _claim(out, fingerprint(data))
-    done = sweeps.finished({job.name: sweeps.Job(_path(out, job), asdict(job.settings)) for job in jobs}, ELSEWHERE)
+    done = read_finished({job.name: JobFile(_path(out, job), asdict(job.settings)) for job in jobs}, ELSEWHERE)
     left = [job for job in jobs if job.name not in done]
     print(f"{len(jobs)} jobs, {len(done)} of them done before; {args.workers} processes", flush=True)
     # Ctrl-C gives up the jobs under way; the others are told all the same.
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan(args: argparse.Namespace, data: SampleSet) -> list[Job]:
+def plan(args: argparse.Namespace, data: SampleSet) -> list[SweepJob]:
     """All jobs, the shortest first: repeats together where one batched model is faster, else one a job."""
     jobs = []
     for model in args.models:
@@ -164,11 +164,11 @@ def plan(args: argparse.Namespace, data: SampleSet) -> list[Job]:
                     settings = replace(settings, epochs=args.epochs, validate_every=every)
                 trial = [build(settings, data, seed) for seed in range(min(repeats, 2))]
                 together = [tuple(range(repeats))] if batching_pays(trial) else [(r,) for r in range(repeats)]
-                jobs += [Job(model, objective, k, members, settings) for members in together]
+                jobs += [SweepJob(model, objective, k, members, settings) for members in together]
     return sorted(jobs, key=lambda job: (job.k, OBJECTIVES.index(job.objective)))
 
 
-def work(job: Job, data: SampleSet) -> dict[str, Any] | None:
+def work(job: SweepJob, data: SampleSet) -> dict[str, Any] | None:
     """Train and measure; None when interrupted."""
     started = time.monotonic()
     trainer = Experiment(job.settings, data, job.members).trainer(show_progress=False)
@@ -193,8 +193,8 @@ def work(job: Job, data: SampleSet) -> dict[str, Any] | None:
 
 
 def _finish(
-    jobs: Sequence[Job], data: SampleSet, workers: int, out: Path
-) -> Iterator[tuple[Job, dict[str, Any] | None]]:
+    jobs: Sequence[SweepJob], data: SampleSet, workers: int, out: Path
+) -> Iterator[tuple[SweepJob, dict[str, Any] | None]]:
     """Do the jobs side by side and write each result as it comes; on Ctrl-C what runs is given up."""
     started = time.monotonic()
     try:
@@ -213,7 +213,7 @@ def _finish(
 def assemble(
     args: argparse.Namespace,
     data: SampleSet,
-    jobs: Sequence[Job],
+    jobs: Sequence[SweepJob],
     done: dict[str, Any],
     sessions: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def _claim(out: Path, samples: str) -> None:
         )
 
 
-def _path(out: Path, job: Job) -> Path:
+def _path(out: Path, job: SweepJob) -> Path:
     return out / "jobs" / f"{job.name}.json"
 
 

@@ -28,7 +28,8 @@ from linattn.autoencoders.experiments.options import (
 from linattn.autoencoders.experiments.settings import OBJECTIVES, Settings
 from linattn.errors import CheckpointError
 from linattn.training import resume
-from linattn.training.trainer import CHECKPOINT_NAME, Record, Trainer, read_checkpoint
+from linattn.training.checkpoint import CHECKPOINT_NAME, read_checkpoint
+from linattn.training.trainer import Record, Trainer
 
 # What may differ between the sessions of one run: when it stops and where its data lie, not what is trained.
 CHANGEABLE = {"epochs", "patience", "data", "download", "device"}
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = set_options(args)
     out: Path = args.out or Path("runs") / f"ae-{chosen['set']}-{given.get('objective', 'vanilla')}"
     path = out / CHECKPOINT_NAME
-    checkpoint = resume.checkpoint_to_go_on_with(path, args)
+    checkpoint = resume.checkpoint_to_resume(path, args)
     if checkpoint is not None:
         settings, chosen = _resumed(checkpoint, given, args, path)
     else:
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     resume.begin(trainer, checkpoint, path, args)
     _print_heading(experiment)
     command = f"linattn train ae --out {out}"
-    if not resume.train(trainer, command):
+    if not resume.train(trainer, f"{command} --resume"):
         return 130
     _finish(experiment, trainer, out, command, figures=not args.no_figure)
     return 0

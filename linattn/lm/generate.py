@@ -9,10 +9,10 @@ import torch
 
 from linattn._util.environment import pick_device
 from linattn.errors import ArgumentError, CheckpointError
-from linattn.lm import train as language
 from linattn.lm.model import CausalLM
 from linattn.lm.text import decode, encode
-from linattn.training.trainer import CHECKPOINT_NAME, read_checkpoint
+from linattn.lm.train import resumed_settings
+from linattn.training.checkpoint import CHECKPOINT_NAME, read_checkpoint
 
 if TYPE_CHECKING:
     import argparse
@@ -73,7 +73,7 @@ def load(path: Path) -> tuple[CausalLM, str]:
         raise CheckpointError(
             f"the checkpoint {path} names no alphabet; accepted: one of `linattn train lm` of this version"
         )
-    settings = language.resumed_settings(checkpoint, {}, path)
+    settings = resumed_settings(checkpoint, {}, path)
     model = CausalLM(settings.model_config(len(alphabet)))
     try:
         model.load_state_dict(checkpoint["model"])

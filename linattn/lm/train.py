@@ -23,7 +23,8 @@ from linattn.errors import ArgumentError, CheckpointError, DataError
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.lm.text import Characters, Trigram, consecutive_windows, random_windows
 from linattn.training import resume
-from linattn.training.trainer import CHECKPOINT_NAME, Record, Trainer, TrainingConfig
+from linattn.training.checkpoint import CHECKPOINT_NAME
+from linattn.training.trainer import Record, Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ VALIDATION_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Settings:
+class LMSettings:
     """All that decides the outcome of a run. The names are those of the options."""
 
     text: str = ""
@@ -89,14 +90,14 @@ class Settings:
 
 
 DEFAULT_MINUTES = 10.0
-QUICK = Settings(layers=1, dim=32, context=32, steps=30, validate_every=15, sample=80)
+QUICK = LMSettings(layers=1, dim=32, context=32, steps=30, validate_every=15, sample=80)
 # What may differ between the sessions of one run: where it stops and what is made of it, not what is trained.
 CHANGEABLE = {"text", "steps", "minutes", "validate_every", "device", "sample"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options. Absent ones stay absent, so that a resumed run can tell them from contradictions."""
-    default = Settings()
+    default = LMSettings()
 
     def add(name: str, kind: type, text: str, **more: Any) -> None:
         shown = getattr(default, name.replace("-", "_"))
@@ -139,14 +140,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then write the results; 130 when interrupted."""
-    given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
-    out = args.out or Path("runs") / f"lm-{given.get('kernel', Settings.kernel)}".replace(",", "-")
+    given = {field.name: getattr(args, field.name) for field in fields(LMSettings) if hasattr(args, field.name)}
+    out = args.out or Path("runs") / f"lm-{given.get('kernel', LMSettings.kernel)}".replace(",", "-")
     path = out / CHECKPOINT_NAME
-    checkpoint = resume.checkpoint_to_go_on_with(path, args)
+    checkpoint = resume.checkpoint_to_resume(path, args)
     if checkpoint is not None:
         settings = resumed_settings(checkpoint, given, path)
     else:
-        settings = replace(QUICK if args.quick else Settings(), **given)
+        settings = replace(QUICK if args.quick else LMSettings(), **given)
         if settings.steps is None and settings.minutes is None:
             settings = replace(settings, minutes=DEFAULT_MINUTES)
     if not settings.text:
@@ -168,14 +169,14 @@ def run(args: argparse.Namespace) -> int:
     _print_heading(settings, text, model, trigram)
 
     command = f"linattn train lm --out {out}"
-    if not resume.train(trainer, command):
+    if not resume.train(trainer, f"{command} --resume"):
         return 130
     with resume.writing_results(out, command):
         write_results(settings, text, model, trainer, trigram, out, figure=not args.no_figure)
     return 0
 
 
-def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Path) -> Settings:
+def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Path) -> LMSettings:
     """Settings of the checkpoint with what may change replaced by what was given.
 
     Raises:
@@ -187,7 +188,7 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
         if name not in ("sha256", "alphabet", "environment")
     }
     try:
-        settings = Settings(**kept)
+        settings = LMSettings(**kept)
     except TypeError as error:
         raise CheckpointError(f"the checkpoint {path} is not one of `linattn train lm`: {error}") from error
     resume.check_unchanged(path, given, asdict(settings), CHANGEABLE)
@@ -196,7 +197,7 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
     return replace(settings, **given)
 
 
-def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tuple[CausalLM, Trainer]:
+def prepare(settings: LMSettings, text: Characters, out: Path | None = None) -> tuple[CausalLM, Trainer]:
     """Model and trainer for these settings, seeded and on their device, at step 0.
 
     Raises:
@@ -236,7 +237,14 @@ def prepare(settings: Settings, text: Characters, out: Path | None = None) -> tu
 
 
 def write_results(
-    settings: Settings, text: Characters, model: CausalLM, trainer: Trainer, trigram: float, out: Path, *, figure: bool
+    settings: LMSettings,
+    text: Characters,
+    model: CausalLM,
+    trainer: Trainer,
+    trigram: float,
+    out: Path,
+    *,
+    figure: bool,
 ) -> None:
     """Write sample, curve and results.json, tell the tracker, and print the outcome."""
     last = trainer.history[-1]
@@ -284,7 +292,7 @@ def write_results(
     )
 
 
-def write_sample(settings: Settings, text: Characters, model: CausalLM) -> str:
+def write_sample(settings: LMSettings, text: Characters, model: CausalLM) -> str:
     """The first whole line of the validation text and `settings.sample` characters that the model adds to it."""
     opening = text.decode(text.validation[:1000])
     whole = [line for line in opening.splitlines(keepends=True)[1:] if line.strip() and line.endswith("\n")]
@@ -335,7 +343,7 @@ def draw_curve(history: list[Record], trigram: float, kernel: str) -> Figure:
     return figure
 
 
-def _print_heading(settings: Settings, text: Characters, model: CausalLM, trigram: float) -> None:
+def _print_heading(settings: LMSettings, text: Characters, model: CausalLM, trigram: float) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     device = model.embedding.weight.device
     print(

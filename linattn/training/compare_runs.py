@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from linattn._util import figures
 from linattn._util.tables import text_table
 from linattn.errors import ArgumentError, CheckpointError, DataError
-from linattn.training.trainer import CHECKPOINT_NAME, HISTORY_NAME, Record, read_checkpoint
+from linattn.training.checkpoint import CHECKPOINT_NAME, HISTORY_NAME, read_checkpoint
+from linattn.training.trainer import Record
 
 if TYPE_CHECKING:
     import argparse

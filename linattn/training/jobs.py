@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Job(NamedTuple):
+class JobFile(NamedTuple):
     """Where a job leaves its results, a JSON object, and what these must show under "settings"."""
 
     path: Path
     settings: Mapping[str, Any]
 
 
-def finished(jobs: Mapping[str, Job], elsewhere: str = "another --out") -> dict[str, dict[str, Any]]:
+def read_finished(jobs: Mapping[str, JobFile], elsewhere: str = "another --out") -> dict[str, dict[str, Any]]:
     """The results of those jobs that have left any, by name.
 
     Args:
@@ -36,8 +36,8 @@ def finished(jobs: Mapping[str, Job], elsewhere: str = "another --out") -> dict[
             results = json.loads(job.path.read_text())
             had = results["settings"]
             # As they would be read again: tuples are lists there.
-            wanted = json.loads(json.dumps(dict(job.settings)))
-            other = [key for key in wanted if key not in had or had[key] != wanted[key]]
+            expected = json.loads(json.dumps(dict(job.settings)))
+            other = [key for key in expected if key not in had or had[key] != expected[key]]
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{job.path} cannot be read: {error}; accepted: results of a job, or {elsewhere}"
@@ -45,7 +45,7 @@ def finished(jobs: Mapping[str, Job], elsewhere: str = "another --out") -> dict[
         if other:
             raise DataError(
                 f"{job.path} was made with { ({key: had.get(key) for key in other}) }; "
-                f"accepted: { ({key: wanted[key] for key in other}) }, or {elsewhere}"
+                f"accepted: { ({key: expected[key] for key in other}) }, or {elsewhere}"
             )
         found[name] = results
     return found

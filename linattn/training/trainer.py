@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from linattn._util.files import atomic_file
+from linattn._util.progress import Bar, progress
 from linattn.errors import ArgumentError, CheckpointError
+from linattn.training.checkpoint import CHECKPOINT_NAME, HISTORY_NAME, describe_earlier, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from linattn.training.tracking import Tracker
-
-CHECKPOINT_FORMAT = 1
-CHECKPOINT_NAME = "checkpoint.pt"
-HISTORY_NAME = "history.jsonl"
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,43 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ArgumentError(f"{name}={value} was given; accepted: 0 to 1")
+
+    @classmethod
+    def adam(
+        cls,
+        *,
+        steps: int,
+        learning_rate: float,
+        validate_every: int,
+        final_learning_rate: float = 1.0,
+        patience: int | None = None,
+    ) -> TrainingConfig:
+        """Configure Adam as it was first published: no warm-up, nothing decayed, nothing clipped.
+
+        Args:
+            steps: number of optimiser steps.
+            learning_rate: the peak.
+            validate_every: steps between validations.
+            final_learning_rate: share of the peak that is left at the end of the cosine; 1 for a constant rate.
+            patience: stop early after so many validations in a row without a new lowest loss; None for never.
+
+        Source: Kingma and Ba 2015, "Adam: A method for stochastic optimization".
+
+        Example:
+            >>> TrainingConfig.adam(steps=10, learning_rate=0.1, validate_every=5).rate(0.9)
+            0.1
+        """
+        return cls(
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup=0.0,
+            final_learning_rate=final_learning_rate,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+            clip=None,
+            validate_every=validate_every,
+            patience=patience,
+        )
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the run that is done, 0 to 1, after `step` steps and `seconds` of training."""
@@ -210,7 +244,8 @@ class Trainer:
             CheckpointError: the checkpoint or the history cannot be written. A previous one is intact.
         """
         started = time.monotonic() - self.seconds
-        with _stop_requests() as stop_requested, _ProgressBar(self.show_progress) as bar:
+        style = {"bar_format": "{percentage:3.0f}%|{bar}| {elapsed}{postfix}", "leave": False}
+        with _stop_requests() as stop_requested, progress(1.0, "run", show=self.show_progress, **style) as bar:
             if not self.history:
                 # At once: from here on a killed run can be resumed, and the run that was here before cannot.
                 self.save()
@@ -220,7 +255,7 @@ class Trainer:
             while not self.finished:
                 self._train_step()
                 self.seconds = time.monotonic() - started
-                bar.show(self)
+                self._draw(bar)
                 if self.step % self.config.validate_every == 0 or self.finished:
                     bar.clear()
                     self._validate()
@@ -230,6 +265,10 @@ class Trainer:
                     self.save()
                     return False
         return True
+
+    def _draw(self, bar: Bar) -> None:
+        bar.set_postfix_str(f"step {self.step}, validation {self.history[-1].validation_loss:.4f}", refresh=False)
+        bar.update(self.config.progress(self.step, self.seconds) - bar.n)
 
     def _train_step(self) -> None:
         rate = self.config.rate(self.config.progress(self.step + 1, self.seconds))
@@ -281,8 +320,8 @@ class Trainer:
             with atomic_file(path) as file:
                 file.writelines(json.dumps(asdict(record)).encode() + b"\n" for record in self.history)
         except OSError as error:
-            kept = _what_is_kept("history", path)
-            raise CheckpointError(f"the history {path} cannot be written: {error}; {kept}") from error
+            earlier = describe_earlier("history", path)
+            raise CheckpointError(f"the history {path} cannot be written: {error}; {earlier}") from error
 
     def save(self) -> None:
         """Write the checkpoint, if there is a folder. It replaces the previous one only when it is complete.
@@ -331,51 +370,6 @@ class Trainer:
             raise CheckpointError(f"the checkpoint {source} does not fit this model and trainer: {error}") from error
 
 
-def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors, numbers, strings, lists and dictionaries; a file there is replaced only by a complete new one.
-
-    Raises:
-        CheckpointError: naming the file and the cause, such as a full disk.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
-    except (OSError, RuntimeError) as error:
-        # A failed write within torch ends in a RuntimeError about torch's own source; the system's is its context.
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        kept = _what_is_kept("checkpoint", path)
-        raise CheckpointError(f"the checkpoint {path} cannot be written: {cause}; {kept}") from error
-
-
-def _what_is_kept(what: str, path: Path) -> str:
-    return f"the previous {what} is intact" if path.is_file() else "there is no earlier one"
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `write_checkpoint` wrote, onto the CPU. Only plain data is loaded, never code.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or of another format.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"there is no checkpoint {path}; accepted: a folder in which training was started before"
-        ) from error
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        damaged = "it is damaged or not a checkpoint of linattn"
-        cause = error.strerror or damaged if isinstance(error, OSError) else damaged
-        raise CheckpointError(
-            f"the checkpoint {path} cannot be read: {cause}; accepted: a complete file written by this trainer"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        given = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"the checkpoint {path} has format {given!r}; accepted: {CHECKPOINT_FORMAT}")
-    return content
-
-
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a request that the loop can ask for; the second acts as usual."""
@@ -393,34 +387,3 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-class _ProgressBar:
-    """A bar on stderr for the share of the run that is done; nothing without a terminal or without tqdm."""
-
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-        self._bar: Any = None
-
-    def __enter__(self) -> _ProgressBar:
-        if self._wanted and sys.stderr.isatty():
-            with suppress(ImportError):
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}{postfix}", leave=False)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, trainer: Trainer) -> None:
-        if self._bar is not None:
-            last = trainer.history[-1].validation_loss
-            self._bar.set_postfix_str(f"step {trainer.step}, validation {last:.4f}", refresh=False)
-            self._bar.update(trainer.config.progress(trainer.step, trainer.seconds) - self._bar.n)
-
-    def clear(self) -> None:
-        """Free the line, so that something else can be printed; the next `show` draws the bar again."""
-        if self._bar is not None:
-            self._bar.clear()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from linattn._util.tables import text_table
 from linattn.errors import CheckpointError
 from linattn.rnn.tasks.name_model import saved_classifier
-from linattn.training.trainer import CHECKPOINT_NAME
+from linattn.training.checkpoint import CHECKPOINT_NAME
 
 if TYPE_CHECKING:
     import argparse

@@ -20,10 +20,11 @@ from linattn._util.environment import describe
 from linattn._util.files import write_json, write_text
 from linattn._util.tables import text_table
 from linattn.errors import ArgumentError
-from linattn.rnn.commands.training import adam, add_counts, add_run_arguments, mean_and_sd, require_matplotlib, train
+from linattn.rnn.commands.common import add_counts, add_run_arguments, mean_and_sd, require_matplotlib
 from linattn.rnn.tasks.name_model import CELLS, NameClassifier
 from linattn.rnn.tasks.names import Duplicates, Names, duplicates, embedded_names, encode, load_names
-from linattn.training.trainer import Record, Trainer
+from linattn.training.resume import train_or_resume
+from linattn.training.trainer import Record, Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     import argparse
@@ -128,11 +129,16 @@ def train_one(names: Names, seed: int, args: argparse.Namespace) -> Score | None
         model,
         loss,
         lambda: F.cross_entropy(test_logits(), test_labels).item(),
-        adam(args.epochs * steps_per_epoch, args.lr, steps_per_epoch, final_learning_rate=args.final_lr),
+        TrainingConfig.adam(
+            steps=args.epochs * steps_per_epoch,
+            learning_rate=args.lr,
+            validate_every=steps_per_epoch,
+            final_learning_rate=args.final_lr,
+        ),
         folder=args.out / f"seed-{seed}",
         settings={**shape, "seed": seed, **rates, "languages": list(names.languages)},
     )
-    if not train(trainer, args):
+    if not train_or_resume(trainer, args):
         return None
     model.eval()
     with torch.no_grad():

@@ -18,12 +18,13 @@ from linattn._util import figures
 from linattn._util.environment import describe
 from linattn._util.files import write_json
 from linattn._util.tables import text_table
-from linattn.rnn.commands.training import adam, add_counts, add_run_arguments, mean_and_sd, require_matplotlib, train
+from linattn.rnn.commands.common import add_counts, add_run_arguments, mean_and_sd, require_matplotlib
 from linattn.rnn.heads import RecurrentRegressionModel
 from linattn.rnn.layers import RecurrentLayer
 from linattn.rnn.stacks import LSTM, RNN
 from linattn.rnn.tasks.running_average import running_average_batch, running_average_loss
-from linattn.training.trainer import Record, Trainer
+from linattn.training.resume import train_or_resume
+from linattn.training.trainer import Record, Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     import argparse
@@ -145,11 +146,11 @@ def train_one(
         model,
         loss,
         lambda: loss_on(VALIDATION_BATCH, VALIDATION_SEED).item(),
-        adam(args.batches, args.lr, validate_every=LAST_BATCHES),
+        TrainingConfig.adam(steps=args.batches, learning_rate=args.lr, validate_every=min(LAST_BATCHES, args.batches)),
         folder=args.out / f"{cell}{layers}-{targets}-{seed}",
         settings=settings,
     )
-    if not train(trainer, args):
+    if not train_or_resume(trainer, args):
         return None
     end = trainer.history[-1]
     training = math.nan if end.train_loss is None else end.train_loss

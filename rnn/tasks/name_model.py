@@ -11,7 +11,7 @@ from linattn.errors import CheckpointError, unknown_name
 from linattn.rnn.heads import RecurrentClassifier
 from linattn.rnn.stacks import LSTM, RNN
 from linattn.rnn.tasks.names import PADDING, VOCABULARY, encode
-from linattn.training.trainer import read_checkpoint
+from linattn.training.checkpoint import read_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

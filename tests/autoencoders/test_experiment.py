@@ -23,7 +23,7 @@ from linattn.autoencoders import (
     repeats_of,
 )
 from linattn.errors import ArgumentError, CheckpointError, DataError
-from linattn.training.trainer import CHECKPOINT_NAME, read_checkpoint
+from linattn.training.checkpoint import CHECKPOINT_NAME, read_checkpoint
 
 SMALL = Settings(hidden=(6, 3), batch=16, epochs=3, repeats=3, probe=ProbeConfig(labels=20, epochs=5))
 

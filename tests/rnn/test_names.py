@@ -174,7 +174,7 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     from linattn.rnn.tasks.name_model import saved_classifier
-    from linattn.training.trainer import write_checkpoint
+    from linattn.training.checkpoint import write_checkpoint
 
     write_checkpoint(tmp_path / "checkpoint.pt", {"model": {}, "settings": {"kernel": "softmax"}})
     with pytest.raises(CheckpointError, match="linattn train names"):

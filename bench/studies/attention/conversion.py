@@ -36,7 +36,8 @@ from linattn.bench.studies.common import study
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.lm.text import Characters, consecutive_windows, random_windows
 from linattn.modules import Attention, rotate
-from linattn.training.trainer import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
+from linattn.training.checkpoint import CHECKPOINT_NAME, read_checkpoint
+from linattn.training.trainer import Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     import argparse

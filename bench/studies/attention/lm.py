@@ -30,9 +30,9 @@ from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
 from linattn.bench.studies.common.sweep import sweep
 from linattn.errors import DataError
-from linattn.lm import train as language
+from linattn.lm import train
+from linattn.training.checkpoint import CHECKPOINT_NAME
 from linattn.training.compare_runs import Run, find
-from linattn.training.trainer import CHECKPOINT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,16 +123,16 @@ def planned(budget: Budget, texts: Sequence[Path], seed: int, seeds: int, device
     return plan
 
 
-def train(options: Mapping[str, Any], folder: Path) -> bool:
+def train_run(options: Mapping[str, Any], folder: Path) -> bool:
     """One run of `linattn train lm`, from its checkpoint if there is one; False when it was interrupted."""
     parser = argparse.ArgumentParser()
-    language.add_arguments(parser)
+    train.add_arguments(parser)
     words = ["--out", str(folder), "--no-figure"]
     if (folder / CHECKPOINT_NAME).is_file():
         words += ["--resume", "--text", options["text"]]
     else:
         words += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return language.run(parser.parse_args(words)) == 0
+    return train.run(parser.parse_args(words)) == 0
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
     plan = planned(budget, args.text, args.seed, args.seeds, args.device)
     # What a run's results say of itself: the text by its name alone.
     settings = {name: {**options, "text": Path(options["text"]).name} for name, options in plan.items()}
-    found = sweep(settings, args.out, lambda name, folder: train(plan[name], folder))
+    found = sweep(settings, args.out, lambda name, folder: train_run(plan[name], folder))
     outcomes = outcomes_of(found, args.out)
     text = table(outcomes)
     text += f"\n\n{len(outcomes)} runs of {budget.steps} steps of {budget.characters} characters, "

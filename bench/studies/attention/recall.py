@@ -40,7 +40,8 @@ from linattn.bench.studies.common import study
 from linattn.bench.studies.common.sweep import RESULTS_NAME, sweep
 from linattn.decode import KeyCache
 from linattn.modules import Transformer
-from linattn.training.trainer import CHECKPOINT_NAME, Trainer, TrainingConfig, read_checkpoint
+from linattn.training.checkpoint import CHECKPOINT_NAME, read_checkpoint
+from linattn.training.trainer import Trainer, TrainingConfig
 
 if TYPE_CHECKING:
     import argparse

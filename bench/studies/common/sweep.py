@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from linattn.training.jobs import Job, finished
+from linattn.training.jobs import JobFile, read_finished
 from linattn.training.workers import side_by_side
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ def sweep(
         DataError: a folder holds results of other settings.
         KeyboardInterrupt: a run was interrupted.
     """
-    jobs = {name: Job(folder / name / RESULTS_NAME, settings) for name, settings in runs.items()}
-    found = finished(jobs)
+    jobs = {name: JobFile(folder / name / RESULTS_NAME, settings) for name, settings in runs.items()}
+    found = read_finished(jobs)
     for name, ended in side_by_side([name for name in runs if name not in found], _one, (work, folder), workers):
         if not ended:
             raise KeyboardInterrupt
-        found |= finished({name: jobs[name]})
+        found |= read_finished({name: jobs[name]})
         print(f"{len(found)} of {len(runs)} runs: {name}", file=sys.stderr, flush=True)
     return {name: found[name] for name in runs}
 

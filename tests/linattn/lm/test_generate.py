@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linattn.cli.main import main
-from linattn.training.trainer import read_checkpoint, write_checkpoint
+from linattn.training.checkpoint import read_checkpoint, write_checkpoint
 
 TEXT = "the cat sat on the mat. " * 40
 

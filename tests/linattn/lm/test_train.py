@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+import linattn.lm.train
 from linattn._util.environment import describe
 from linattn.cli.main import main
-from linattn.lm import train as language
 from linattn.lm.text import Characters, Trigram
 from linattn.training import tracking
-from linattn.training.trainer import read_checkpoint
+from linattn.training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -96,7 +96,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     options = ("--text", text, "--quick", "--dropout", 0.1, "--no-figure")
     assert train(*options, "--out", whole) == 0
 
-    real = language.random_windows
+    real = linattn.lm.train.random_windows
 
     def interrupt(*sizes: Any, seed: int, step: int) -> Any:
         if step == 20:
@@ -104,7 +104,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         return real(*sizes, seed=seed, step=step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(language, "random_windows", interrupt)
+        patch.setattr(linattn.lm.train, "random_windows", interrupt)
         assert train(*options, "--out", broken) == 130
     assert f"stopped at step 21; go on with: linattn train lm --out {broken} --resume" in capsys.readouterr().err
     assert not (broken / "results.json").exists()
@@ -208,7 +208,7 @@ def test_a_disk_full_at_the_end_loses_nothing(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(language, "atomic_file", full_disk)
+        patch.setattr(linattn.lm.train, "atomic_file", full_disk)
         assert train("--text", text, "--quick", "--out", out, "--no-figure") == 2
     assert "No space left on device; the checkpoint is complete" in capsys.readouterr().err
     assert train("--out", out, "--resume", "--no-figure") == 0

@@ -14,7 +14,8 @@ from torch import nn
 
 from linattn.cli.main import main
 from linattn.training import compare_runs
-from linattn.training.trainer import HISTORY_NAME, Trainer, TrainingConfig
+from linattn.training.checkpoint import HISTORY_NAME
+from linattn.training.trainer import Trainer, TrainingConfig
 
 
 def make_run(folder: Path, *, finished: bool = True, steps: int = 6, **settings: Any) -> Trainer:

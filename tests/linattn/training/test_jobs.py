@@ -6,24 +6,24 @@ import pytest
 
 from linattn._util.files import write_json
 from linattn.errors import DataError
-from linattn.training.jobs import Job, finished
+from linattn.training.jobs import JobFile, read_finished
 
 
 def test_what_is_finished_is_found_with_all_that_it_tells(tmp_path: Path) -> None:
     settings = {"sizes": (1, 2), "seed": 0}
     write_json(tmp_path / "a.json", {"settings": {**settings, "more": 1}, "loss": 0.5})
-    jobs = {name: Job(tmp_path / f"{name}.json", settings) for name in ("a", "b")}
-    assert finished(jobs) == {"a": {"settings": {"sizes": [1, 2], "seed": 0, "more": 1}, "loss": 0.5}}
+    jobs = {name: JobFile(tmp_path / f"{name}.json", settings) for name in ("a", "b")}
+    assert read_finished(jobs) == {"a": {"settings": {"sizes": [1, 2], "seed": 0, "more": 1}, "loss": 0.5}}
 
 
 def test_results_of_other_settings_are_refused_and_say_which(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"settings": {"seed": 0, "steps": 5}})
     with pytest.raises(DataError, match=r"with {'seed': 0, 'lr': None}; accepted: {'seed': 1, 'lr': 2}, or another"):
-        finished({"a": Job(tmp_path / "a.json", {"seed": 1, "lr": 2, "steps": 5})})
+        read_finished({"a": JobFile(tmp_path / "a.json", {"seed": 1, "lr": 2, "steps": 5})})
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"settings": null}', "{}"])
 def test_what_holds_no_results_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match="a.json cannot be read: .*; accepted: .*, or --overwrite"):
-        finished({"a": Job(tmp_path / "a.json", {"seed": 1})}, "--overwrite")
+        read_finished({"a": JobFile(tmp_path / "a.json", {"seed": 1})}, "--overwrite")

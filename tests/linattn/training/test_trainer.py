@@ -17,16 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from linattn.errors import ArgumentError, CheckpointError, MissingExtraError
-from linattn.training import trainer as training
+from linattn.training.checkpoint import CHECKPOINT_NAME, HISTORY_NAME, read_checkpoint, write_checkpoint
 from linattn.training.tracking import TensorBoardTracker
-from linattn.training.trainer import (
-    CHECKPOINT_NAME,
-    HISTORY_NAME,
-    Trainer,
-    TrainingConfig,
-    read_checkpoint,
-    write_checkpoint,
-)
+from linattn.training.trainer import Trainer, TrainingConfig
 
 
 def make(
@@ -173,7 +166,7 @@ def test_a_run_killed_in_its_first_step_leaves_its_own_checkpoint(tmp_path: Path
 
 def test_minutes_are_counted_over_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     def tick(step: int) -> None:
         clock[0] += 6.0
