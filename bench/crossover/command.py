@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from linattn._util.environment import pick_device
 from linattn.bench.crossover import exponents, figures, tables, winner_map
-from linattn.bench.crossover.sweep import Plan, add_run_arguments, run_sweep, set_threads
+from linattn.bench.crossover.sweep import SweepPlan, add_run_arguments, run_sweep, set_threads
 from linattn.bench.measuring.cases import DIRECTIONS, DTYPES, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
 from linattn.errors import ArgumentError
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 METHODS = (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED)
 
-QUICK = Plan("quick", 128, 8192, budget_s=0.5, limit_s=1.0, settled_s=1.0, refine=False)
-DEFAULT = Plan("default", 128, 16384, budget_s=3.0, limit_s=6.0, settled_s=6.0, refine=True)
-FULL = Plan("full", 32, 65536, budget_s=3.0, limit_s=14.0, settled_s=1.5, refine=True)
+QUICK = SweepPlan("quick", 128, 8192, budget_s=0.5, limit_s=1.0, settled_s=1.0, refine=False)
+DEFAULT = SweepPlan("default", 128, 16384, budget_s=3.0, limit_s=6.0, settled_s=6.0, refine=True)
+FULL = SweepPlan("full", 32, 65536, budget_s=3.0, limit_s=14.0, settled_s=1.5, refine=True)
 HEAD_SIZES = {"quick": (16, 32, 64), "default": (16, 32, 64), "full": (16, 32, 64, 128)}
 
 
@@ -93,13 +93,13 @@ def run(args: argparse.Namespace) -> int:
 def summary(results: Results) -> str:
     """The lines on N* of every group, together, and how N* grows with D."""
     lines = [f"{results.environment.device}, {results.environment.threads} threads, torch {results.environment.torch}"]
-    for group, rows in tables.grouped(results.rows).items():
-        lines += tables.crossing_lines(group, rows)
-    lines += exponents.crossing_lines(results.rows)
+    for group, measurements in tables.grouped(results.measurements).items():
+        lines += tables.crossing_lines(group, measurements)
+    lines += exponents.crossing_lines(results.measurements)
     return "\n".join(lines)
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace) -> SweepPlan:
     plan = QUICK if args.quick else FULL if args.full else DEFAULT
     largest = args.longest or plan.largest
     if largest < 2 * plan.smallest:

@@ -14,7 +14,7 @@ from linattn.cost import crossover, flops
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from linattn.bench.measuring.results import Row
+    from linattn.bench.measuring.results import Measurement
 
 RIVALS = {SDPA: "SDPA", QUADRATIC_DIRECT: "our direct form"}
 INTERVAL_SIGMAS = 3.92
@@ -30,7 +30,7 @@ LEAST_MIB = 1.0
 
 
 @dataclass(frozen=True)
-class CrossingGrowth:
+class CrossingExponent:
     """N* = a D^p over the head sizes whose N* is bracketed.
 
     Attributes:
@@ -59,19 +59,19 @@ class CrossingGrowth:
         return f"{what}: {self.law} over D = {heads} (by flops {self.by_flops:.2f}, by D^2 2){left}"
 
 
-def growth_of_crossings(rows: Iterable[Row]) -> list[CrossingGrowth]:
+def crossing_exponents(measurements: Iterable[Measurement]) -> list[CrossingExponent]:
     """One fit for each mask, dtype, direction, batch and number of heads, against each rival; M = D only."""
-    series: dict[Group, dict[int, list[Row]]] = {}
-    for group, members in grouped(rows).items():
+    series: dict[Group, dict[int, list[Measurement]]] = {}
+    for group, members in grouped(measurements).items():
         if group.M == group.D:
             series.setdefault(replace(group, D=0, M=0), {})[group.D] = members
     return [_fit(key, rival, heads) for key, heads in series.items() if len(heads) > 1 for rival in RIVALS]
 
 
-def _fit(series: Group, rival: Method, heads: dict[int, list[Row]]) -> CrossingGrowth:
+def _fit(series: Group, rival: Method, heads: dict[int, list[Measurement]]) -> CrossingExponent:
     points, left_out = [], []
-    for D, rows in heads.items():
-        found = crossing_of(rows, rival)
+    for D, measurements in heads.items():
+        found = crossing_of(measurements, rival)
         if found is None:
             continue
         if found.value is None or not found.bracketed:
@@ -82,7 +82,7 @@ def _fit(series: Group, rival: Method, heads: dict[int, list[Row]]) -> CrossingG
         points.append((float(D), found.value, math.log(high / low) / INTERVAL_SIGMAS))
     balance = [(D, crossover(int(D), is_causal=series.is_causal), 0.0) for D, _, _ in points]
     theory = fit_power_law(balance)
-    return CrossingGrowth(
+    return CrossingExponent(
         series,
         rival,
         fit_power_law(points),
@@ -92,13 +92,13 @@ def _fit(series: Group, rival: Method, heads: dict[int, list[Row]]) -> CrossingG
     )
 
 
-def crossing_lines(rows: Iterable[Row]) -> list[str]:
+def crossing_lines(measurements: Iterable[Measurement]) -> list[str]:
     """A line on each fit of N*(D)."""
-    return [str(found) for found in growth_of_crossings(rows)]
+    return [str(found) for found in crossing_exponents(measurements)]
 
 
 @dataclass(frozen=True)
-class MethodGrowth:
+class MethodExponents:
     """Time and peak memory = a N^p of one method in one group, None where fewer than three lengths were measured.
 
     `flops` is the exponent of the flops that `linattn.cost` counts over the same lengths; `expected` that of the form.
@@ -117,23 +117,30 @@ class MethodGrowth:
         return 2 if self.method.form == "direct" else 1
 
 
-def growth_of_methods(rows: Iterable[Row]) -> list[MethodGrowth]:
+def method_exponents(measurements: Iterable[Measurement]) -> list[MethodExponents]:
     """One entry for each method of each group, over the longest lengths that it was measured on."""
     found = []
-    for group, members in grouped(rows).items():
-        for method in dict.fromkeys(row.method for row in members):
-            mine = [row for row in members if row.method == method and row.median_ms is not None]
+    for group, members in grouped(measurements).items():
+        for method in dict.fromkeys(measurement.method for measurement in members):
+            mine = [
+                measurement
+                for measurement in members
+                if measurement.method == method and measurement.median_ms is not None
+            ]
             if not mine:
                 continue
-            longest = max(row.problem.N for row in mine)
-            mine = [row for row in mine if longest <= 2**OCTAVES * row.problem.N]
+            longest = max(measurement.problem.N for measurement in mine)
+            mine = [measurement for measurement in mine if longest <= 2**OCTAVES * measurement.problem.N]
             found.append(
-                MethodGrowth(
+                MethodExponents(
                     method,
                     group,
-                    _law(mine, lambda row: row.median_ms, _sigma_of_median),
-                    _law(mine, lambda row: row.peak_mib if (row.peak_mib or 0) >= LEAST_MIB else None),
-                    _exponent(mine, lambda row: _counted(row.method, row.problem)),
+                    _law(mine, lambda measurement: measurement.median_ms, _sigma_of_median),
+                    _law(
+                        mine,
+                        lambda measurement: measurement.peak_mib if (measurement.peak_mib or 0) >= LEAST_MIB else None,
+                    ),
+                    _exponent(mine, lambda measurement: _counted(measurement.method, measurement.problem)),
                     longest,
                 )
             )
@@ -141,22 +148,26 @@ def growth_of_methods(rows: Iterable[Row]) -> list[MethodGrowth]:
 
 
 def _law(
-    rows: Sequence[Row], value: Callable[[Row], float | None], sigma: Callable[[Row], float] = lambda row: 0.0
+    measurements: Sequence[Measurement],
+    value: Callable[[Measurement], float | None],
+    sigma: Callable[[Measurement], float] = lambda measurement: 0.0,
 ) -> PowerLaw | None:
-    return fit_power_law([(row.problem.N, y, sigma(row)) for row in rows if (y := value(row))])
+    return fit_power_law(
+        [(measurement.problem.N, y, sigma(measurement)) for measurement in measurements if (y := value(measurement))]
+    )
 
 
-def _exponent(rows: Sequence[Row], value: Callable[[Row], float | None]) -> float | None:
-    law = _law(rows, value)
+def _exponent(measurements: Sequence[Measurement], value: Callable[[Measurement], float | None]) -> float | None:
+    law = _law(measurements, value)
     return law.exponent if law else None
 
 
-def _sigma_of_median(row: Row) -> float:
-    assert row.median_ms
-    assert row.p20_ms
-    assert row.p80_ms
-    spread = (row.p80_ms - row.p20_ms) / row.median_ms / BAND_SIGMAS
-    return MEDIAN_OVER_MEAN * spread / math.sqrt(len(row.samples_ms))
+def _sigma_of_median(measurement: Measurement) -> float:
+    assert measurement.median_ms
+    assert measurement.p20_ms
+    assert measurement.p80_ms
+    spread = (measurement.p80_ms - measurement.p20_ms) / measurement.median_ms / BAND_SIGMAS
+    return MEDIAN_OVER_MEAN * spread / math.sqrt(len(measurement.samples_ms))
 
 
 def _counted(method: Method, problem: Problem) -> float:

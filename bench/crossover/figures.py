@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from linattn.bench.measuring.crossing import Crossing
     from linattn.bench.measuring.environment import Environment
-    from linattn.bench.measuring.results import Results, Row
+    from linattn.bench.measuring.results import Measurement, Results
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
         DataError: the folder cannot be written.
     """
     written = []
-    parts = parts_of(results.rows)
+    parts = parts_of(results.measurements)
     for part, groups in parts.items():
         for stem, draw in (("time", draw_time), ("memory", draw_memory), ("nstar", draw_crossover)):
-            if stem == "memory" and all(row.peak_mib is None for rows in groups.values() for row in rows):
+            if stem == "memory" and all(
+                measurement.peak_mib is None for measurements in groups.values() for measurement in measurements
+            ):
                 continue
             path = folder / (f"{stem}.png" if len(parts) == 1 else f"{stem}-{part}.png")
             drawing.save(draw(groups, results.environment), path)
@@ -67,10 +69,10 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
     return written
 
 
-def parts_of(rows: Iterable[Row]) -> dict[str, dict[Group, list[Row]]]:
+def parts_of(measurements: Iterable[Measurement]) -> dict[str, dict[Group, list[Measurement]]]:
     """Groups by what stands in one figure: a dtype, direction, batch and number of heads, as "fp32-forward-b1-h4"."""
-    parts: dict[str, dict[Group, list[Row]]] = {}
-    for group, members in grouped(rows).items():
+    parts: dict[str, dict[Group, list[Measurement]]] = {}
+    for group, members in grouped(measurements).items():
         parts.setdefault(f"{group.dtype}-{group.direction}-b{group.B}-h{group.H}", {})[group] = members
     return parts
 
@@ -80,31 +82,43 @@ def require_matplotlib() -> None:
     drawing.require_matplotlib("bench", "drawing figures")
 
 
-def draw_time(groups: Mapping[Group, Sequence[Row]], environment: Environment) -> Figure:
+def draw_time(groups: Mapping[Group, Sequence[Measurement]], environment: Environment) -> Figure:
     """Time against N, one column a head size, non-causal above causal: medians, 20-80 % bands, N* as markers."""
 
-    def panel(axes: Axes, group: Group, rows: Sequence[Row]) -> None:
+    def panel(axes: Axes, group: Group, measurements: Sequence[Measurement]) -> None:
         for method in STYLES:
-            _draw_time(axes, method, [row for row in rows if row.method == method and row.median_ms is not None])
+            _draw_time(
+                axes,
+                method,
+                [
+                    measurement
+                    for measurement in measurements
+                    if measurement.method == method and measurement.median_ms is not None
+                ],
+            )
         axes.axvline(group.D**2, color="#000000", linestyle=":", linewidth=1.2)
         for rival in RIVALS:
-            _mark_crossing(axes, rows, rival)
+            _mark_crossing(axes, measurements, rival)
 
     figure = _panels(groups, panel, "time of one call (ms)", _time_legend())
     _title(figure, "Attention time against sequence length", groups, environment)
     return figure
 
 
-def draw_memory(groups: Mapping[Group, Sequence[Row]], environment: Environment) -> Figure:
+def draw_memory(groups: Mapping[Group, Sequence[Measurement]], environment: Environment) -> Figure:
     """Peak memory beyond the inputs against N, one column a head size, non-causal above causal.
 
     Peaks below `LEAST_MIB` are pages and thread stacks; the axis ends there.
     """
 
-    def panel(axes: Axes, group: Group, rows: Sequence[Row]) -> None:
+    def panel(axes: Axes, group: Group, measurements: Sequence[Measurement]) -> None:
         for method, style in STYLES.items():
             # On a logarithmic axis nothing is nowhere.
-            points = {row.problem.N: row.peak_mib for row in rows if row.method == method and row.peak_mib}
+            points = {
+                measurement.problem.N: measurement.peak_mib
+                for measurement in measurements
+                if measurement.method == method and measurement.peak_mib
+            }
             axes.plot(list(points), list(points.values()), color=style.color, linestyle=style.line, linewidth=1.6)
 
     figure = _panels(groups, panel, "peak beyond the inputs (MiB)", _method_legend())
@@ -115,8 +129,8 @@ def draw_memory(groups: Mapping[Group, Sequence[Row]], environment: Environment)
 
 
 def _panels(
-    groups: Mapping[Group, Sequence[Row]],
-    draw: Callable[[Axes, Group, Sequence[Row]], None],
+    groups: Mapping[Group, Sequence[Measurement]],
+    draw: Callable[[Axes, Group, Sequence[Measurement]], None],
     ylabel: str,
     legend: list[Any],
 ) -> Figure:
@@ -126,10 +140,10 @@ def _panels(
     # Legend and title need some width however few the columns are.
     figure = new_figure(max(9.0, 3.5 * len(heads) + 0.5), 3.0 * len(masks) + 1.3)
     grid = figure.subplots(len(masks), len(heads), sharex="col", sharey="row", squeeze=False)
-    for group, rows in groups.items():
+    for group, measurements in groups.items():
         axes = grid[masks.index(group.is_causal)][heads.index(group.D)]
-        draw(axes, group, rows)
-        log_axes(axes, [row.problem.N for row in rows])
+        draw(axes, group, measurements)
+        log_axes(axes, [measurement.problem.N for measurement in measurements])
         axes.set_title(f"D = {group.D}, {'causal' if group.is_causal else 'non-causal'}", fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("sequence length N (tokens)")
@@ -139,7 +153,7 @@ def _panels(
     return figure
 
 
-def draw_crossover(groups: Mapping[Group, Sequence[Row]], environment: Environment) -> Figure:
+def draw_crossover(groups: Mapping[Group, Sequence[Measurement]], environment: Environment) -> Figure:
     """N* against D beside D^2 and the number of features, one panel a mask."""
     masks = sorted({group.is_causal for group in groups})
     figure = new_figure(4.6 * len(masks) + 0.6, 4.9)
@@ -151,8 +165,8 @@ def draw_crossover(groups: Mapping[Group, Sequence[Row]], environment: Environme
         flops = [(D + 1) * (D + 2) / 2 * (2 if is_causal else 1) for D in dense]
         axes.plot(dense, flops, color="#009E73", linestyle="--", linewidth=1.4)
         for offset, rival in ((0.97, SDPA), (1.03, QUADRATIC_DIRECT)):
-            for group, rows in groups.items():
-                crossing = crossing_of(rows, rival)
+            for group, measurements in groups.items():
+                crossing = crossing_of(measurements, rival)
                 if group.is_causal == is_causal and crossing is not None:
                     _draw_point(axes, group.D * offset, crossing, STYLES[rival])
         axes.set_xscale("log", base=2)
@@ -169,21 +183,27 @@ def draw_crossover(groups: Mapping[Group, Sequence[Row]], environment: Environme
     return figure
 
 
-def _draw_time(axes: Axes, method: Method, rows: Sequence[Row]) -> None:
-    if not rows:
+def _draw_time(axes: Axes, method: Method, measurements: Sequence[Measurement]) -> None:
+    if not measurements:
         return
     style = STYLES[method]
-    sizes = [row.problem.N for row in rows]
-    median, low, high = ([getattr(row, name) for row in rows] for name in ("median_ms", "p20_ms", "p80_ms"))
+    sizes = [measurement.problem.N for measurement in measurements]
+    median, low, high = (
+        [getattr(measurement, name) for measurement in measurements] for name in ("median_ms", "p20_ms", "p80_ms")
+    )
     axes.plot(sizes, median, color=style.color, linestyle=style.line, linewidth=1.6)
     axes.fill_between(sizes, low, high, color=style.color, alpha=0.22, linewidth=0)
 
 
-def _mark_crossing(axes: Axes, rows: Sequence[Row], rival: Method) -> None:
-    crossing = crossing_of(rows, rival)
+def _mark_crossing(axes: Axes, measurements: Sequence[Measurement], rival: Method) -> None:
+    crossing = crossing_of(measurements, rival)
     if crossing is None or crossing.value is None:
         return
-    curve = {row.problem.N: row.median_ms for row in rows if row.method == QUADRATIC_CHUNKED and row.median_ms}
+    curve = {
+        measurement.problem.N: measurement.median_ms
+        for measurement in measurements
+        if measurement.method == QUADRATIC_CHUNKED and measurement.median_ms
+    }
     height = _interpolate(curve, crossing.value)
     _draw_marker(axes, crossing.value, height, crossing, STYLES[rival], horizontal=True)
 
@@ -297,7 +317,7 @@ def _legend(figure: Figure, handles: list[Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
-def _title(figure: Figure, text: str, groups: Mapping[Group, Sequence[Row]], environment: Environment) -> None:
+def _title(figure: Figure, text: str, groups: Mapping[Group, Sequence[Measurement]], environment: Environment) -> None:
     group = next(iter(groups))
     what = "forward and backward" if group.direction == "training" else "forward"
     details = f"{what}, {group.dtype}, B = {group.B}, H = {group.H}, M = D"

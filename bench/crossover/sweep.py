@@ -14,9 +14,9 @@ from linattn.bench.crossover import tables
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem, takes
 from linattn.bench.measuring.crossing import refine
 from linattn.bench.measuring.environment import describe
-from linattn.bench.measuring.measure import affordable, measure, useful_gflops
+from linattn.bench.measuring.measure import measure, select_affordable, useful_gflops
 from linattn.bench.measuring.memory import MemoryProbe
-from linattn.bench.measuring.results import Results, Row, resume
+from linattn.bench.measuring.results import Measurement, Results, resume
 from linattn.bench.measuring.timing import MIN_ROUNDS, side_by_side
 from linattn.errors import ArgumentError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """How far and how long: lengths in octaves, seconds of timing a problem, and the longest call worth waiting for.
 
     Once the chunked form is the fastest on a length, the order is settled and calls longer than `settled_s` are no
@@ -58,36 +58,47 @@ class Sweep:
     results: Results
     path: Path
     methods: Sequence[Method]
-    plan: Plan
+    plan: SweepPlan
     device: torch.device
     memory: MemoryProbe
     bar: Bar
 
-    def group(self, problems: Sequence[Problem]) -> list[Row]:
+    def group(self, problems: Sequence[Problem]) -> list[Measurement]:
         """All lengths of one group in rising order, then, where the plan says so, lengths near the crossings."""
-        rows: list[Row] = []
+        measurements: list[Measurement] = []
         for problem in problems:
-            rows += self._rows(problem, self.plan.settled_s if _is_settled(rows) else self.plan.limit_s)
+            measurements += self._rows(problem, self.plan.settled_s if _is_settled(measurements) else self.plan.limit_s)
             self.bar.update()
         if self.plan.refine:
-            measured = sorted({row.problem.N for row in rows if row.method != QUADRATIC_CHUNKED and row.samples_ms})
+            measured = sorted(
+                {
+                    measurement.problem.N
+                    for measurement in measurements
+                    if measurement.method != QUADRATIC_CHUNKED and measurement.samples_ms
+                }
+            )
             for rival in (SDPA, QUADRATIC_DIRECT):
-                for N in refine(tables.crossing_of(rows, rival), measured):
+                for N in refine(tables.crossing_of(measurements, rival), measured):
                     self._rows(replace(problems[0], N=N), self.plan.limit_s)
         wanted = tables.group_of(problems[0])
         return sorted(
-            (row for row in self.results.rows if tables.group_of(row.problem) == wanted), key=lambda row: row.problem.N
+            (
+                measurement
+                for measurement in self.results.measurements
+                if tables.group_of(measurement.problem) == wanted
+            ),
+            key=lambda measurement: measurement.problem.N,
         )
 
-    def _rows(self, problem: Problem, limit_s: float) -> list[Row]:
-        found = self.results.rows_of(problem)
+    def _rows(self, problem: Problem, limit_s: float) -> list[Measurement]:
+        found = self.results.measurements_of(problem)
         if not found:
             self.bar.set_postfix_str(str(problem))
             defined = [method for method in self.methods if takes(method, problem)]
-            methods, skipped = affordable(defined, problem, self.results.rows, limit_s)
+            methods, skipped = select_affordable(defined, problem, self.results.measurements, limit_s)
             found = measure(problem, methods, device=self.device, budget_s=self.plan.budget_s, memory=self.memory)
             found += skipped
-            self.results.rows += found
+            self.results.measurements += found
             self.results.save(self.path)
         return found
 
@@ -96,7 +107,7 @@ def run_sweep(
     kind: str,
     groups: Sequence[Sequence[Problem]],
     methods: Sequence[Method],
-    plan: Plan,
+    plan: SweepPlan,
     *,
     device: torch.device,
     folder: Path,
@@ -121,9 +132,9 @@ def run_sweep(
         results.settings["peak_memory"] = memory.how
         sweep = Sweep(results, path, methods, plan, device, memory, bar)
         for problems in groups:
-            rows = sweep.group(problems)
+            measurements = sweep.group(problems)
             bar.clear()
-            print("\n" + tables.report(rows), flush=True)
+            print("\n" + tables.report(measurements), flush=True)
     return results
 
 
@@ -144,10 +155,14 @@ def set_threads(count: int | None) -> None:
     torch.set_num_threads(count)
 
 
-def _is_settled(rows: Sequence[Row]) -> bool:
+def _is_settled(measurements: Sequence[Measurement]) -> bool:
     """Whether the chunked form was the fastest on the longest length on which it was not alone."""
-    for N in sorted({row.problem.N for row in rows}, reverse=True):
-        times = {row.method: row.median_ms for row in rows if row.problem.N == N and row.median_ms is not None}
+    for N in sorted({measurement.problem.N for measurement in measurements}, reverse=True):
+        times = {
+            measurement.method: measurement.median_ms
+            for measurement in measurements
+            if measurement.problem.N == N and measurement.median_ms is not None
+        }
         ours = times.pop(QUADRATIC_CHUNKED, None)
         if ours is not None and times:
             return ours < min(times.values())
@@ -158,13 +173,13 @@ def _announce(
     groups: Sequence[Sequence[Problem]],
     methods: Sequence[Method],
     results: Results,
-    plan: Plan,
+    plan: SweepPlan,
     device: torch.device,
     path: Path,
 ) -> None:
     """Say on stderr what is about to happen and about how long it will take."""
     problems = [p for group in groups for p in group]
-    missing = [p for p in problems if not results.rows_of(p)]
+    missing = [p for p in problems if not results.measurements_of(p)]
     message = (
         f"{len(problems)} problems on {results.environment.slug}, {len(problems) - len(missing)} already in {path}"
     )

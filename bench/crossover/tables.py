@@ -12,7 +12,7 @@ from linattn.cost import crossover
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from linattn.bench.measuring.results import Row
+    from linattn.bench.measuring.results import Measurement
 
 HEADINGS = ("N", "method", "backend", "ms", "20-80 %", "SDPA/this", "GFLOP/s", "error", "peak MiB")
 
@@ -40,27 +40,31 @@ def group_of(problem: Problem) -> Group:
     return Group(p.D, p.M, p.B, p.H, p.dtype, p.is_causal, p.direction)
 
 
-def grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+def grouped(measurements: Iterable[Measurement]) -> dict[Group, list[Measurement]]:
     """Rows by group, groups by head size and then causal last, rows by N."""
-    groups: dict[Group, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(group_of(row.problem), []).append(row)
+    groups: dict[Group, list[Measurement]] = {}
+    for measurement in measurements:
+        groups.setdefault(group_of(measurement.problem), []).append(measurement)
     ordered = sorted(groups, key=lambda g: (g.direction, g.dtype, g.is_causal, g.D))
-    return {group: sorted(groups[group], key=lambda row: row.problem.N) for group in ordered}
+    return {group: sorted(groups[group], key=lambda measurement: measurement.problem.N) for group in ordered}
 
 
-def crossing_of(rows: Sequence[Row], than: Method, ours: Method = QUADRATIC_CHUNKED) -> Crossing | None:
+def crossing_of(measurements: Sequence[Measurement], than: Method, ours: Method = QUADRATIC_CHUNKED) -> Crossing | None:
     """N* of `ours` against `than` within one group."""
 
     def samples(method: Method) -> dict[int, list[float]]:
-        return {row.problem.N: row.samples_ms for row in rows if row.method == method and row.samples_ms}
+        return {
+            measurement.problem.N: measurement.samples_ms
+            for measurement in measurements
+            if measurement.method == method and measurement.samples_ms
+        }
 
     return find_crossing(samples(ours), samples(than))
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(measurements: Sequence[Measurement]) -> str:
     """The rows of one group as an aligned table, in the order given."""
-    lines = [HEADINGS, *(cells(row) for row in rows)]
+    lines = [HEADINGS, *(cells(measurement) for measurement in measurements)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     left = (1, 2)
     return "\n".join(
@@ -69,13 +73,13 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def crossing_lines(group: Group, rows: Sequence[Row]) -> list[str]:
+def crossing_lines(group: Group, measurements: Sequence[Measurement]) -> list[str]:
     """N* of the chunked form: against our direct form, and, last, against SDPA beside the theory."""
     lines = []
-    against_direct = crossing_of(rows, QUADRATIC_DIRECT)
+    against_direct = crossing_of(measurements, QUADRATIC_DIRECT)
     if against_direct is not None:
         lines.append(f"{group}: {against_direct} against our direct form{_per_square(against_direct, group.D)}")
-    against_sdpa = crossing_of(rows, SDPA)
+    against_sdpa = crossing_of(measurements, SDPA)
     if against_sdpa is not None:
         flops = crossover(group.D, group.M, is_causal=group.is_causal)
         theory = f"theory N* = {flops:.0f} by flops, {crossover(group.D, group.M, count='textbook'):.0f} by D^2"
@@ -83,10 +87,10 @@ def crossing_lines(group: Group, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def report(rows: Iterable[Row]) -> str:
+def report(measurements: Iterable[Measurement]) -> str:
     """Every group: its heading, its table, its lines on N*."""
     blocks = []
-    for group, members in grouped(rows).items():
+    for group, members in grouped(measurements).items():
         heading = f"{group}, B={group.B} H={group.H} M={group.M}"
         blocks.append("\n".join([heading, table(members), *crossing_lines(group, members)]))
     return "\n\n".join(blocks)
@@ -96,19 +100,19 @@ def _per_square(crossing: Crossing, D: int) -> str:
     return "" if crossing.value is None else f", N*/D^2 = {crossing.value / D**2:.2f}"
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(measurement: Measurement) -> tuple[str, ...]:
     """One row under `HEADINGS`."""
-    start = (str(row.problem.N), row.method.name, row.backend_used)
-    if row.median_ms is None or row.p20_ms is None or row.p80_ms is None:
-        return (*start, "-", row.skipped or "-", "-", "-", "-", "-")
+    start = (str(measurement.problem.N), measurement.method.name, measurement.backend_used)
+    if measurement.median_ms is None or measurement.p20_ms is None or measurement.p80_ms is None:
+        return (*start, "-", measurement.skipped or "-", "-", "-", "-", "-")
     return (
         *start,
-        _three_digits(row.median_ms),
-        f"{_three_digits(row.p20_ms)}-{_three_digits(row.p80_ms)}",
-        "-" if row.sdpa_ratio is None else f"{row.sdpa_ratio:.2f}x",
-        "-" if row.gflops_per_s is None else _three_digits(row.gflops_per_s),
-        "-" if row.error is None else f"{max(row.error, row.gradient_error or 0.0):.0e}",
-        "-" if row.peak_mib is None else f"{row.peak_mib:.1f}",
+        _three_digits(measurement.median_ms),
+        f"{_three_digits(measurement.p20_ms)}-{_three_digits(measurement.p80_ms)}",
+        "-" if measurement.sdpa_ratio is None else f"{measurement.sdpa_ratio:.2f}x",
+        "-" if measurement.gflops_per_s is None else _three_digits(measurement.gflops_per_s),
+        "-" if measurement.error is None else f"{max(measurement.error, measurement.gradient_error or 0.0):.0e}",
+        "-" if measurement.peak_mib is None else f"{measurement.peak_mib:.1f}",
     )
 
 

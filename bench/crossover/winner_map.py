@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from linattn.bench.crossover.tables import Group
     from linattn.bench.measuring.environment import Environment
-    from linattn.bench.measuring.results import Results, Row
+    from linattn.bench.measuring.results import Measurement, Results
 
 METHODS = (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED)
 FILL = {SDPA: "#BBBBBB", QUADRATIC_DIRECT: "#F2B58B", QUADRATIC_CHUNKED: "#8FC1E3"}
@@ -33,21 +33,28 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
         DataError: the folder cannot be written.
     """
     path = folder / "winner.png"
-    save(draw_winners(parts_of(results.rows), results.environment), path)
+    save(draw_winners(parts_of(results.measurements), results.environment), path)
     return [path]
 
 
-def draw_winners(parts: Mapping[str, Mapping[Group, Sequence[Row]]], environment: Environment) -> Figure:
+def draw_winners(parts: Mapping[str, Mapping[Group, Sequence[Measurement]]], environment: Environment) -> Figure:
     """The fastest method at each power of 2 that was measured, and by what factor it beats the next."""
     masks = sorted({group.is_causal for groups in parts.values() for group in groups})
     heads = sorted({group.D for groups in parts.values() for group in groups})
-    sizes = sorted({row.problem.N for groups in parts.values() for rows in groups.values() for row in rows})
+    sizes = sorted(
+        {
+            measurement.problem.N
+            for groups in parts.values()
+            for measurements in groups.values()
+            for measurement in measurements
+        }
+    )
     sizes = [N for N in sizes if N & (N - 1) == 0]
     figure = new_figure(max(7.0, (0.75 * len(heads) + 1.6) * len(masks)), (0.27 * len(sizes) + 0.9) * len(parts) + 1.3)
     grid = figure.subplots(len(parts), len(masks), sharex=True, sharey=True, squeeze=False)
     for line, groups in zip(grid, parts.values(), strict=True):
         for axes, is_causal in zip(line, masks, strict=True):
-            mine = {group: rows for group, rows in groups.items() if group.is_causal == is_causal}
+            mine = {group: measurements for group, measurements in groups.items() if group.is_causal == is_causal}
             _panel(axes, mine, heads, sizes, is_causal)
     for axes in grid[-1]:
         axes.set_xlabel("head size D")
@@ -58,12 +65,16 @@ def draw_winners(parts: Mapping[str, Mapping[Group, Sequence[Row]]], environment
     return figure
 
 
-def factors(rows: Sequence[Row], N: int) -> tuple[Method, float] | None:
+def factors(measurements: Sequence[Measurement], N: int) -> tuple[Method, float] | None:
     """The fastest of the three methods at one length and how many times as fast as the next it is.
 
     None where fewer than two were measured.
     """
-    times = {row.method: row.median_ms for row in rows if row.problem.N == N and row.median_ms}
+    times = {
+        measurement.method: measurement.median_ms
+        for measurement in measurements
+        if measurement.problem.N == N and measurement.median_ms
+    }
     ordered = sorted((ms, METHODS.index(method)) for method, ms in times.items() if method in METHODS)
     if len(ordered) < 2:
         return None
@@ -72,13 +83,17 @@ def factors(rows: Sequence[Row], N: int) -> tuple[Method, float] | None:
 
 
 def _panel(
-    axes: Axes, groups: Mapping[Group, Sequence[Row]], heads: Sequence[int], sizes: Sequence[int], is_causal: bool
+    axes: Axes,
+    groups: Mapping[Group, Sequence[Measurement]],
+    heads: Sequence[int],
+    sizes: Sequence[int],
+    is_causal: bool,
 ) -> None:
     from matplotlib.patches import Rectangle
 
-    for group, rows in groups.items():
+    for group, measurements in groups.items():
         for N in sizes:
-            found = factors(rows, N)
+            found = factors(measurements, N)
             if found is None:
                 continue
             method, factor = found

@@ -153,7 +153,7 @@ FLA_CASES = tuple(
 
 
 @dataclass(frozen=True)
-class Sweep:
+class LengthSweep:
     """Lengths over which the chunked form overtakes softmax, and what N* is to be at most, in D^2."""
 
     problem: Problem
@@ -171,7 +171,7 @@ class Sweep:
 
 SWEPT = (CHUNKED, DIRECT, *FASTEST_SOFTMAX)
 SWEEPS = tuple(
-    Sweep(
+    LengthSweep(
         _bf16(D * D, D, B, H, causal=causal),
         tuple(D * D * 2**i // 8 for i in range(1 if causal else 0, 6)),
         Goal(CHUNKED, "N*/D^2", 1.3, 1.0) if causal else Goal(CHUNKED, "N*/D^2", 0.8, 0.6),
@@ -191,7 +191,7 @@ MILLION_SOFTMAX = Comparison(_bf16(2**17, 64, 1, 8, training=True), FASTEST_SOFT
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """A step of decoding: D = M, bf16 inputs, a state in fp32 that is read and written."""
 
     op: str
@@ -215,7 +215,7 @@ class Step:
 
 
 # The quadratic state of D = 128 would be 4.4 GB.
-STEPS = tuple(Step(op, 64, 16, D) for op, D in (("elu+1", 64), ("elu+1", 128), ("quadratic", 64)))
+STEPS = tuple(DecodeStep(op, 64, 16, D) for op, D in (("elu+1", 64), ("elu+1", 128), ("quadratic", 64)))
 
 
 # ---- sizes for a rehearsal -------------------------------------------------------------------------------------------
@@ -226,12 +226,12 @@ def small(comparison: Comparison) -> Comparison:
     return replace(comparison, problem=_small(comparison.problem))
 
 
-def small_sweep(sweep: Sweep) -> Sweep:
+def small_sweep(sweep: LengthSweep) -> LengthSweep:
     """The same over two short lengths."""
     return replace(sweep, problem=_small(sweep.problem), sizes=(16, 32))
 
 
-def small_step(step: Step) -> Step:
+def small_step(step: DecodeStep) -> DecodeStep:
     """The same of one head."""
     return replace(step, B=1, H=1, D=16)
 
@@ -240,7 +240,7 @@ def _small(problem: Problem) -> Problem:
     return replace(problem, N=min(problem.N, 40), D=16, M=16, B=1, H=1)
 
 
-T = TypeVar("T", Comparison, Sweep, Step)
+T = TypeVar("T", Comparison, LengthSweep, DecodeStep)
 
 
 def distinct(items: Iterable[T]) -> list[T]:

@@ -30,7 +30,7 @@ import torch
 
 from linattn._util.environment import device_slug
 from linattn.bench.gpu.stages import DONE, Record, Stage, run_stages
-from linattn.bench.gpu.tasks import ROOT, RUNS, Run
+from linattn.bench.gpu.tasks import ROOT, RUNS, StageRun
 from linattn.errors import LinattnError, unknown_name
 
 TOTAL_S = 530.0
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         ROOT / "runs" / "gpu-rehearsal" if args.rehearse else ROOT / "bench" / "results" / device_slug(device)
     )
     if args.stage:
-        return RUNS[args.stage](Run(device, out, args.rehearse, args.missing))
+        return RUNS[args.stage](StageRun(device, out, args.rehearse, args.missing))
     return _run_all(args, out)
 
 

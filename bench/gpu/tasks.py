@@ -23,7 +23,14 @@ import torch
 
 import linattn
 from linattn.bench.gpu import cases
-from linattn.bench.gpu.rows import Limits, broken, compare, judge_goals, measure_limits, verdict
+from linattn.bench.gpu.measurements import (
+    MachineLimits,
+    compare,
+    failures_of_ours,
+    judge_goals,
+    measure_limits,
+    verdict,
+)
 from linattn.bench.gpu.stages import Record
 from linattn.bench.measuring.cases import SDPA, Method, attention_of
 from linattn.bench.measuring.crossing import find_crossing
@@ -42,7 +49,7 @@ SEEDS_APART = 100_000
 
 
 @dataclass(frozen=True)
-class Run:
+class StageRun:
     """Where a stage runs and writes."""
 
     device: torch.device
@@ -56,13 +63,13 @@ class Run:
         return Record(self.out / "gpu.json")
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> MachineLimits:
         """What the stage of that name found, or, where it did not run, measured now."""
         found = self.record.section("limits").get(self.device.type)
-        return Limits(**found) if found else measure_limits(self.device, self.rehearse)
+        return MachineLimits(**found) if found else measure_limits(self.device, self.rehearse)
 
 
-def environment(run: Run) -> int:
+def environment(run: StageRun) -> int:
     """Write down the machine and the code."""
     found = describe(run.device)
     run.record.put("environment", run.device.type, asdict(found))
@@ -70,7 +77,7 @@ def environment(run: Run) -> int:
     return 0
 
 
-def correctness(run: Run) -> int:
+def correctness(run: StageRun) -> int:
     """The tests of the Triton kernels: on all processors if pytest-xdist is there, for most of the time goes into
     compiling. In a rehearsal all are collected and a few are run.
     """
@@ -116,12 +123,12 @@ class Outcomes:
         self.record.put("tests", "kernels", found)
 
 
-def _processes(run: Run) -> int:
+def _processes(run: StageRun) -> int:
     """As many as there are processors, less one, for what compiles more than it computes; in a rehearsal one."""
     return 1 if run.rehearse else max(1, min(16, (os.cpu_count() or 2) - 1))
 
 
-def fuzz(run: Run) -> int:
+def fuzz(run: StageRun) -> int:
     """`linattn fuzz` for a minute, in as many processes as compile side by side, from seeds far apart."""
     seconds, extent = ("10", "tiny") if run.rehearse else ("60", "medium")
     words = ["--backend", "triton", "--seconds", seconds, "--extent", extent, "--device", run.device.type]
@@ -139,7 +146,7 @@ def fuzz(run: Run) -> int:
         return 0 if all(list(pool.map(search, range(0, count * SEEDS_APART, SEEDS_APART)))) else 1
 
 
-def limits(run: Run) -> int:
+def limits(run: StageRun) -> int:
     """Measure what the machine can do."""
     found = measure_limits(run.device, run.rehearse)
     run.record.put("limits", run.device.type, asdict(found))
@@ -147,42 +154,42 @@ def limits(run: Run) -> int:
     return 0
 
 
-def _comparisons(stage: str, table: Iterable[cases.Comparison]) -> Callable[[Run], int]:
-    def measure(run: Run) -> int:
+def _comparisons(stage: str, table: Iterable[cases.Comparison]) -> Callable[[StageRun], int]:
+    def measure(run: StageRun) -> int:
         limits, failures = run.limits, []
         for comparison in cases.distinct(map(cases.small, table)) if run.rehearse else table:
             prefix = f"{stage}/{comparison.problem}"
             if run.missing and f"{prefix}/{comparison.methods[-1].name}" in run.record.section("rows"):
                 continue
-            rows = compare(comparison, run.device, limits)
-            for name, row in rows.items():
-                run.record.put("rows", f"{prefix}/{name}", row)
-                print(f"{comparison.problem}  {name}: {_one_line(row)}", flush=True)
-            for key, judged in judge_goals(comparison, rows).items():
+            entries = compare(comparison, run.device, limits)
+            for name, entry in entries.items():
+                run.record.put("rows", f"{prefix}/{name}", entry)
+                print(f"{comparison.problem}  {name}: {_one_line(entry)}", flush=True)
+            for key, judged in judge_goals(comparison, entries).items():
                 run.record.put("goals", f"{stage}/{key}", judged)
-            failures += broken(list(rows.values()))
+            failures += failures_of_ours(list(entries.values()))
         return 1 if failures else 0
 
     return measure
 
 
-def crossover(run: Run) -> int:
+def crossover(run: StageRun) -> int:
     """N* of the chunked form against the fastest softmax at each length."""
     limits, failures = run.limits, []
     for sweep in cases.distinct(map(cases.small_sweep, cases.SWEEPS)) if run.rehearse else cases.SWEEPS:
         ms: dict[str, dict[int, float]] = {}
         for problem in sweep.problems():
-            rows = compare(cases.Comparison(problem, cases.SWEPT), run.device, limits, rep_ms=30)
-            failures += broken(list(rows.values()))
-            for name, row in rows.items():
-                run.record.put("rows", f"crossover/{problem}/{name}", row)
-                if isinstance(row.get("ms"), float):
-                    ms.setdefault(name, {})[problem.N] = float(str(row["ms"]))
+            entries = compare(cases.Comparison(problem, cases.SWEPT), run.device, limits, rep_ms=30)
+            failures += failures_of_ours(list(entries.values()))
+            for name, entry in entries.items():
+                run.record.put("rows", f"crossover/{problem}/{name}", entry)
+                if isinstance(entry.get("ms"), float):
+                    ms.setdefault(name, {})[problem.N] = float(str(entry["ms"]))
         _put_crossing(run.record, sweep, ms)
     return 1 if failures else 0
 
 
-def _put_crossing(record: Record, sweep: cases.Sweep, ms: dict[str, dict[int, float]]) -> None:
+def _put_crossing(record: Record, sweep: cases.LengthSweep, ms: dict[str, dict[int, float]]) -> None:
     """From times by method and length: N* against the fastest softmax, and what it is in D^2."""
     chunked, rivals = ms.get(cases.CHUNKED.name, {}), [ms.get(m.name, {}) for m in cases.FASTEST_SOFTMAX]
     softmax = {N: min(times[N] for times in rivals if N in times) for N in sweep.sizes if any(N in t for t in rivals)}
@@ -198,7 +205,7 @@ def _put_crossing(record: Record, sweep: cases.Sweep, ms: dict[str, dict[int, fl
     print(f"{sweep}: {found} against the fastest softmax", flush=True)
 
 
-def decode(run: Run) -> int:
+def decode(run: StageRun) -> int:
     """One step of decoding: what it takes is to read the state and to write it."""
     bandwidth = run.limits.copy_gb_s
     for step in cases.distinct(map(cases.small_step, cases.STEPS)) if run.rehearse else cases.STEPS:
@@ -209,14 +216,14 @@ def decode(run: Run) -> int:
             continue
         ms = summarise(samples["step"]).median
         rate = 2 * step.state_bytes / ms / 1e6
-        row: dict[str, object] = {"ms": ms, "GB/s": rate, "share of bandwidth": rate / bandwidth}
-        run.record.put("rows", f"decode/{step}", row)
+        entry: dict[str, object] = {"ms": ms, "GB/s": rate, "share of bandwidth": rate / bandwidth}
+        run.record.put("rows", f"decode/{step}", entry)
         run.record.put("goals", f"decode/{step}: {step.goal}", verdict(step.goal, rate / bandwidth))
-        print(f"decode {step}: {_one_line(row)}", flush=True)
+        print(f"decode {step}: {_one_line(entry)}", flush=True)
     return 0
 
 
-def decoding_step(step: cases.Step, device: torch.device) -> Callable[[], object]:
+def decoding_step(step: cases.DecodeStep, device: torch.device) -> Callable[[], object]:
     """A call with one token and a state of random sums."""
     shape = (step.B, step.H, 1, step.D)
     q, k, v = (torch.randn(shape, device=device).mul(0.2).bfloat16() for _ in range(3))
@@ -231,7 +238,7 @@ def decoding_step(step: cases.Step, device: torch.device) -> Callable[[], object
     )
 
 
-def host(run: Run) -> int:
+def host(run: StageRun) -> int:
     """Time until a call returns, of calls so small that the device is never waited for. In a rehearsal launches are
     recorded and not executed: what remains is the time until they would be handed to Triton.
     """
@@ -254,13 +261,13 @@ def host(run: Run) -> int:
             return {"skipped": str(refusal)}
 
     for method in (cases.DIRECT, cases.CHUNKED, cases.SOFTMAX, cases.ELU, SDPA):
-        row = measured(method)
-        run.record.put("host", method.name, row)
-        print(f"{method.name}: {row}", flush=True)
+        entry = measured(method)
+        run.record.put("host", method.name, entry)
+        print(f"{method.name}: {entry}", flush=True)
     return 0
 
 
-def _host_us(call: Callable[[], None], run: Run, count: int = 200) -> float:
+def _host_us(call: Callable[[], None], run: StageRun, count: int = 200) -> float:
     """Median of the microseconds until each of some calls has returned."""
     from linattn.kernels.common.gpu.launch import recording
 
@@ -275,29 +282,29 @@ def _host_us(call: Callable[[], None], run: Run, count: int = 200) -> float:
     return statistics.median(samples)
 
 
-def million(run: Run) -> int:
+def million(run: StageRun) -> int:
     """A million tokens; softmax is measured at an eighth of that and extrapolated by N^2, which the record says."""
     comparison, softmax = (cases.small(c) if run.rehearse else c for c in (cases.MILLION, cases.MILLION_SOFTMAX))
-    rows = compare(comparison, run.device, run.limits, rep_ms=200)
-    ours = rows[cases.CHUNKED.name]
+    entries = compare(comparison, run.device, run.limits, rep_ms=200)
+    ours = entries[cases.CHUNKED.name]
     if isinstance(peak := ours.get("peak_mib"), float):
         ours["GiB"] = peak / 1024
     rivals = compare(softmax, run.device, run.limits, rep_ms=100)
-    for at, found in ((comparison.problem, rows), (softmax.problem, rivals)):
-        for name, row in found.items():
-            run.record.put("rows", f"million/{at}/{name}", row)
-            print(f"{at}  {name}: {_one_line(row)}", flush=True)
+    for at, found in ((comparison.problem, entries), (softmax.problem, rivals)):
+        for name, entry in found.items():
+            run.record.put("rows", f"million/{at}/{name}", entry)
+            print(f"{at}  {name}: {_one_line(entry)}", flush=True)
     factor = (comparison.problem.N / softmax.problem.N) ** 2
-    times = [float(str(row["ms"])) * factor for row in rivals.values() if "ms" in row]
+    times = [float(str(entry["ms"])) * factor for entry in rivals.values() if "ms" in entry]
     speedup = min(times) / float(str(ours["ms"])) if times and "ms" in ours else None
     memory, speed = comparison.goals
     run.record.put("goals", f"million/{memory}", verdict(memory, ours.get("GiB")))
     extrapolated = f"softmax, extrapolated from N = {softmax.problem.N} by N^2"
     run.record.put("goals", f"million/{speed} over {extrapolated}", verdict(speed, speedup))
-    return 1 if broken([ours]) else 0
+    return 1 if failures_of_ours([ours]) else 0
 
 
-def sanitizer(run: Run) -> int:
+def sanitizer(run: StageRun) -> int:
     """Memory errors and races that random calls may hide."""
     tool = shutil.which("compute-sanitizer")
     if tool is None or run.rehearse:
@@ -320,7 +327,7 @@ def sanitizer(run: Run) -> int:
     return status
 
 
-def figures(run: Run) -> int:
+def figures(run: StageRun) -> int:
     """Draw what the file holds."""
     try:
         from linattn.bench.gpu.plots import draw_all
@@ -331,7 +338,7 @@ def figures(run: Run) -> int:
     return 0
 
 
-RUNS: dict[str, Callable[[Run], int]] = {
+RUNS: dict[str, Callable[[StageRun], int]] = {
     "environment": environment,
     "correctness": correctness,
     "fuzz": fuzz,
@@ -351,8 +358,8 @@ RUNS: dict[str, Callable[[Run], int]] = {
 }
 
 
-def _one_line(row: dict[str, object]) -> str:
-    if "ms" not in row:
-        return str(row.get("skipped") or row.get("failed"))
+def _one_line(entry: dict[str, object]) -> str:
+    if "ms" not in entry:
+        return str(entry.get("skipped") or entry.get("failed"))
     units = {"ms": ".4g", "TFLOP/s": ".0f", "GB/s": ".0f", "share of limit": ".0%", "peak_mib": ".0f", "error": ".1e"}
-    return ", ".join(f"{name} {row[name]:{style}}" for name, style in units.items() if row.get(name) is not None)
+    return ", ".join(f"{name} {entry[name]:{style}}" for name, style in units.items() if entry.get(name) is not None)

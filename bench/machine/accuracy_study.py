@@ -41,7 +41,7 @@ CANCELLING = ("near -1", "orthogonal")
 
 
 @dataclass(frozen=True)
-class Case:
+class HardCase:
     """kind: "normal", "positive" (scores > 0, values about 3), "large" (scores beyond the square root of fp16's range),
     "near -1" (all scores within `spread`, standard deviation) or "orthogonal" (queries to keys, but for `spread` of
     their length, in directions that no axis shows; coefficients (0, 0, 1)).
@@ -76,19 +76,19 @@ class Case:
 
 
 CASES = (
-    *(Case("near -1", 512, D=16, spread=spread) for spread in (0.6, 0.4, 0.15, 0.03)),
-    *(Case("normal", N) for N in (256, 1024, 4096)),
-    *(Case("normal", N, D=16) for N in (16384, 65536)),
-    Case("positive", 1024),
-    Case("positive", 65536, D=16),
-    Case("large", 256),
-    *(Case("near -1", 1024, spread=spread) for spread in (0.5, 0.3, 0.15, 0.03)),
-    Case("near -1", 16384, D=16, spread=0.15),
-    *(Case("orthogonal", 1024, spread=spread) for spread in (0.3, 0.03)),
+    *(HardCase("near -1", 512, D=16, spread=spread) for spread in (0.6, 0.4, 0.15, 0.03)),
+    *(HardCase("normal", N) for N in (256, 1024, 4096)),
+    *(HardCase("normal", N, D=16) for N in (16384, 65536)),
+    HardCase("positive", 1024),
+    HardCase("positive", 65536, D=16),
+    HardCase("large", 256),
+    *(HardCase("near -1", 1024, spread=spread) for spread in (0.5, 0.3, 0.15, 0.03)),
+    HardCase("near -1", 16384, D=16, spread=0.15),
+    *(HardCase("orthogonal", 1024, spread=spread) for spread in (0.3, 0.03)),
 )
 
 
-def measure(case: Case, dtype: str, backend: str, device: str) -> dict[str, Any]:
+def measure(case: HardCase, dtype: str, backend: str, device: str) -> dict[str, Any]:
     """Relative errors, by norm, of the output and of the worst gradient, and the condition of the judged rows."""
     low = [x.to(device, DTYPES[dtype]) for x in case.inputs()]
     rows = torch.arange(16, case.N) if case.N <= ALL_ROWS_UP_TO else torch.arange(case.N - JUDGED, case.N)
@@ -113,7 +113,7 @@ def measure(case: Case, dtype: str, backend: str, device: str) -> dict[str, Any]
     return found
 
 
-def _truth(case: Case, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, float, float]:
+def _truth(case: HardCase, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, float, float]:
     """Rows of the result, and their median kappa and cancellation."""
     c0, c1, c2 = case.coefficients
     q = q[:, :, rows]

@@ -29,7 +29,7 @@ from linattn.bench.measuring.cases import (
 from linattn.bench.measuring.ceilings import Ceilings, Extent, calls_to_time, reached
 from linattn.bench.measuring.environment import describe
 from linattn.bench.measuring.measure import least_bytes, measure
-from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.results import Measurement, Results
 from linattn.bench.measuring.timing import side_by_side
 from linattn.errors import DataError
 
@@ -54,7 +54,7 @@ HEADINGS = (
 class Place:
     """One row below the ceilings: intensity in flop/byte, rate and ceiling in GFLOP/s."""
 
-    row: Row
+    measurement: Measurement
     intensity: float
     rate: float
     ceiling: float
@@ -86,15 +86,15 @@ def ceilings_of(results: Results) -> Ceilings:
     return Ceilings(**found)
 
 
-def places(rows: Iterable[Row], ceilings: Ceilings) -> list[Place]:
+def places(measurements: Iterable[Measurement], ceilings: Ceilings) -> list[Place]:
     """Where each measured row lies."""
     found = []
-    for row in rows:
-        if row.gflops is None or row.gflops_per_s is None:
+    for measurement in measurements:
+        if measurement.gflops is None or measurement.gflops_per_s is None:
             continue
-        intensity, dtype = row.gflops * 1e9 / least_bytes(row.problem), row.problem.dtype
+        intensity, dtype = measurement.gflops * 1e9 / least_bytes(measurement.problem), measurement.problem.dtype
         bound = "memory" if ceilings.copy_gb_s * intensity < ceilings.matmul_gflops[dtype] else "products"
-        found.append(Place(row, intensity, row.gflops_per_s, ceilings.at(intensity, dtype), bound))
+        found.append(Place(measurement, intensity, measurement.gflops_per_s, ceilings.at(intensity, dtype), bound))
     return found
 
 
@@ -102,17 +102,17 @@ def table(results: Results) -> list[tuple[str, ...]]:
     """One line a row, under `HEADINGS`."""
     return [
         (
-            place.row.problem.dtype,
-            place.row.method.name,
-            "forward and backward" if place.row.problem.direction == "training" else "forward",
-            str(place.row.problem.N),
+            place.measurement.problem.dtype,
+            place.measurement.method.name,
+            "forward and backward" if place.measurement.problem.direction == "training" else "forward",
+            str(place.measurement.problem.N),
             f"{place.intensity:.0f}",
             f"{place.rate:.0f}",
             f"{place.ceiling:.0f}",
             f"{100 * place.rate / place.ceiling:.0f} %",
             place.bound,
         )
-        for place in places(results.rows, ceilings_of(results))
+        for place in places(results.measurements, ceilings_of(results))
     ]
 
 
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     set_threads(args.threads)
     dtypes = ("fp32", "bf16")
-    before, rows = measure_ceilings(device, dtypes), []
+    before, measurements = measure_ceilings(device, dtypes), []
     problems = [
         Problem(args.length, args.head_size, args.head_size, H=args.heads, dtype=dtype, is_causal=True, direction=way)
         for dtype, way in product(dtypes, DIRECTIONS)
@@ -142,11 +142,11 @@ def run(args: argparse.Namespace) -> int:
     with progress(len(problems), "problem") as bar:
         for problem in problems:
             bar.set_postfix_str(str(problem))
-            rows += measure(problem, METHODS, device=device, budget_s=args.budget)
+            measurements += measure(problem, METHODS, device=device, budget_s=args.budget)
             bar.update()
     ceilings = higher(before, measure_ceilings(device, dtypes))
     settings: dict[str, object] = {"plan": "default", "budget_s": args.budget, "ceilings": asdict(ceilings)}
-    results = Results("roofline", describe(device), settings, rows)
+    results = Results("roofline", describe(device), settings, measurements)
     path = args.out / "results.json"
     results.save(path)
     written = [path]
@@ -168,17 +168,17 @@ def describe_ceilings(ceilings: Ceilings) -> str:
 def draw(results: Results) -> Figure:
     """Rate over intensity below the ceilings, a panel a dtype; hollow: forward and backward."""
     ceilings = ceilings_of(results)
-    found = places(results.rows, ceilings)
-    dtypes = [dtype for dtype in ceilings.matmul_gflops if any(p.row.problem.dtype == dtype for p in found)]
+    found = places(results.measurements, ceilings)
+    dtypes = [dtype for dtype in ceilings.matmul_gflops if any(p.measurement.problem.dtype == dtype for p in found)]
     figure = new_figure(max(7.0, 4.8 * len(dtypes) + 0.6), 5.4)
     for axes, dtype in zip(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0], dtypes, strict=True):
-        _panel(axes, [place for place in found if place.row.problem.dtype == dtype], ceilings, dtype)
+        _panel(axes, [place for place in found if place.measurement.problem.dtype == dtype], ceilings, dtype)
         axes.set_xlabel("intensity (useful flop / byte that must move)")
         axes.set_title(f"{dtype}: products {ceilings.matmul_gflops[dtype]:.0f} GFLOP/s, copy "
                        f"{ceilings.copy_gb_s:.0f} GB/s", fontsize=10)  # fmt: skip
     figure.axes[0].set_ylabel("useful work (GFLOP/s)")
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    problem = results.rows[0].problem
+    problem = results.measurements[0].problem
     details = f"causal, N = {problem.N}, D = M = {problem.D}, B = {problem.B}, H = {problem.H}"
     title(figure, "Each kernel below the limits of its machine", f"{details}, {machine_of(results.environment)}")
     return figure
@@ -191,8 +191,8 @@ def _panel(axes: Axes, found: Sequence[Place], ceilings: Ceilings, dtype: str) -
     left = min([ridge, *(place.intensity for place in found)]) / 4
     axes.plot([left, ridge, right], [left * ceilings.copy_gb_s, peak, peak], color="#000000", linewidth=1.5)
     for place in found:
-        style = LOOKS[place.row.method]
-        hollow = place.row.problem.direction == "training"
+        style = LOOKS[place.measurement.method]
+        hollow = place.measurement.problem.direction == "training"
         axes.plot(place.intensity, place.rate, style.marker, color=style.color, markersize=8, markeredgewidth=1.4,
                   markerfacecolor="white" if hollow else style.color)  # fmt: skip
     axes.set_xscale("log")

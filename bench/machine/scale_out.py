@@ -46,7 +46,7 @@ KERNELS: tuple[tuple[cost.Kernel, int], ...] = (("quadratic", 64), ("quadratic",
 
 
 @dataclass(frozen=True)
-class Row:
+class Prediction:
     """A prediction. sent_mb: MB that a GPU sends for a layer, both passes; ring_mb: what ring attention sends."""
 
     kernel: str
@@ -61,7 +61,7 @@ class Row:
     ring_mb: float
 
 
-def predict(kernel: cost.Kernel, D: int, tokens: int, gpus: int) -> Row:
+def predict(kernel: cost.Kernel, D: int, tokens: int, gpus: int) -> Prediction:
     """One layer on so many GPUs, and softmax by ring attention on as many."""
     alone = _flops(kernel, "chunked", D, tokens) / RATE
     compute, sent, exchange = alone, 0.0, 0.0
@@ -75,7 +75,7 @@ def predict(kernel: cost.Kernel, D: int, tokens: int, gpus: int) -> Row:
     # Keys and values forward; with their gradients backward.
     ring = (2 + 4) * (gpus - 1) * (tokens / gpus) * HEADS * D * BYTES_OF_A_KEY
     ring_seconds = max(_flops("softmax", "direct", D, tokens) / gpus / RATE, ring / BANDWIDTH)
-    return Row(
+    return Prediction(
         kernel, D, tokens, gpus, 1e3 * seconds, 1e3 * exchange, alone / (gpus * seconds), sent / 1e6,
         1e3 * ring_seconds, ring / 1e6,
     )  # fmt: skip
@@ -94,21 +94,21 @@ def _again(kernel: cost.Kernel, D: int, tokens: int) -> float:
     return HEADS * tokens * (1 + 2) * 2 * features * (D + 1)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(predictions: Sequence[Prediction]) -> str:
     """Format predictions as a Markdown table."""
     lines = [
         "| kernel | D | tokens | GPUs | ms a layer | of it exchange | efficiency | MB a GPU sends | ring: ms | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines.extend(
-        f"| {row.kernel} | {row.D} | {row.tokens / 1e6:g}M | {row.gpus} | {row.ms:.3g} | {row.exchange_ms:.3g} | "
-        f"{row.efficiency:.0%} | {row.sent_mb:.3g} | {row.ring_ms:.3g} | {row.ring_mb:.3g} |"
-        for row in rows
-    )
+    for one in predictions:
+        size = f"| {one.kernel} | {one.D} | {one.tokens / 1e6:g}M | {one.gpus} |"
+        time = f"{one.ms:.3g} | {one.exchange_ms:.3g} | {one.efficiency:.0%} |"
+        traffic = f"{one.sent_mb:.3g} | {one.ring_ms:.3g} | {one.ring_mb:.3g} |"
+        lines.append(f"{size} {time} {traffic}")
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[Row]) -> Figure:
+def draw(predictions: Sequence[Prediction]) -> Figure:
     """Efficiency against the number of GPUs, a panel a kernel, a line a length."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -117,7 +117,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     panels = figure.subplots(1, len(KERNELS), sharey=True)
     for axes, (kernel, D) in zip(panels, KERNELS, strict=True):
         for tokens, color, marker in zip(LENGTHS, ("#0072B2", "#E69F00", "#009E73"), "os^", strict=True):
-            mine = [row for row in rows if (row.kernel, row.D, row.tokens) == (kernel, D, tokens)]
+            mine = [
+                prediction
+                for prediction in predictions
+                if (prediction.kernel, prediction.D, prediction.tokens) == (kernel, D, tokens)
+            ]
             label = f"{tokens // 10**6}M tokens"
             axes.plot([r.gpus for r in mine], [r.efficiency for r in mine], color=color, marker=marker, label=label)
         axes.set_xscale("log", base=2)
@@ -135,14 +139,14 @@ def draw(rows: Sequence[Row]) -> Figure:
 def main() -> int:
     """Write the results file, the figure and the page's table."""
     require_matplotlib()
-    rows = [predict(kernel, D, tokens, gpus) for kernel, D in KERNELS for tokens in LENGTHS for gpus in GPUS]
+    predictions = [predict(kernel, D, tokens, gpus) for kernel, D in KERNELS for tokens in LENGTHS for gpus in GPUS]
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(asdict(rows[0])), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(asdict(predictions[0])), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    writer.writerows(asdict(prediction) for prediction in predictions)
     write_text(RESULTS, text.getvalue())
-    figures.save(draw(rows), FIGURE)
-    write_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), BEGIN, table(rows)))
+    figures.save(draw(predictions), FIGURE)
+    write_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), BEGIN, table(predictions)))
     return 0
 
 

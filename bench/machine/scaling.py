@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from linattn._util.environment import pick_device
 from linattn._util.figures import save
 from linattn._util.tables import text_table
-from linattn.bench.crossover.exponents import MethodGrowth, growth_of_methods
+from linattn.bench.crossover.exponents import MethodExponents, method_exponents
 from linattn.bench.crossover.figures import LEAST_MIB, log_axes, machine_of, new_figure, require_matplotlib, title
-from linattn.bench.crossover.sweep import Plan, add_run_arguments, run_sweep, set_threads
+from linattn.bench.crossover.sweep import SweepPlan, add_run_arguments, run_sweep, set_threads
 from linattn.bench.crossover.tables import grouped
 from linattn.bench.measuring.cases import (
     ARGMAX,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from linattn.bench.measuring.results import Results, Row
+    from linattn.bench.measuring.results import Measurement, Results
 
 METHODS = (
     SDPA,
@@ -48,8 +48,8 @@ METHODS = (
     KERNEL_ATTENTION,
     ARGMAX,
 )
-QUICK = Plan("quick", 256, 4096, budget_s=0.3, limit_s=1.0, settled_s=1.0, refine=False)
-DEFAULT = Plan("default", 256, 32768, budget_s=2.0, limit_s=5.0, settled_s=5.0, refine=False)
+QUICK = SweepPlan("quick", 256, 4096, budget_s=0.3, limit_s=1.0, settled_s=1.0, refine=False)
+DEFAULT = SweepPlan("default", 256, 32768, budget_s=2.0, limit_s=5.0, settled_s=5.0, refine=False)
 SERIES: tuple[tuple[bool, Direction], ...] = ((False, "forward"), (True, "forward"), (True, "training"))
 """Masks and directions: the recurrent form is causal only, looking up the best key is neither causal nor trained."""
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         for causal, direction in SERIES
     ]
     results = run_sweep("scaling", groups, METHODS, plan, device=device, folder=args.out, fresh=args.fresh)
-    print("\n" + text_table(HEADINGS, table(results.rows)))
+    print("\n" + text_table(HEADINGS, table(results.measurements)))
     written = [args.out / "results.json", args.out / "results.csv"]
     if not args.no_figures:
         written.append(args.out / "scaling.png")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def table(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+def table(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
     """One line a method and group, under `HEADINGS`."""
     return [
         (
@@ -100,20 +100,20 @@ def table(rows: Iterable[Row]) -> list[tuple[str, ...]]:
             "-" if found.flops is None else f"{found.flops:.2f}",
             _or_dash(found.memory),
         )
-        for found in growth_of_methods(rows)
+        for found in method_exponents(measurements)
     ]
 
 
 def draw(results: Results) -> Figure:
     """Time above peak memory against length, one column a group; the legend tells each exponent."""
-    groups = grouped(results.rows)
-    exponents = {(g.group, g.method): g for g in growth_of_methods(results.rows)}
-    methods = list(dict.fromkeys(row.method for row in results.rows))
+    groups = grouped(results.measurements)
+    exponents = {(g.group, g.method): g for g in method_exponents(results.measurements)}
+    methods = list(dict.fromkeys(measurement.method for measurement in results.measurements))
     figure = new_figure(max(7.0, 4.0 * len(groups) + 0.6), 8.2)
     grid = figure.subplots(2, len(groups), sharex=True, sharey="row", squeeze=False)
-    for (group, rows), (above, below) in zip(groups.items(), grid.T, strict=True):
-        _panel(above, rows, methods, {m: _time(exponents.get((group, m))) for m in methods}, "median_ms")
-        _panel(below, rows, methods, {m: _memory(exponents.get((group, m))) for m in methods}, "peak_mib")
+    for (group, measurements), (above, below) in zip(groups.items(), grid.T, strict=True):
+        _panel(above, measurements, methods, {m: _time(exponents.get((group, m))) for m in methods}, "median_ms")
+        _panel(below, measurements, methods, {m: _memory(exponents.get((group, m))) for m in methods}, "peak_mib")
         above.set_title(str(group), fontsize=10)
         below.set_xlabel("sequence length N (tokens)")
     grid[0][0].set_ylabel("time of one call (ms)")
@@ -127,24 +127,30 @@ def draw(results: Results) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[Method], exponents: Mapping[Method, str], y: str) -> None:
+def _panel(
+    axes: Axes, measurements: Sequence[Measurement], methods: Sequence[Method], exponents: Mapping[Method, str], y: str
+) -> None:
     for method in methods:
-        points = {row.problem.N: getattr(row, y) for row in rows if row.method == method and getattr(row, y)}
+        points = {
+            measurement.problem.N: getattr(measurement, y)
+            for measurement in measurements
+            if measurement.method == method and getattr(measurement, y)
+        }
         if points:
             style = "--" if method == SDPA else "-." if method.form == "direct" else "-"
             color = COLORS[methods.index(method) % len(COLORS)]
             label = f"{method.name} ({exponents[method]})"
             axes.plot(list(points), list(points.values()), style, color=color, linewidth=1.6, label=label)
-    log_axes(axes, [row.problem.N for row in rows])
+    log_axes(axes, [measurement.problem.N for measurement in measurements])
     if axes.lines:
         axes.legend(fontsize=7.5, frameon=False, loc="upper left")
 
 
-def _time(found: MethodGrowth | None) -> str:
+def _time(found: MethodExponents | None) -> str:
     return f"{found.time.exponent:.2f}" if found and found.time else "no fit"
 
 
-def _memory(found: MethodGrowth | None) -> str:
+def _memory(found: MethodExponents | None) -> str:
     return f"{found.memory.exponent:.2f}" if found and found.memory else "no fit"
 
 

@@ -26,35 +26,35 @@ SAMPLED_ROWS = 64
 class Truth:
     """Outputs, and in training gradients, of the rows that are judged, in float64."""
 
-    rows: Tensor
+    queries: Tensor
     tensors: tuple[Tensor, ...]
 
     def error(self, results: Sequence[Tensor]) -> float:
         """Relative error of the output, by norm over the judged rows."""
-        return relative_error(results[0][:, :, self.rows], self.tensors[0])
+        return relative_error(results[0][:, :, self.queries], self.tensors[0])
 
     def gradient_error(self, results: Sequence[Tensor]) -> float | None:
         """Largest relative error among the gradients that could be judged: dq, and dk, dv where all rows are."""
         if len(self.tensors) == 1:
             return None
         pairs = list(zip(results[1:], self.tensors[1:], strict=False))
-        errors = [relative_error(pairs[0][0][:, :, self.rows], pairs[0][1])]
+        errors = [relative_error(pairs[0][0][:, :, self.queries], pairs[0][1])]
         return max(errors + [relative_error(actual, truth) for actual, truth in pairs[1:]])
 
 
-def judged_rows(N: int) -> Tensor:
+def judged_queries(N: int) -> Tensor:
     """All rows of a short sequence, else 64 spread evenly, the first and the last among them."""
     return torch.arange(N) if N <= ALL_ROWS_UP_TO else torch.linspace(0, N - 1, SAMPLED_ROWS).round().long()
 
 
 def truth_of(method: Method, problem: Problem, tensors: Sequence[Tensor], upstream: Tensor | None = None) -> Truth:
     """The truth of a method's operation on these inputs; methods with the same `op` share it."""
-    rows = judged_rows(problem.N).to(tensors[0].device)
+    queries = judged_queries(problem.N).to(tensors[0].device)
     training = problem.direction == "training"
-    q, k, v = (t.detach().double() for t in (tensors[0][:, :, rows], tensors[1], tensors[2]))
+    q, k, v = (t.detach().double() for t in (tensors[0][:, :, queries], tensors[1], tensors[2]))
     for t in (q, k, v):
         t.requires_grad_(training)
-    seen = torch.arange(problem.N, device=rows.device) <= rows[:, None] if problem.is_causal else None
+    seen = torch.arange(problem.N, device=queries.device) <= queries[:, None] if problem.is_causal else None
 
     def similarity(q: Tensor, k: Tensor) -> Tensor:
         weights = _similarity(method.op, q, k)
@@ -62,10 +62,10 @@ def truth_of(method: Method, problem: Problem, tensors: Sequence[Tensor], upstre
 
     out = truth_attention(q, k, v, similarity, normalize=method.op != "plain")
     if not training or upstream is None:
-        return Truth(rows, (out.detach(),))
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), upstream[:, :, rows].double())
+        return Truth(queries, (out.detach(),))
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), upstream[:, :, queries].double())
     complete = problem.N <= ALL_ROWS_UP_TO
-    return Truth(rows, (out.detach(), dq, dk, dv) if complete else (out.detach(), dq))
+    return Truth(queries, (out.detach(), dq, dk, dv) if complete else (out.detach(), dq))
 
 
 def _similarity(op: str, q: Tensor, k: Tensor) -> Tensor:

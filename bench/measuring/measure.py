@@ -10,7 +10,7 @@ import torch
 
 from linattn.bench.measuring.accuracy import Truth, truth_of
 from linattn.bench.measuring.cases import DTYPES, SDPA, Method, Problem, backend_used, prepare
-from linattn.bench.measuring.results import Row
+from linattn.bench.measuring.results import Measurement
 from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.cost import Form, flops
 
@@ -27,7 +27,7 @@ def measure(
     device: torch.device,
     budget_s: float,
     memory: MemoryProbe | None = None,
-) -> list[Row]:
+) -> list[Measurement]:
     """Measure every method on the same inputs, in about `budget_s` seconds of timing plus one call each for memory.
 
     Returns:
@@ -46,13 +46,13 @@ def measure(
 
     sdpa_ms = summarise(samples[SDPA.name]).median if SDPA.name in samples else None
     truths: dict[str, Truth] = {}
-    rows = []
+    measurements = []
     for method in methods:
         if method.op not in truths:
             truths[method.op] = truth_of(method, problem, tensors, upstream)
         truth, summary = truths[method.op], summarise(samples[method.name])
-        rows.append(
-            Row(
+        measurements.append(
+            Measurement(
                 method,
                 problem,
                 backend_used=backend_used(method, problem, tensors),
@@ -64,28 +64,31 @@ def measure(
                 gflops=useful_gflops(method, problem),
                 error=truth.error(outputs[method.name]),
                 gradient_error=truth.gradient_error(outputs[method.name]),
-                judged_rows=len(truth.rows),
+                judged_rows=len(truth.queries),
                 peak_mib=None if memory is None else memory.peak_mib(method, problem),
             )
         )
-    return rows
+    return measurements
 
 
-def affordable(
-    methods: Sequence[Method], problem: Problem, rows: Sequence[Row], limit_s: float
-) -> tuple[list[Method], list[Row]]:
-    """Methods whose call is expected to take at most `limit_s` seconds, and rows that say why the others were skipped.
+def select_affordable(
+    methods: Sequence[Method], problem: Problem, measurements: Sequence[Measurement], limit_s: float
+) -> tuple[list[Method], list[Measurement]]:
+    """Keep the methods expected to take at most `limit_s` seconds a call, and say why the others were skipped.
 
-    Expected is the time on the longest shorter sequence among `rows`, growing with N^2 for direct forms, else with N.
+    Expected is the time on the longest shorter sequence among `measurements`, growing with N^2 for direct forms, else
+    with N.
     """
     kept, skipped = [], []
     for method in methods:
         shorter = [
-            row
-            for row in rows
-            if row.method == method and row.problem.N < problem.N and replace(row.problem, N=problem.N) == problem
+            measurement
+            for measurement in measurements
+            if measurement.method == method
+            and measurement.problem.N < problem.N
+            and replace(measurement.problem, N=problem.N) == problem
         ]
-        last = max(shorter, key=lambda row: row.problem.N, default=None)
+        last = max(shorter, key=lambda measurement: measurement.problem.N, default=None)
         if last is None:
             kept.append(method)
             continue
@@ -96,7 +99,7 @@ def affordable(
             kept.append(method)
         else:
             about = "too slow for a shorter sequence" if math.isinf(seconds) else f"about {seconds:.0f} s a call"
-            skipped.append(Row(method, problem, skipped=about))
+            skipped.append(Measurement(method, problem, skipped=about))
     return kept, skipped
 
 

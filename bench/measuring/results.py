@@ -25,7 +25,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One method on one problem.
 
     Times are milliseconds of one call. `sdpa_ratio` is the time of SDPA divided by this one's: above 1 is faster than
@@ -63,11 +63,11 @@ class Results:
     kind: str
     environment: Environment
     settings: dict[str, object]
-    rows: list[Row] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
 
-    def rows_of(self, problem: Problem) -> list[Row]:
+    def measurements_of(self, problem: Problem) -> list[Measurement]:
         """The rows of one problem, in the order they were measured."""
-        return [row for row in self.rows if row.problem == problem]
+        return [measurement for measurement in self.measurements if measurement.problem == problem]
 
     def save(self, path: Path) -> None:
         """Write `path` and, beside it, the same name with .csv.
@@ -80,10 +80,10 @@ class Results:
             "kind": self.kind,
             "environment": asdict(self.environment),
             "settings": self.settings,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [asdict(measurement) for measurement in self.measurements],
         }
         write_json(path, data)
-        write_text(path.with_suffix(".csv"), _as_csv(self.rows))
+        write_text(path.with_suffix(".csv"), _as_csv(self.measurements))
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -110,11 +110,17 @@ class Results:
             raise DataError(f"result file {name} has schema {schema!r}; accepted: {SCHEMA}")
         assert isinstance(data, dict)
         try:
-            rows = [
-                Row(**{**row, "method": Method(**row["method"]), "problem": Problem(**row["problem"])})
-                for row in data["rows"]
+            measurements = [
+                Measurement(
+                    **{
+                        **measurement,
+                        "method": Method(**measurement["method"]),
+                        "problem": Problem(**measurement["problem"]),
+                    }
+                )
+                for measurement in data["rows"]
             ]
-            return cls(data["kind"], Environment(**data["environment"]), data["settings"], rows)
+            return cls(data["kind"], Environment(**data["environment"]), data["settings"], measurements)
         except (KeyError, TypeError) as problem:
             raise DataError(f"result file {name} is damaged: {problem}") from problem
 
@@ -150,21 +156,21 @@ def resume(path: Path, kind: str, environment: Environment, settings: dict[str, 
     return fresh, f"{reason}; kept as {aside.name}, measuring afresh"
 
 
-def _as_csv(rows: Iterable[Row]) -> str:
+def _as_csv(measurements: Iterable[Measurement]) -> str:
     problem_fields = [f.name for f in fields(Problem)]
     method_fields = [f.name for f in fields(Method)]
-    row_fields = [f.name for f in fields(Row) if f.name not in ("method", "problem", "samples_ms")]
+    row_fields = [f.name for f in fields(Measurement) if f.name not in ("method", "problem", "samples_ms")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", *method_fields[1:], *problem_fields, "rounds", *row_fields, "gflops_per_s"])
-    for row in rows:
+    for measurement in measurements:
         writer.writerow(
             [
-                *(getattr(row.method, name) for name in method_fields),
-                *(getattr(row.problem, name) for name in problem_fields),
-                len(row.samples_ms),
-                *(_rounded(getattr(row, name)) for name in row_fields),
-                _rounded(row.gflops_per_s),
+                *(getattr(measurement.method, name) for name in method_fields),
+                *(getattr(measurement.problem, name) for name in problem_fields),
+                len(measurement.samples_ms),
+                *(_rounded(getattr(measurement, name)) for name in row_fields),
+                _rounded(measurement.gflops_per_s),
             ]
         )
     return text.getvalue()

@@ -34,7 +34,7 @@ from linattn.bench.measuring.cases import (
 from linattn.bench.measuring.environment import describe
 from linattn.bench.measuring.measure import measure
 from linattn.bench.measuring.memory import MemoryProbe
-from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.results import Measurement, Results
 from linattn.bench.peers.implementations import PEERS
 from linattn.errors import MissingExtraError
 
@@ -147,17 +147,19 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, object] = {"plan": "default", "proofs": [asdict(proof) for proof in proofs]}
     results = Results("peers", describe(device), settings, compare(problem, proofs, device, args.budget))
     results.save(args.out / "results.json")
-    print(f"\n{problem}\n{tables.table(results.rows)}\n\nwritten: {args.out / 'results.json'}", flush=True)
+    print(f"\n{problem}\n{tables.table(results.measurements)}\n\nwritten: {args.out / 'results.json'}", flush=True)
     return 0
 
 
-def compare(problem: Problem, proofs: Sequence[Proof], device: torch.device, budget_s: float) -> list[Row]:
+def compare(problem: Problem, proofs: Sequence[Proof], device: torch.device, budget_s: float) -> list[Measurement]:
     """Every proved peer and ours on one problem, side by side; a peer that fails at this size says why."""
     ours = (QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)
     peers = [method_of(proof.peer) for proof in proofs if proof.state == "proved"]
     failures = {method: _failure(method, problem, device) for method in peers}
     runs = [method for method, failure in failures.items() if failure is None]
-    failed = [Row(method, problem, skipped=failure) for method, failure in failures.items() if failure is not None]
+    failed = [
+        Measurement(method, problem, skipped=failure) for method, failure in failures.items() if failure is not None
+    ]
     with MemoryProbe(device) as memory:
         return measure(problem, [*runs, *ours], device=device, budget_s=budget_s, memory=memory) + failed
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linattn._util.files import write_text
-from linattn.bench.crossover import figures as plots
-from linattn.bench.crossover import winner_map
+from linattn.bench.crossover import figures, winner_map
 from linattn.bench.machine import roofline, scaling
 from linattn.bench.measuring.results import Results
 from linattn.bench.report import marked_tables, page
 from linattn.bench.report.gpu_section import RECORD, gpu_section
 from linattn.bench.report.page import Section
-from linattn.bench.report.regressions import Flag, committed_before, compare
+from linattn.bench.report.regressions import Flag, compare, load_committed
 from linattn.bench.report.summaries import section
 from linattn.errors import DataError
 
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"written: {path}")
         return 0
     if not args.no_figures:
-        plots.require_matplotlib()
+        figures.require_matplotlib()
     files = result_files(args.paths)
     findings = [_look_at(path, args.baseline) for path in files if path.name != RECORD]
     records = [path for path in files if path.name == RECORD]
@@ -149,7 +148,7 @@ def _section(finding: Finding, *, figures: bool) -> Section:
             found.parts += [page.heading(heading), page.table(content)]
     if figures:
         found.parts += _pictures(results)
-    found.parts.append(page.folded(f"all {len(results.rows)} rows", page.table(section("measured", results))))
+    found.parts.append(page.folded(f"all {len(results.measurements)} rows", page.table(section("measured", results))))
     return found
 
 
@@ -166,13 +165,13 @@ def _pictures(results: Results) -> list[str]:
         return [page.picture(roofline.draw(results), "Kernels below the measured limits")]
     if results.kind != "crossover":
         return []
-    parts = plots.parts_of(results.rows)
+    parts = figures.parts_of(results.measurements)
     found = [page.picture(winner_map.draw_winners(parts, results.environment), "The fastest method over N and D")]
     for part, groups in parts.items():
-        found.append(page.picture(plots.draw_crossover(groups, results.environment), f"N* against D: {part}"))
-        found.append(page.picture(plots.draw_time(groups, results.environment), f"Time against N: {part}"))
-        if any(row.peak_mib is not None for rows in groups.values() for row in rows):
-            found.append(page.picture(plots.draw_memory(groups, results.environment), f"Memory against N: {part}"))
+        found.append(page.picture(figures.draw_crossover(groups, results.environment), f"N* against D: {part}"))
+        found.append(page.picture(figures.draw_time(groups, results.environment), f"Time against N: {part}"))
+        if any(one.peak_mib is not None for members in groups.values() for one in members):
+            found.append(page.picture(figures.draw_memory(groups, results.environment), f"Memory against N: {part}"))
     return found
 
 
@@ -182,7 +181,7 @@ def _look_at(path: Path, baseline: Path | None) -> Finding:
         before = Results.load(baseline)
         found = (before, str(baseline)) if before.kind == results.kind else None
     else:
-        found = committed_before(path, results)
+        found = load_committed(path, results)
     return Finding(path, results, found[1] if found else None, compare(results, found[0] if found else None))
 
 

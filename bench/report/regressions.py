@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from linattn.bench.measuring.cases import DTYPES, SDPA, Problem
-from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.results import Measurement, Results
 from linattn.errors import DataError
 from linattn.testing import BUDGETS
 
@@ -53,31 +53,33 @@ class Flag:
 
 def compare(now: Results, before: Results | None) -> list[Flag]:
     """Flags of `now`: outputs beyond their error budget, and, where there is a `before`, what it did better."""
-    flags = [flag for row in now.rows for flag in wrong(row)]
+    flags = [flag for measurement in now.measurements for flag in wrong(measurement)]
     if before is None:
         return flags
-    earlier = {(row.method, row.problem): row for row in before.rows}
-    reference, earlier_reference = _references(now.rows), _references(before.rows)
+    earlier = {(measurement.method, measurement.problem): measurement for measurement in before.measurements}
+    reference, earlier_reference = _references(now.measurements), _references(before.measurements)
     same_memory = now.settings.get("peak_memory") == before.settings.get("peak_memory")  # measured in the same way
-    for row in now.rows:
-        was = earlier.get((row.method, row.problem))
+    for measurement in now.measurements:
+        was = earlier.get((measurement.method, measurement.problem))
         if was is None:
             continue
-        flags += _slower(row, was, reference.get(row.problem), earlier_reference.get(row.problem))
+        flags += _slower(
+            measurement, was, reference.get(measurement.problem), earlier_reference.get(measurement.problem)
+        )
         if same_memory:
-            flags += _larger(row, was)
+            flags += _larger(measurement, was)
     return flags
 
 
-def wrong(row: Row) -> list[Flag]:
+def wrong(measurement: Measurement) -> list[Flag]:
     """An output or gradient whose error is beyond the budget of its dtype, NaN included."""
-    budget = BUDGETS[DTYPES[row.problem.dtype]]
-    pairs = (("output", row.error, budget.forward), ("gradient", row.gradient_error, budget.gradient))
+    budget = BUDGETS[DTYPES[measurement.problem.dtype]]
+    pairs = (("output", measurement.error, budget.forward), ("gradient", measurement.gradient_error, budget.gradient))
     return [
         Flag(
             "wrong",
-            row.method.name,
-            str(row.problem),
+            measurement.method.name,
+            str(measurement.problem),
             limit,
             error,
             f"{what} is off by {error:.1e}, accepted: {limit:.0e}",
@@ -88,7 +90,7 @@ def wrong(row: Row) -> list[Flag]:
 
 
 def log_slowdown(
-    now: Row, before: Row, reference: Row | None, earlier_reference: Row | None
+    now: Measurement, before: Measurement, reference: Measurement | None, earlier_reference: Measurement | None
 ) -> tuple[float, float] | None:
     """log(time now / time before), each as a ratio to SDPA where both have it, and the half-width of its noise band.
 
@@ -111,45 +113,55 @@ def log_slowdown(
     return change, (high - low) / 2 + math.log1p(RUN_TO_RUN)
 
 
-def _slower(row: Row, was: Row, reference: Row | None, earlier_reference: Row | None) -> list[Flag]:
+def _slower(
+    measurement: Measurement, was: Measurement, reference: Measurement | None, earlier_reference: Measurement | None
+) -> list[Flag]:
     # SDPA itself is what the others are measured by.
-    if row.method == SDPA:
+    if measurement.method == SDPA:
         return []
-    if row.median_ms is None and was.median_ms is not None:
-        detail = f"took {was.median_ms:.3g} ms before; now: {row.skipped}"
-        return [Flag("not measured", row.method.name, str(row.problem), was.median_ms, None, detail)]
-    found = log_slowdown(row, was, reference, earlier_reference)
+    if measurement.median_ms is None and was.median_ms is not None:
+        detail = f"took {was.median_ms:.3g} ms before; now: {measurement.skipped}"
+        return [Flag("not measured", measurement.method.name, str(measurement.problem), was.median_ms, None, detail)]
+    found = log_slowdown(measurement, was, reference, earlier_reference)
     if found is None or found[0] <= found[1]:
         return []
     change, band = found
     against = "" if reference is None or earlier_reference is None else " as measured by SDPA in the same run"
     detail = (
         f"{math.exp(change):.2f} times the time it took{against}, noise up to {math.exp(band):.2f} "
-        f"({was.median_ms:.3g} ms before, {row.median_ms:.3g} ms now)"
+        f"({was.median_ms:.3g} ms before, {measurement.median_ms:.3g} ms now)"
     )
-    return [Flag("slower", row.method.name, str(row.problem), was.median_ms, row.median_ms, detail)]
+    return [
+        Flag("slower", measurement.method.name, str(measurement.problem), was.median_ms, measurement.median_ms, detail)
+    ]
 
 
-def _larger(row: Row, was: Row) -> list[Flag]:
-    if row.peak_mib is None or was.peak_mib is None or row.method == SDPA:
+def _larger(measurement: Measurement, was: Measurement) -> list[Flag]:
+    if measurement.peak_mib is None or was.peak_mib is None or measurement.method == SDPA:
         return []
-    if row.peak_mib <= was.peak_mib * (1 + MEMORY_SHARE) + MEMORY_MIB:
+    if measurement.peak_mib <= was.peak_mib * (1 + MEMORY_SHARE) + MEMORY_MIB:
         return []
-    detail = f"peak memory {was.peak_mib:.1f} MiB before, {row.peak_mib:.1f} MiB now"
-    return [Flag("larger", row.method.name, str(row.problem), was.peak_mib, row.peak_mib, detail)]
+    detail = f"peak memory {was.peak_mib:.1f} MiB before, {measurement.peak_mib:.1f} MiB now"
+    return [
+        Flag("larger", measurement.method.name, str(measurement.problem), was.peak_mib, measurement.peak_mib, detail)
+    ]
 
 
-def _references(rows: Iterable[Row]) -> Mapping[Problem, Row]:
-    return {row.problem: row for row in rows if row.method == SDPA and row.samples_ms}
+def _references(measurements: Iterable[Measurement]) -> Mapping[Problem, Measurement]:
+    return {
+        measurement.problem: measurement
+        for measurement in measurements
+        if measurement.method == SDPA and measurement.samples_ms
+    }
 
 
-def _rounds(row: Row, reference: Row | None) -> list[tuple[float, float]]:
+def _rounds(measurement: Measurement, reference: Measurement | None) -> list[tuple[float, float]]:
     """(time, SDPA's time in the same round) of every round; 1 for SDPA without a reference."""
-    if not row.samples_ms:  # skipped
+    if not measurement.samples_ms:  # skipped
         return []
-    theirs: Sequence[float] = [1.0] * len(row.samples_ms) if reference is None else reference.samples_ms
+    theirs: Sequence[float] = [1.0] * len(measurement.samples_ms) if reference is None else reference.samples_ms
     # Rows of one problem are measured together, in as many rounds.
-    return list(zip(row.samples_ms, theirs, strict=True))
+    return list(zip(measurement.samples_ms, theirs, strict=True))
 
 
 def _median_log(rounds: Sequence[tuple[float, float]]) -> float:
@@ -159,7 +171,7 @@ def _median_log(rounds: Sequence[tuple[float, float]]) -> float:
 # ---- the last committed results --------------------------------------------------------------------------------------
 
 
-def committed_before(path: Path, now: Results) -> tuple[Results, str] | None:
+def load_committed(path: Path, now: Results) -> tuple[Results, str] | None:
     """The last committed results that `path` can be compared with, and where they are from; None if there are none.
 
     For a file that git tracks: the committed version, or, where the file is that version, the one before it. For any

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from linattn.bench.crossover import exponents as growth
-from linattn.bench.crossover import tables
+from linattn.bench.crossover import exponents, tables
 from linattn.bench.machine import roofline, scaling
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
 from linattn.bench.peers import verify
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from linattn.bench.crossover.tables import Group
     from linattn.bench.measuring.crossing import Crossing
-    from linattn.bench.measuring.results import Results, Row
+    from linattn.bench.measuring.results import Measurement, Results
 
 SHOWN_N = 16384
 """The length at which the speed over SDPA is stated beside N*."""
@@ -45,7 +44,7 @@ def nstar(results: Results, direction: str) -> Table:
         "equal flops: N", "N/D²", f"SDPA's time / ours at N = {SHOWN_N:,}",
     )  # fmt: skip
     rows = []
-    for group, members in tables.grouped(results.rows).items():
+    for group, members in tables.grouped(results.measurements).items():
         if group.direction != direction:
             continue
         theory = crossover(group.D, group.M, is_causal=group.is_causal)
@@ -59,7 +58,7 @@ def nstar(results: Results, direction: str) -> Table:
     return Table(head, tuple(rows))
 
 
-def exponents(results: Results) -> Table:
+def crossing_exponents(results: Results) -> Table:
     """The exponent of N*(D), with its 95 % interval, against each rival."""
     head = (
         "",
@@ -73,14 +72,14 @@ def exponents(results: Results) -> Table:
         "not bracketed",
     )
     rows = []
-    for found in growth.growth_of_crossings(results.rows):
+    for found in exponents.crossing_exponents(results.measurements):
         law, series = found.law, found.series
         rows.append(
             (
                 "causal" if series.is_causal else "non-causal",
                 series.dtype,
                 _pass(series.direction),
-                growth.RIVALS[found.rival],
+                exponents.RIVALS[found.rival],
                 "-" if law is None else str(law),
                 "-" if found.by_flops is None else f"{found.by_flops:.2f}",
                 "-" if law is None else "no" if law.holds(2.0) else "yes",
@@ -93,7 +92,7 @@ def exponents(results: Results) -> Table:
 
 def scaling_exponents(results: Results) -> Table:
     """Exponents of time and memory in N, operation by operation."""
-    return Table(scaling.HEADINGS, tuple(scaling.table(results.rows)))
+    return Table(scaling.HEADINGS, tuple(scaling.table(results.measurements)))
 
 
 def roofline_places(results: Results) -> Table:
@@ -111,7 +110,7 @@ def targets_reached(results: Results) -> Table:
     cases: dict[str, dict[str, tuple[str, str]]] = {}
     wanted = targets.AVX2_TARGETS if results.environment.instruction_set == "avx2" else targets.TARGETS
     for target in wanted:
-        reached = target.reached(results.rows)
+        reached = target.reached(results.measurements)
         if reached is not None:
             text = f"**{reached:.2f}**" if reached >= target.goal else f"{reached:.2f}"
             cases.setdefault(_case(target), {})[target.problem.dtype] = (f"{target.goal:.2f}", text)
@@ -121,15 +120,15 @@ def targets_reached(results: Results) -> Table:
 
 def measured(results: Results) -> Table:
     """Every row, as the terminal shows them."""
-    groups = tables.grouped(results.rows).items()
-    rows = tuple((str(group), *tables.cells(row)) for group, members in groups for row in members)
+    groups = tables.grouped(results.measurements).items()
+    rows = tuple((str(group), *tables.cells(one)) for group, members in groups for one in members)
     return Table(("group", *tables.HEADINGS), rows)
 
 
 SECTIONS: dict[str, Callable[[Results], Table]] = {
     "nstar-forward": lambda results: nstar(results, "forward"),
     "nstar-training": lambda results: nstar(results, "training"),
-    "exponents": exponents,
+    "exponents": crossing_exponents,
     "scaling": scaling_exponents,
     "roofline": roofline_places,
     "proofs": peer_proofs,
@@ -161,8 +160,8 @@ def _per_square(found: Crossing | None, D: int) -> str:
     return f"{found.value / D**2:.2f} [{low}{bounds[0]:.2f}, {high}{bounds[1]:.2f}]"
 
 
-def _speedup(group: Group, rows: Sequence[Row]) -> str:
-    times = {row.method: row.median_ms for row in rows if row.problem.N == SHOWN_N}
+def _speedup(group: Group, measurements: Sequence[Measurement]) -> str:
+    times = {one.method: one.median_ms for one in measurements if one.problem.N == SHOWN_N}
     theirs, ours = times.get(SDPA), times.get(QUADRATIC_CHUNKED)
     return "-" if not theirs or not ours else f"{theirs / ours:.1f}"
 

@@ -9,7 +9,7 @@ import torch
 
 from linattn.bench.measuring.environment import describe
 from linattn.bench.suite import rnn_cases
-from linattn.bench.suite.rnn_cases import CASES, Case, Result
+from linattn.bench.suite.rnn_cases import CASES, RecurrentCase, RecurrentTiming
 from linattn.testing import BUDGETS
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ BUDGET_S, QUICK_BUDGET_S = 3.0, 1.0
 
 
 @pytest.fixture(scope="module")
-def results() -> list[Result]:
+def results() -> list[RecurrentTiming]:
     """What this session has measured so far."""
     return []
 
@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", cases, ids=map(str, cases))
 
 
-def test_recurrent_layers(case: Case, results: list[Result], benchmarks: BenchmarkPlugin) -> None:
+def test_recurrent_layers(case: RecurrentCase, results: list[RecurrentTiming], benchmarks: BenchmarkPlugin) -> None:
     """Measure one layer beside torch.nn, and check its outputs and gradients."""
     result = rnn_cases.measure(case, QUICK_BUDGET_S if benchmarks.quick else BUDGET_S)
     results.append(result)

@@ -13,7 +13,7 @@ from linattn._util.environment import pick_device
 from linattn.bench.crossover import tables
 from linattn.bench.measuring.cases import SDPA, Method, Problem
 from linattn.bench.measuring.environment import describe
-from linattn.bench.measuring.measure import affordable, measure
+from linattn.bench.measuring.measure import measure, select_affordable
 from linattn.bench.measuring.memory import MemoryProbe
 from linattn.bench.measuring.results import Results
 from linattn.bench.report.regressions import wrong
@@ -54,25 +54,25 @@ class BenchmarkPlugin:
     def check(self, problem: Problem, methods: Sequence[Method]) -> None:
         """Measure every method on one problem, side by side with SDPA, and assert that what was timed is right."""
         budget, limit = (QUICK_BUDGET_S, QUICK_LIMIT_S) if self.quick else (BUDGET_S, LIMIT_S)
-        kept, skipped = affordable([SDPA, *methods], problem, self._results.rows, limit)
-        rows = measure(problem, kept, device=self._device, budget_s=budget, memory=self._memory) + skipped
-        self._results.rows += rows
+        kept, skipped = select_affordable([SDPA, *methods], problem, self._results.measurements, limit)
+        measurements = measure(problem, kept, device=self._device, budget_s=budget, memory=self._memory) + skipped
+        self._results.measurements += measurements
         self._results.save(self.path)
-        flags = [str(flag) for row in rows for flag in wrong(row)]
+        flags = [str(flag) for measurement in measurements for flag in wrong(measurement)]
         assert not flags, "; ".join(flags)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the table by case, N* of each head size, and where the results are."""
         for note in self.notes:
             terminalreporter.write_line(note)
-        if not self._results.rows:
+        if not self._results.measurements:
             return
         environment = self._results.environment
         terminalreporter.section("linattn benchmarks")
         terminalreporter.write_line(f"{environment.device}, {environment.threads} threads, torch {environment.torch}")
         terminalreporter.write_line(f"peak MiB: {self._memory.how}\n")
-        terminalreporter.write_line(tables.report(self._results.rows))
-        reached = targets.table(self._results.rows, targets.of_this_process())
+        terminalreporter.write_line(tables.report(self._results.measurements))
+        reached = targets.table(self._results.measurements, targets.of_this_process())
         if reached:
             terminalreporter.write_line(f"\ntargets (P: a prototype reached it, G: a goal, 1: one head)\n{reached}")
         terminalreporter.write_line(f"\nwritten: {self.path}, {self.path.with_suffix('.csv')}")

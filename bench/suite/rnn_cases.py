@@ -26,7 +26,7 @@ OURS, THEIRS, LOOP = "linattn", "torch.nn", "plain loop"
 
 
 @dataclass(frozen=True)
-class Case:
+class RecurrentCase:
     """One layer of H units on B sequences of T steps with H inputs each, fp32.
 
     `goal`: the largest accepted time over that of torch.nn; None: no goal was set.
@@ -44,7 +44,7 @@ class Case:
 
 
 CASES = tuple(
-    Case(cell, B, T, H, direction, goal)
+    RecurrentCase(cell, B, T, H, direction, goal)
     for cell in NETWORKS
     for B, T, H, direction, goal in (
         (32, 128, 128, "training", 1.5),
@@ -58,10 +58,10 @@ CASES = tuple(
 
 
 @dataclass(frozen=True)
-class Result:
+class RecurrentTiming:
     """Milliseconds of a call by network, and the largest relative error of what linattn's returned, against fp64."""
 
-    case: Case
+    case: RecurrentCase
     samples_ms: dict[str, list[float]]
     error: float
 
@@ -80,7 +80,7 @@ class Result:
         return f"{self.case}: {times}; ours / torch.nn {self.ratio:.2f}{goal}; error {self.error:.0e}"
 
 
-def measure(case: Case, budget_s: float) -> Result:
+def measure(case: RecurrentCase, budget_s: float) -> RecurrentTiming:
     """Time the three side by side on the same weights and inputs."""
     torch.manual_seed(0)
     make_ours, make_theirs = NETWORKS[case.cell]
@@ -97,10 +97,10 @@ def measure(case: Case, budget_s: float) -> Result:
     samples, outputs = side_by_side(calls, device=torch.device("cpu"), budget_s=budget_s)
     true = _call(make_ours(case.H, case.H, dtype=torch.float64), case, x.double(), upstream.double(), like=ours)()
     error = max(relative_error(found, right) for found, right in zip(outputs[OURS], true, strict=True))
-    return Result(case, samples, error)
+    return RecurrentTiming(case, samples, error)
 
 
-def _call(net: nn.Module, case: Case, x: Tensor, upstream: Tensor, like: nn.Module | None = None) -> Call:
+def _call(net: nn.Module, case: RecurrentCase, x: Tensor, upstream: Tensor, like: nn.Module | None = None) -> Call:
     """A function that runs the network: outputs, and for training the gradients of inputs and parameters."""
     if like is not None:
         net.load_state_dict(like.state_dict())
@@ -120,7 +120,7 @@ def _call(net: nn.Module, case: Case, x: Tensor, upstream: Tensor, like: nn.Modu
     return training
 
 
-def save(path: Path, results: list[Result], environment: Environment) -> None:
+def save(path: Path, results: list[RecurrentTiming], environment: Environment) -> None:
     """Write every sample with the machine that it was taken on."""
     rows = [
         {

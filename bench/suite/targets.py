@@ -16,7 +16,7 @@ from linattn.bench.measuring.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRA
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from linattn.bench.measuring.results import Row
+    from linattn.bench.measuring.results import Measurement
 
 FLEX = Method("FlexAttention", "quadratic", "direct", "flex")
 ONE_HEAD_SHARE = 0.75
@@ -35,9 +35,11 @@ class Target:
     kind: str
     rival: Method = SDPA
 
-    def reached(self, rows: Iterable[Row]) -> float | None:
+    def reached(self, measurements: Iterable[Measurement]) -> float | None:
         """Rival's time divided by ours, None where either is missing."""
-        here = {row.method.name: row for row in rows if row.problem == self.problem}
+        here = {
+            measurement.method.name: measurement for measurement in measurements if measurement.problem == self.problem
+        }
         ours, theirs = here.get(self.method.name), here.get(self.rival.name)
         if ours is None or theirs is None or not ours.median_ms or not theirs.median_ms:
             return None
@@ -85,7 +87,7 @@ def methods_on(problem: Problem, targets: Sequence[Target]) -> list[Method]:
     return list(dict.fromkeys(wanted))
 
 
-def table(rows: Sequence[Row], targets: Sequence[Target]) -> str:
+def table(measurements: Sequence[Measurement], targets: Sequence[Target]) -> str:
     """One line a target that was measured: the case, the goal, what was reached; empty if none was."""
     lines = [
         (
@@ -96,7 +98,7 @@ def table(rows: Sequence[Row], targets: Sequence[Target]) -> str:
             "reached" if reached >= t.goal else f"short by {100 * (1 - reached / t.goal):.0f} %",
         )
         for t in targets
-        if (reached := t.reached(rows)) is not None
+        if (reached := t.reached(measurements)) is not None
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

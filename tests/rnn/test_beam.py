@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from linattn.bench.studies.networks.beam import EXAMPLE, example_step, exhaustive, found
+from linattn.bench.studies.networks.beam import EXAMPLE, example_step, exhaustive, search_example
 from linattn.errors import ArgumentError, ShapeError
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.rnn import LSTM, RNN, BeamResult, LinearAttentionLayer, RecurrentLM, RNNLayer, beam_search, prefix_step
@@ -159,9 +159,9 @@ def test_two_beams_miss_the_optimum_that_three_find() -> None:
     text, best = exhaustive(example_step, 2, 3)
     assert text == (0, 0, 0)
     assert best == pytest.approx(-1.46, abs=1e-6)
-    assert found(2)[0][1] == pytest.approx(-1.85)
-    assert found(1)[0][1] == pytest.approx(-1.85)
-    assert found(3)[0] == ("neural neural neural", pytest.approx(-1.46))
+    assert search_example(2)[0][1] == pytest.approx(-1.85)
+    assert search_example(1)[0][1] == pytest.approx(-1.85)
+    assert search_example(3)[0] == ("neural neural neural", pytest.approx(-1.46))
 
 
 def test_the_example_is_normalised_within_its_two_digits() -> None:

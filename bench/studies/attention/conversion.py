@@ -146,7 +146,7 @@ def convert(conversion: Conversion, steps: int) -> dict[str, float]:
     losses = {"softmax, the teacher": conversion.validation_loss(teacher)}
     short = max(1, steps // 3)
 
-    def fine_tuned(stage: str, model: CausalLM) -> float:
+    def fine_tune(stage: str, model: CausalLM) -> float:
         model.requires_grad_(True)
         return conversion.validation_loss(conversion.trained(stage, model, short, FINE_TUNING_RATE))
 
@@ -159,14 +159,14 @@ def convert(conversion: Conversion, steps: int) -> dict[str, float]:
         lambda step: distilling_loss(teacher, student, conversion.windows(step)[:, :-1]),
     )  # fmt: skip
     losses["hedgehog, distilled"] = conversion.validation_loss(student)
-    losses["hedgehog, distilled and fine-tuned"] = fine_tuned("hedgehog-fine-tuned", student)
+    losses["hedgehog, distilled and fine-tuned"] = fine_tune("hedgehog-fine-tuned", student)
     for kernel in ("hedgehog", "elu+1", "taylor"):
         control = swapped(teacher, kernel)
         losses.setdefault(f"{kernel}, swapped", conversion.validation_loss(control))
-        losses[f"{kernel}, fine-tuned"] = fine_tuned(f"{kernel}-only-fine-tuned", control)
+        losses[f"{kernel}, fine-tuned"] = fine_tune(f"{kernel}-only-fine-tuned", control)
     again = CausalLM(teacher.config)
     again.load_state_dict(teacher.state_dict())
-    losses["softmax, fine-tuned as long"] = fine_tuned("softmax-fine-tuned", again)
+    losses["softmax, fine-tuned as long"] = fine_tune("softmax-fine-tuned", again)
     return losses
 
 

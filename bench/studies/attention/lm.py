@@ -97,7 +97,7 @@ def short(kernel: str) -> str:
     return "hybrid" if kernel == HYBRID else kernel.replace(",", "-")
 
 
-def planned(budget: Budget, texts: Sequence[Path], seed: int, seeds: int, device: str) -> dict[str, dict[str, Any]]:
+def plan_runs(budget: Budget, texts: Sequence[Path], seed: int, seeds: int, device: str) -> dict[str, dict[str, Any]]:
     """The settings of `linattn train lm` for each run, by the run's name."""
     groups = [(texts[0], budget.context, seeds), (texts[0], budget.long_context, 1)]
     groups += [(text, budget.context, 1) for text in texts[1:]]
@@ -136,7 +136,7 @@ def train_run(options: Mapping[str, Any], folder: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """A run as it ended.
 
     Attributes:
@@ -154,11 +154,11 @@ class Outcome:
     run: Run
 
 
-def outcomes_of(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Outcome]:
+def outcomes_of(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[RunOutcome]:
     """What the runs left behind."""
     histories = {run.name: run for run in find(folder)}
     return [
-        Outcome(
+        RunOutcome(
             r["settings"]["kernel"],
             r["settings"]["text"],
             r["settings"]["context"],
@@ -173,18 +173,18 @@ def outcomes_of(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[
     ]
 
 
-def grouped(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], dict[str, list[Outcome]]]:
+def group_seeds(outcomes: Sequence[RunOutcome]) -> dict[tuple[str, int], dict[str, list[RunOutcome]]]:
     """By text and context, then by kernel: the seeds."""
-    groups: dict[tuple[str, int], dict[str, list[Outcome]]] = {}
+    groups: dict[tuple[str, int], dict[str, list[RunOutcome]]] = {}
     for one in outcomes:
         groups.setdefault((one.text, one.context), {}).setdefault(one.kernel, []).append(one)
     return groups
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[RunOutcome]) -> str:
     """One row a group and kernel."""
     rows = []
-    for (text, context), kernels in grouped(outcomes).items():
+    for (text, context), kernels in group_seeds(outcomes).items():
         for kernel, runs in kernels.items():
             losses = [one.loss for one in runs]
             spread = f"{max(losses) - min(losses):.3f}" if len(losses) > 1 else "one seed"
@@ -195,9 +195,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "Validation loss in nats per character, mean over seeds\n" + text_table(header, rows)
 
 
-def claims_of(outcomes: Sequence[Outcome]) -> list[study.Claim]:
+def claims_of(outcomes: Sequence[RunOutcome]) -> list[study.Claim]:
     """Softmax beats the trigram in every group, and by far in the first one, or the setting is wrong."""
-    softmax = [runs["softmax"] for runs in grouped(outcomes).values() if "softmax" in runs]
+    softmax = [runs["softmax"] for runs in group_seeds(outcomes).values() if "softmax" in runs]
     if not softmax:
         return []
     leads = [min(one.trigram - one.loss for one in runs) for runs in softmax]
@@ -208,9 +208,9 @@ def claims_of(outcomes: Sequence[Outcome]) -> list[study.Claim]:
     ]
 
 
-def draw(outcomes: Sequence[Outcome], budget: Budget) -> Figure:
+def draw(outcomes: Sequence[RunOutcome], budget: Budget) -> Figure:
     """The first group's curves against steps and minutes, and where every group ended."""
-    groups = grouped(outcomes)
+    groups = group_seeds(outcomes)
     colors = {kernel: COLORS[i % len(COLORS)] for i, kernel in enumerate(budget.kernels)}
     figure = study.new_figure(15, 5)
     by_step, by_time, ends = figure.subplots(1, 3)
@@ -266,7 +266,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.text:
         raise DataError("no text was given; accepted: --text FILE, once or more, plain text files in UTF-8")
     budget = FULL if args.full else QUICK if args.quick else SMALL
-    plan = planned(budget, args.text, args.seed, args.seeds, args.device)
+    plan = plan_runs(budget, args.text, args.seed, args.seeds, args.device)
     # What a run's results say of itself: the text by its name alone.
     settings = {name: {**options, "text": Path(options["text"]).name} for name, options in plan.items()}
     found = sweep(settings, args.out, lambda name, folder: train_run(plan[name], folder))

@@ -98,7 +98,7 @@ def moved(phi: Map, q: Tensor, k: Tensor) -> float:
     return (map_weights(phi, q, k) - softmax_weights(q, k)).abs().sum(-1).mean().item() / 2
 
 
-def moved_by_favor(count: int, orthogonal: bool, spread: float, draws: int, generator: torch.Generator) -> float:
+def moved_share_of_favor(count: int, orthogonal: bool, spread: float, draws: int, generator: torch.Generator) -> float:
     """The same, mean over draws of the random features."""
     shares = []
     for _ in range(draws):
@@ -154,7 +154,7 @@ def measure_shares(draws: int, steps: int, generator: torch.Generator) -> Shares
     """All maps."""
     test = {spread: draw_queries_and_keys(spread, generator) for spread in SPREADS}
     by_spread: dict[str, list[float]] = {
-        "FAVOR+": [moved_by_favor(NEAR_TAYLOR, True, spread, draws, generator) for spread in SPREADS],
+        "FAVOR+": [moved_share_of_favor(NEAR_TAYLOR, True, spread, draws, generator) for spread in SPREADS],
         "hedgehog, learned": [
             moved(learn_hedgehog(NEAR_TAYLOR, spread, steps, generator), *test[spread]) for spread in SPREADS
         ],
@@ -163,8 +163,8 @@ def measure_shares(draws: int, steps: int, generator: torch.Generator) -> Shares
     for name in FIXED:
         by_spread[name] = [moved(make(name, SIZE), *test[spread]) for spread in SPREADS]
     return Shares(
-        {count: moved_by_favor(count, True, SPREAD, draws, generator) for count in COUNTS},
-        {count: moved_by_favor(count, False, SPREAD, draws, generator) for count in COUNTS},
+        {count: moved_share_of_favor(count, True, SPREAD, draws, generator) for count in COUNTS},
+        {count: moved_share_of_favor(count, False, SPREAD, draws, generator) for count in COUNTS},
         {count: moved(learn_hedgehog(count, SPREAD, steps, generator), *test[SPREAD]) for count in LEARNED},
         {name: by_spread[name][SPREADS.index(SPREAD)] for name in FIXED},
         by_spread,

@@ -85,7 +85,7 @@ CELLS = tuple(Cell(N // part, N) for N in (64, 128, 256) for part in (16, 8, 4))
 
 
 @dataclass(frozen=True)
-class Settings:
+class RecallSettings:
     """What decides the outcome of a run."""
 
     kernel: str
@@ -100,7 +100,7 @@ class Settings:
 class RecallModel(nn.Module):
     """Tokens int64 [B, T] -> logits over the values [B, T, SYMBOLS]."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RecallSettings) -> None:
         super().__init__()
         dim, kernel = settings.dim, settings.kernel.split(",")
         self.embedding = nn.Embedding(2 * SYMBOLS + 1, dim)
@@ -152,7 +152,7 @@ def accuracy(model: RecallModel, cell: Cell, device: torch.device) -> float:
     return float((guesses[asked] == answers[asked]).double().mean())
 
 
-def train(settings: Settings, folder: Path, device: torch.device) -> bool:
+def train(settings: RecallSettings, folder: Path, device: torch.device) -> bool:
     """One run, from its checkpoint if there is one; False when it was interrupted."""
     torch.manual_seed(settings.seed)
     model = RecallModel(settings).to(device)
@@ -189,7 +189,7 @@ def train(settings: Settings, folder: Path, device: torch.device) -> bool:
     return True
 
 
-def train_one(plan: Mapping[str, Settings], device: torch.device, name: str, folder: Path) -> bool:
+def train_one(plan: Mapping[str, RecallSettings], device: torch.device, name: str, folder: Path) -> bool:
     """The run of that name."""
     return train(plan[name], folder, device)
 
@@ -331,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
     study.require_matplotlib()
     device = pick_device(args.device)
     plan = {
-        f"{kernel.replace(',', '-')}-D{D}-seed{seed}": Settings(kernel, D, seed, args.steps, lr=args.lr)
+        f"{kernel.replace(',', '-')}-D{D}-seed{seed}": RecallSettings(kernel, D, seed, args.steps, lr=args.lr)
         for seed in range(args.seed, args.seed + args.seeds)
         for kernel in args.kernels
         for D in args.sizes

@@ -84,7 +84,7 @@ def exhaustive(step_fn: Step, words: int, steps: int) -> tuple[tuple[int, ...], 
     return tuple(texts[best].tolist()), total[best].item()
 
 
-def found(beams: int) -> list[tuple[str, float]]:
+def search_example(beams: int) -> list[tuple[str, float]]:
     """What a search with so many beams finds in the example, best first."""
     result = beam_search(example_step, None, torch.tensor([0]), beams=beams, max_length=STEPS, n_best=min(beams, 2))
     texts = (" ".join(WORDS[token] for token in row) for row in result.tokens[0].tolist())
@@ -97,20 +97,20 @@ def measure_costs(rounds_s: float, seed: int) -> list[Cost]:
     costs = []
     for axis, values in AXES.items():
         sizes = [{**MIDDLE, axis: value} for value in values]
-        calls = {str(size): searcher(**size, generator=generator) for size in sizes}
+        calls = {str(size): make_searcher(**size, generator=generator) for size in sizes}
         samples, _ = side_by_side(calls, device=torch.device("cpu"), budget_s=rounds_s)
         costs += [Cost(axis, **size, ms=summarise(samples[str(size)]).median) for size in sizes]
     return costs
 
 
-def searcher(T: int, K: int, M: int, generator: torch.Generator):  # type: ignore[no-untyped-def]
+def make_searcher(T: int, K: int, M: int, generator: torch.Generator):  # type: ignore[no-untyped-def]
     """A function that searches once."""
     log_probs = torch.randn(K, M, generator=generator).log_softmax(-1)
     first = torch.tensor([0])
     return lambda: beam_search(lambda tokens, _: (log_probs[: len(tokens)], None), None, first, beams=K, max_length=T)
 
 
-def growth(costs: Sequence[Cost], axis: str) -> float:
+def cost_exponent(costs: Sequence[Cost], axis: str) -> float:
     """The exponent of the time over T K M log M, along one axis from its middle to its end; below 1: slower."""
     along = [cost for cost in costs if cost.axis == axis]
     middle, end = along[len(along) // 2], along[-1]
@@ -130,7 +130,7 @@ def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs
         study.Claim("three beams: log p lost against the optimum", best - three, "<=", 1e-6),
     ]
     claims.extend(
-        study.Claim(f"exponent of the time over T K M log M, along {axis}", growth(costs, axis), "<=", 1.15)
+        study.Claim(f"exponent of the time over T K M log M, along {axis}", cost_exponent(costs, axis), "<=", 1.15)
         for axis in (AXES if costs else ())
     )
     return claims
@@ -213,10 +213,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, time, print, draw."""
     study.require_matplotlib()
-    two, (three, _) = found(2), found(3)
+    two, (three, _) = search_example(2), search_example(3)
     best_text, best = exhaustive(example_step, len(WORDS), STEPS)
     costs = measure_costs(args.seconds, args.seed) if args.seconds > 0 else []
-    rows = [("greedy", *found(1)[0]), *(("2 beams", *one) for one in two), ("3 beams", *three)]
+    rows = [("greedy", *search_example(1)[0]), *(("2 beams", *one) for one in two), ("3 beams", *three)]
     rows.append(("exhaustive", " ".join(WORDS[word] for word in best_text), best))
     text = text_table(("search", "text", "log p"), rows)
     if costs:

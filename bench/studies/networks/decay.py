@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
     weight_decay: float
 
 
-class Found(NamedTuple):
+class TrainedWeights(NamedTuple):
     """Weights W1 `[k, F]` and W2 `[F, k]` where training ended."""
 
     encoder: Tensor
@@ -78,7 +78,7 @@ def samples(seed: int) -> Tensor:
     return x
 
 
-def train(x: Tensor, recipes: Sequence[Recipe], epochs: int, seed: int) -> list[Found]:
+def train(x: Tensor, recipes: Sequence[Recipe], epochs: int, seed: int) -> list[TrainedWeights]:
     """SGD over single samples, one autoencoder a recipe, from the same weights and in the same order.
 
     The rate falls linearly to 0. A loss that is averaged over m entries gets a rate m times as large, so that all
@@ -105,7 +105,7 @@ def train(x: Tensor, recipes: Sequence[Recipe], epochs: int, seed: int) -> list[
             total.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    return [Found(encoder.detach(), decoder.detach()) for encoder, decoder in models]
+    return [TrainedWeights(encoder.detach(), decoder.detach()) for encoder, decoder in models]
 
 
 def recipes_of() -> list[Recipe]:
@@ -119,7 +119,7 @@ def recipes_of() -> list[Recipe]:
     ]
 
 
-def claims_of(found: dict[str, Found]) -> list[study.Claim]:
+def claims_of(found: dict[str, TrainedWeights]) -> list[study.Claim]:
     """Singular values, their equality, what the mistake does, and how orthonormal the columns are."""
     variances = torch.tensor(VARIANCES[:K], dtype=torch.float64)
     claims = []
@@ -142,7 +142,7 @@ def claims_of(found: dict[str, Found]) -> list[study.Claim]:
     ]
 
 
-def draw(found: dict[str, Found]) -> Figure:
+def draw(found: dict[str, TrainedWeights]) -> Figure:
     """Singular values over lambda with theory as lines; defect of W2's columns over lambda; the mistake."""
     figure = study.new_figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)

@@ -52,7 +52,7 @@ CASES = (("synthetic", 5), ("synthetic", 20), ("digits", 10))
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FitOutcome:
     """One set and size: variances, losses, both residuals at three places, and the principal angles (degrees)."""
 
     name: str
@@ -64,7 +64,7 @@ class Outcome:
     angles: Tensor
 
 
-def centred(name: str, seed: int) -> Tensor:
+def load_centred(name: str, seed: int) -> Tensor:
     """Training samples of a set with their mean taken off, float64."""
     if name == "synthetic":
         x = synthetic_set(generator=torch.Generator().manual_seed(seed)).train.x.double()
@@ -98,13 +98,13 @@ def train(x: Tensor, k: int, steps: int, seed: int) -> Autoencoder:
 
 
 @torch.no_grad()
-def outcome_of(name: str, k: int, steps: int, seed: int) -> Outcome:
+def outcome_of(name: str, k: int, steps: int, seed: int) -> FitOutcome:
     """Train, and hold what was found against scikit-learn's principal components."""
     try:
         from sklearn import decomposition
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "studies", "comparing with its PCA") from error
-    x = centred(name, seed)
+    x = load_centred(name, seed)
     found = principal_components(x, k)
     peer = torch.from_numpy(decomposition.PCA(k, svd_solver="full").fit(x.numpy()).components_)
     with torch.enable_grad():
@@ -116,7 +116,7 @@ def outcome_of(name: str, k: int, steps: int, seed: int) -> Outcome:
     first, last = start.encoder[0].weight, start.decoder[0].weight
     assert isinstance(first, Tensor)
     assert isinstance(last, Tensor)
-    return Outcome(
+    return FitOutcome(
         name,
         k,
         found.variances,
@@ -131,7 +131,7 @@ def outcome_of(name: str, k: int, steps: int, seed: int) -> Outcome:
     )
 
 
-def claims_of(outcomes: Sequence[Outcome]) -> list[study.Claim]:
+def claims_of(outcomes: Sequence[FitOutcome]) -> list[study.Claim]:
     """Conditions, losses and angles, and the case in which angles say nothing."""
     claims = []
     for o in outcomes:
@@ -153,7 +153,7 @@ def claims_of(outcomes: Sequence[Outcome]) -> list[study.Claim]:
     return claims
 
 
-def draw(outcomes: Sequence[Outcome]) -> Figure:
+def draw(outcomes: Sequence[FitOutcome]) -> Figure:
     """Above the variances, and which of them the code keeps; below the angles to PCA."""
     figure = study.new_figure(3.6 * len(outcomes), 6)
     grid = figure.subplots(2, len(outcomes), squeeze=False)

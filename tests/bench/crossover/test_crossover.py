@@ -12,10 +12,10 @@ import pytest
 
 from linattn._util.environment import pick_device
 from linattn.bench.crossover import command, figures, sweep, tables, winner_map
-from linattn.bench.crossover.sweep import Plan
+from linattn.bench.crossover.sweep import SweepPlan
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
 from linattn.bench.measuring.environment import describe
-from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.results import Measurement, Results
 from linattn.cli.main import main
 from linattn.errors import ArgumentError, MissingExtraError
 
@@ -25,7 +25,7 @@ TINY = ["crossover", "--quick", "--sizes", "4", "--longest", "256", "--heads", "
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch) -> None:
-    plan = Plan("quick", 128, 256, budget_s=0.0, limit_s=9.0, settled_s=9.0, refine=False)
+    plan = SweepPlan("quick", 128, 256, budget_s=0.0, limit_s=9.0, settled_s=9.0, refine=False)
     monkeypatch.setattr(command, "QUICK", plan)
 
 
@@ -43,8 +43,8 @@ def test_run_writes_tables_results_and_figures(tmp_path, capsys) -> None:
     assert all(path.stat().st_size > 10_000 for path in tmp_path.glob("*.png"))
     results = Results.load(tmp_path / "results.json")
     wanted = [(D, causal, N, m) for D in (4,) for causal in (False, True) for N in (128, 256) for m in command.METHODS]
-    assert [(r.problem.D, r.problem.is_causal, r.problem.N, r.method) for r in results.rows] == wanted
-    assert all(row.error < 1e-5 and row.peak_mib is not None for row in results.rows)
+    assert [(r.problem.D, r.problem.is_causal, r.problem.N, r.method) for r in results.measurements] == wanted
+    assert all(measurement.error < 1e-5 and measurement.peak_mib is not None for measurement in results.measurements)
     assert "4 problems on cpu-" in output.err
     assert "D=4 non-causal fp32: N*" in output.out
     assert output.out.rstrip().endswith("winner.png")
@@ -57,12 +57,12 @@ def test_rerun_measures_only_what_is_missing(tmp_path, monkeypatch) -> None:
         measured.append(problem.N)
         if len(measured) == 3:
             raise KeyboardInterrupt
-        return [Row(m, problem, "x", [1.0], 1.0, 1.0, 1.0) for m in methods]
+        return [Measurement(m, problem, "x", [1.0], 1.0, 1.0, 1.0) for m in methods]
 
     monkeypatch.setattr(sweep, "measure", recorded)
     arguments = [*TINY, "--out", str(tmp_path), "--no-figures"]
     assert main(arguments) == 130
-    assert len(Results.load(tmp_path / "results.json").rows) == 2 * len(command.METHODS)
+    assert len(Results.load(tmp_path / "results.json").measurements) == 2 * len(command.METHODS)
     assert main(arguments) == 0
     assert measured == [128, 256, 128, 128, 256]
     assert main(arguments) == 0
@@ -72,14 +72,14 @@ def test_rerun_measures_only_what_is_missing(tmp_path, monkeypatch) -> None:
 
 
 def test_refinement_is_measured_once(tmp_path, monkeypatch) -> None:
-    plan = Plan("quick", 128, 8192, budget_s=0.0, limit_s=9.0, settled_s=9.0, refine=True)
+    plan = SweepPlan("quick", 128, 8192, budget_s=0.0, limit_s=9.0, settled_s=9.0, refine=True)
     monkeypatch.setattr(command, "QUICK", plan)
     measured = []
 
     def power_laws(problem, methods, **options):
         measured.append(problem.N)
         times = {SDPA: problem.N**2, QUADRATIC_DIRECT: 2 * problem.N**2, QUADRATIC_CHUNKED: 1500 * problem.N}
-        return [Row(m, problem, "x", [times[m] / 1e6] * 3, times[m] / 1e6, 0.0, 1.0) for m in methods]
+        return [Measurement(m, problem, "x", [times[m] / 1e6] * 3, times[m] / 1e6, 0.0, 1.0) for m in methods]
 
     monkeypatch.setattr(sweep, "measure", power_laws)
     arguments = ["crossover", "--quick", "--sizes", "4", "--out", str(tmp_path), "--no-figures", "--device", "cpu"]
@@ -131,20 +131,22 @@ def test_runs_as_a_script_from_anywhere(tmp_path) -> None:
     assert "--quick" in found.stdout
 
 
-def rows_of(D: int, times) -> list[Row]:
-    rows = []
+def measurements_of(D: int, times) -> list[Measurement]:
+    measurements = []
     for N in (64, 128, 256, 512, 1024):
         for method, time in times.items():
             ms = time(N)
-            rows.append(Row(method, Problem(N, D, D), "x", [ms] * 3, ms, ms, ms, error=1e-7, judged_rows=N))
-    return rows
+            measurements.append(
+                Measurement(method, Problem(N, D, D), "x", [ms] * 3, ms, ms, ms, error=1e-7, judged_rows=N)
+            )
+    return measurements
 
 
 def test_last_line_of_a_head_size_states_n_star_beside_theory() -> None:
-    rows = rows_of(
+    measurements = measurements_of(
         16, {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: 2 * N * N, QUADRATIC_CHUNKED: lambda N: 300 * N}
     )
-    last = tables.report(rows).splitlines()[-2:]
+    last = tables.report(measurements).splitlines()[-2:]
     assert last == [
         "D=16 non-causal fp32: N* = 150 [150, 150] against our direct form, N*/D^2 = 0.59",
         "D=16 non-causal fp32: N* = 300 [300, 300] against SDPA, N*/D^2 = 1.17, theory N* = 153 by flops, 256 by D^2",
@@ -153,8 +155,10 @@ def test_last_line_of_a_head_size_states_n_star_beside_theory() -> None:
 
 def test_markers_are_hollow_where_not_bracketed(tmp_path) -> None:
     def markers(chunked) -> list[tuple[str, bool]]:
-        rows = rows_of(16, {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: N * N / 2, QUADRATIC_CHUNKED: chunked})
-        groups = tables.grouped(rows)
+        measurements = measurements_of(
+            16, {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: N * N / 2, QUADRATIC_CHUNKED: chunked}
+        )
+        groups = tables.grouped(measurements)
         environment = describe(pick_device("cpu"))
         (axes,) = figures.draw_time(groups, environment).axes
         return [
@@ -168,16 +172,19 @@ def test_markers_are_hollow_where_not_bracketed(tmp_path) -> None:
     assert markers(lambda N: 3000 * N) == []
 
 
-def power_rows(*, heads: int = 1) -> list[Row]:
+def power_rows(*, heads: int = 1) -> list[Measurement]:
     times = {SDPA: lambda N: N * N, QUADRATIC_DIRECT: lambda N: 2 * N * N, QUADRATIC_CHUNKED: lambda N: 300 * N}
-    return [dataclasses.replace(row, problem=dataclasses.replace(row.problem, H=heads)) for row in rows_of(16, times)]
+    return [
+        dataclasses.replace(measurement, problem=dataclasses.replace(measurement.problem, H=heads))
+        for measurement in measurements_of(16, times)
+    ]
 
 
 def test_figures_have_short_names_unless_there_are_several(tmp_path) -> None:
     environment = describe(pick_device("cpu"))
 
-    def names(rows: list[Row]) -> list[str]:
-        return [path.name for path in figures.draw_all(Results("crossover", environment, {}, rows), tmp_path)]
+    def names(measurements: list[Measurement]) -> list[str]:
+        return [path.name for path in figures.draw_all(Results("crossover", environment, {}, measurements), tmp_path)]
 
     assert names(power_rows()) == ["time.png", "nstar.png"]
     assert names(power_rows() + power_rows(heads=2)) == [
@@ -209,7 +216,7 @@ def modelled(monkeypatch, seconds) -> list[tuple[int, list[Method]]]:
     def measure(problem, methods, **options):
         measured.append((problem.N, list(methods)))
         ms = {m: 1e3 * seconds(m, problem.N) for m in methods}
-        return [Row(m, problem, "x", [ms[m]] * 3, ms[m], ms[m], ms[m]) for m in methods]
+        return [Measurement(m, problem, "x", [ms[m]] * 3, ms[m], ms[m], ms[m]) for m in methods]
 
     monkeypatch.setattr(sweep, "measure", measure)
     return measured
@@ -223,7 +230,7 @@ def test_long_calls_end_once_the_order_is_settled(tmp_path, monkeypatch) -> None
         QUADRATIC_CHUNKED: lambda N: N * 1.5e-4,
     }
     measured = modelled(monkeypatch, lambda method, N: times[method](N))
-    plan = Plan("quick", 128, 8192, budget_s=0.0, limit_s=9.0, settled_s=1.5, refine=True)
+    plan = SweepPlan("quick", 128, 8192, budget_s=0.0, limit_s=9.0, settled_s=1.5, refine=True)
     monkeypatch.setattr(command, "QUICK", plan)
     arguments = ["crossover", "--quick", "--sizes", "4", "--out", str(tmp_path), "--no-figures", "--device", "cpu"]
     assert main(arguments) == 0
@@ -232,7 +239,7 @@ def test_long_calls_end_once_the_order_is_settled(tmp_path, monkeypatch) -> None
     # Alone the linear form goes on to the end: its growth is wanted.
     assert [N for N, methods in first if methods == [QUADRATIC_CHUNKED]] == [4096, 8192]
     results = Results.load(tmp_path / "results.json")
-    found = tables.crossing_of([r for r in results.rows if not r.problem.is_causal], SDPA)
+    found = tables.crossing_of([r for r in results.measurements if not r.problem.is_causal], SDPA)
     assert found.value == pytest.approx(1500, rel=0.01)
     assert found.bracketed
 
@@ -249,13 +256,13 @@ def test_full_is_the_whole_sweep(tmp_path, monkeypatch) -> None:
 
 
 def test_a_cell_belongs_to_the_fastest(tmp_path) -> None:
-    rows = power_rows()
-    assert winner_map.factors(rows, 64) == (SDPA, 2.0)
-    method, factor = winner_map.factors(rows, 1024)
+    measurements = power_rows()
+    assert winner_map.factors(measurements, 64) == (SDPA, 2.0)
+    method, factor = winner_map.factors(measurements, 1024)
     assert method == QUADRATIC_CHUNKED
     assert factor == pytest.approx(1024 / 300)
-    assert winner_map.factors([row for row in rows if row.method == SDPA], 64) is None
-    (axes,) = winner_map.draw_winners(figures.parts_of(rows), describe(pick_device("cpu"))).axes
+    assert winner_map.factors([measurement for measurement in measurements if measurement.method == SDPA], 64) is None
+    (axes,) = winner_map.draw_winners(figures.parts_of(measurements), describe(pick_device("cpu"))).axes
     assert [text.get_text() for text in axes.texts] == ["2.0", "2.0", "1.2", "1.7", "3.4"]
     (square, features) = (line.get_ydata() for line in axes.lines)
     # Lines of the grid are octaves above 64; D = 16: D^2 = 256, C = 153.
@@ -264,6 +271,8 @@ def test_a_cell_belongs_to_the_fastest(tmp_path) -> None:
 
 
 def test_memory_has_a_figure_where_it_was_measured(tmp_path) -> None:
-    rows = [dataclasses.replace(row, peak_mib=row.problem.N / 16) for row in power_rows()]
-    written = figures.draw_all(Results("crossover", describe(pick_device("cpu")), {}, rows), tmp_path)
+    measurements = [
+        dataclasses.replace(measurement, peak_mib=measurement.problem.N / 16) for measurement in power_rows()
+    ]
+    written = figures.draw_all(Results("crossover", describe(pick_device("cpu")), {}, measurements), tmp_path)
     assert [path.name for path in written] == ["time.png", "memory.png", "nstar.png"]

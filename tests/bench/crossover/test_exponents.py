@@ -10,7 +10,7 @@ import pytest
 from linattn.bench.crossover import exponents
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
 from linattn.bench.measuring.power_law import STUDENT_975, fit_power_law
-from linattn.bench.measuring.results import Row
+from linattn.bench.measuring.results import Measurement
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 1.93, 2.0])
@@ -60,19 +60,21 @@ def test_students_quantiles() -> None:
         assert quantile == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-4)
 
 
-def rows_of(D: int, star: float, *, sizes=tuple(2**p for p in range(5, 16)), direction="forward") -> list[Row]:
+def measurements_of(
+    D: int, star: float, *, sizes=tuple(2**p for p in range(5, 16)), direction="forward"
+) -> list[Measurement]:
     """SDPA and direct N^2, chunked crossing both at `star`."""
-    rows = []
+    measurements = []
     for N in sizes:
         for method, ms in ((SDPA, N * N), (QUADRATIC_DIRECT, N * N), (QUADRATIC_CHUNKED, N * star)):
             problem = Problem(N, D, D, direction=direction)
-            rows.append(Row(method, problem, "x", [ms] * 3, ms, ms, ms, peak_mib=N / 16))
-    return rows
+            measurements.append(Measurement(method, problem, "x", [ms] * 3, ms, ms, ms, peak_mib=N / 16))
+    return measurements
 
 
 def test_n_star_grows_as_it_was_made_to() -> None:
-    rows = [row for D in (16, 32, 64, 128) for row in rows_of(D, 0.6 * D**1.9)]
-    against_sdpa, against_direct = exponents.growth_of_crossings(rows)
+    measurements = [measurement for D in (16, 32, 64, 128) for measurement in measurements_of(D, 0.6 * D**1.9)]
+    against_sdpa, against_direct = exponents.crossing_exponents(measurements)
     assert against_sdpa.rival == SDPA
     assert against_direct.rival == QUADRATIC_DIRECT
     assert against_sdpa.law.exponent == pytest.approx(1.9, abs=1e-6)
@@ -84,24 +86,33 @@ def test_n_star_grows_as_it_was_made_to() -> None:
 
 
 def test_what_is_not_bracketed_is_left_out_of_the_fit() -> None:
-    rows = [row for D in (16, 32, 64) for row in rows_of(D, 0.6 * D**2)] + rows_of(128, 20000)
-    found = exponents.growth_of_crossings(rows)[0]
+    measurements = [
+        measurement for D in (16, 32, 64) for measurement in measurements_of(D, 0.6 * D**2)
+    ] + measurements_of(128, 20000)
+    found = exponents.crossing_exponents(measurements)[0]
     assert found.heads == (16, 32, 64)
     assert found.left_out == (128,)
     assert found.law.exponent == pytest.approx(2.0, abs=1e-6)
     assert "left out: D = 128" in str(found)
-    few = exponents.growth_of_crossings([row for row in rows if row.problem.D > 32])[0]
+    few = exponents.crossing_exponents([measurement for measurement in measurements if measurement.problem.D > 32])[0]
     assert few.law is None
     assert "a fit needs 3" in str(few)
 
 
 def test_directions_are_fitted_apart() -> None:
-    rows = [row for D in (16, 32, 64) for d in ("forward", "training") for row in rows_of(D, 0.6 * D**2, direction=d)]
-    assert [g.series.direction for g in exponents.growth_of_crossings(rows)] == ["forward"] * 2 + ["training"] * 2
+    measurements = [
+        measurement
+        for D in (16, 32, 64)
+        for d in ("forward", "training")
+        for measurement in measurements_of(D, 0.6 * D**2, direction=d)
+    ]
+    assert [g.series.direction for g in exponents.crossing_exponents(measurements)] == ["forward"] * 2 + [
+        "training"
+    ] * 2
 
 
 def test_methods_grow_with_the_length() -> None:
-    sdpa, direct, chunked = exponents.growth_of_methods(rows_of(64, 3000.0))
+    sdpa, direct, chunked = exponents.method_exponents(measurements_of(64, 3000.0))
     assert (sdpa.expected, direct.expected, chunked.expected) == (2, 2, 1)
     assert sdpa.time.exponent == pytest.approx(2.0)
     assert chunked.time.exponent == pytest.approx(1.0)
@@ -114,5 +125,5 @@ def test_methods_grow_with_the_length() -> None:
 
 
 def test_peaks_below_a_mebibyte_are_not_fitted() -> None:
-    found = exponents.growth_of_methods(rows_of(64, 3000.0, sizes=(4, 8, 16, 32)))
+    found = exponents.method_exponents(measurements_of(64, 3000.0, sizes=(4, 8, 16, 32)))
     assert all(entry.memory is None for entry in found)

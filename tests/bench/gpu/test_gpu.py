@@ -10,14 +10,14 @@ import torch
 
 from linattn.bench.gpu import cases, command
 from linattn.bench.gpu.cases import CHUNKED, DIRECT, FLASH, Comparison, Goal, value_of
-from linattn.bench.gpu.rows import Limits, broken, compare, judge_goals, rates, verdict
+from linattn.bench.gpu.measurements import MachineLimits, compare, failures_of_ours, judge_goals, rates, verdict
 from linattn.bench.gpu.stages import DONE, Record, Stage
 from linattn.bench.gpu.tasks import Outcomes
 from linattn.bench.measuring.cases import QUADRATIC_DIRECT, SDPA, Method, Problem
 from linattn.bench.peers import implementations
 
 CPU = torch.device("cpu")
-LIMITS = Limits(copy_gb_s=100.0, matmul_tflops=1.0)
+LIMITS = MachineLimits(copy_gb_s=100.0, matmul_tflops=1.0)
 PROBLEM = Problem(40, 8, 8, H=2, is_causal=True, direction="training")
 
 
@@ -118,7 +118,9 @@ def test_a_row_says_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failure_of_ours_fails_the_stage_and_that_of_a_peer_does_not() -> None:
     ours, theirs = {"method": {"backend": "triton"}}, {"method": {"backend": "flex"}}
-    assert broken([{**ours, "failed": "boom"}, {**theirs, "failed": "x"}, {**ours, "skipped": "y"}]) == ["boom"]
+    assert failures_of_ours([{**ours, "failed": "boom"}, {**theirs, "failed": "x"}, {**ours, "skipped": "y"}]) == [
+        "boom"
+    ]
 
 
 def test_goals_are_judged_in_their_own_direction() -> None:
@@ -134,14 +136,14 @@ def test_goals_are_judged_in_their_own_direction() -> None:
 def test_limits_are_those_of_the_design() -> None:
     """0.46 ms forward at 790 TFLOP/s for 8 heads of 64 over 65536 tokens, in chunks of 1024: matrix products bind."""
     problem = Problem(65536, 64, 64, 1, 8, "bf16", is_causal=True)
-    found = rates(CHUNKED, problem, 1.0, Limits(4300.0, 790.0))
+    found = rates(CHUNKED, problem, 1.0, MachineLimits(4300.0, 790.0))
     assert found["limit_ms"] == pytest.approx(0.46, rel=0.02)
     assert found["bound"] == "matrix products"
     # Direct: 2 N (D + M) flops a token and head, halved by causality.
-    direct = rates(DIRECT, Problem(16384, 128, 128, 1, 16, "bf16", is_causal=True), 1.0, Limits(4300.0, 790.0))
+    direct = rates(DIRECT, Problem(16384, 128, 128, 1, 16, "bf16", is_causal=True), 1.0, MachineLimits(4300.0, 790.0))
     assert direct["TFLOP/s"] == pytest.approx(16 * 16384**2 * 256 / 1e9, rel=1e-3)
     # A feature map at D = 128 is bound by bandwidth: q, k, v and out once, in bf16.
-    elu = rates(cases.ELU, Problem(8192, 128, 128, 1, 96, "bf16", is_causal=True), 1.0, Limits(4300.0, 790.0))
+    elu = rates(cases.ELU, Problem(8192, 128, 128, 1, 96, "bf16", is_causal=True), 1.0, MachineLimits(4300.0, 790.0))
     assert elu["bound"] == "bandwidth"
     assert elu["GB/s"] == pytest.approx(4 * 96 * 8192 * 128 * 2 / 1e6)
 

@@ -6,30 +6,30 @@ import pytest
 
 from linattn._util.environment import pick_device
 from linattn.bench.crossover import sweep
-from linattn.bench.crossover.sweep import Plan
+from linattn.bench.crossover.sweep import SweepPlan
 from linattn.bench.machine import scaling
 from linattn.bench.measuring import memory, timing
 from linattn.bench.measuring.cases import ARGMAX, KERNEL_ATTENTION, Problem, takes
 from linattn.bench.measuring.environment import describe
-from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.results import Measurement, Results
 from linattn.cli.main import main
 
 
 def test_every_operation_is_measured_where_it_is_defined_and_right(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(scaling, "QUICK", Plan("quick", 32, 64, 0.0, 9.0, 9.0, refine=False))
+    monkeypatch.setattr(scaling, "QUICK", SweepPlan("quick", 32, 64, 0.0, 9.0, 9.0, refine=False))
     # Peaks have tests of their own, and take a process each.
     monkeypatch.setattr(memory, "_can_measure_cpu", lambda: False)
     monkeypatch.setattr(timing, "WARM_UP_MS", 0.0)
     options = ["--quick", "--head-size", "8", "--heads", "1", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["scaling", *options]) == 0
-    rows = Results.load(tmp_path / "results.json").rows
+    measurements = Results.load(tmp_path / "results.json").measurements
     for causal, direction in scaling.SERIES:
         wanted = [m for m in scaling.METHODS if takes(m, Problem(32, 8, 8, is_causal=causal, direction=direction))]
         for N in (32, 64):
             problem = Problem(N, 8, 8, H=1, is_causal=causal, direction=direction)
-            assert [row.method for row in rows if row.problem == problem] == wanted
-    assert {row.method for row in rows} == set(scaling.METHODS)
-    assert all(max(row.error, row.gradient_error or 0.0) < 1e-5 for row in rows)
+            assert [measurement.method for measurement in measurements if measurement.problem == problem] == wanted
+    assert {measurement.method for measurement in measurements} == set(scaling.METHODS)
+    assert all(max(measurement.error, measurement.gradient_error or 0.0) < 1e-5 for measurement in measurements)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     assert "argmax_attention" in capsys.readouterr().out
 
@@ -51,7 +51,7 @@ def modelled(tmp_path, monkeypatch) -> Results:
     def measure(problem, methods, **options):
         ms = {m: problem.N ** (2 if m.form == "direct" else 1) / 1e4 for m in methods}
         return [
-            Row(m, problem, "x", [ms[m]] * 3, ms[m], ms[m] * 0.99, ms[m] * 1.01, peak_mib=problem.N / 64)
+            Measurement(m, problem, "x", [ms[m]] * 3, ms[m], ms[m] * 0.99, ms[m] * 1.01, peak_mib=problem.N / 64)
             for m in methods
         ]
 
@@ -61,7 +61,7 @@ def modelled(tmp_path, monkeypatch) -> Results:
 
 
 def test_the_table_gives_the_exponents(modelled: Results) -> None:
-    lines = scaling.table(modelled.rows)
+    lines = scaling.table(modelled.measurements)
     assert len(lines) == 7 + 8 + 8
     for group, method, longest, time, flops, peak in lines:
         expected = 2 if "direct" in method or "attention" in method or method == "SDPA" else 1

@@ -9,7 +9,7 @@ import torch
 
 from linattn.bench.measuring import cases, timing
 from linattn.bench.measuring import measure as measuring
-from linattn.bench.measuring.accuracy import judged_rows, truth_of
+from linattn.bench.measuring.accuracy import judged_queries, truth_of
 from linattn.bench.measuring.cases import (
     ELU_CHUNKED,
     QUADRATIC_CHUNKED,
@@ -19,9 +19,9 @@ from linattn.bench.measuring.cases import (
     Method,
     Problem,
 )
-from linattn.bench.measuring.measure import affordable, measure, useful_gflops
+from linattn.bench.measuring.measure import measure, select_affordable, useful_gflops
 from linattn.bench.measuring.memory import MemoryProbe
-from linattn.bench.measuring.results import Row
+from linattn.bench.measuring.results import Measurement
 from linattn.bench.peers import implementations
 from linattn.errors import ArgumentError
 from linattn.kernels.common.op.backend import NATIVE_ABSENT
@@ -36,21 +36,21 @@ METHODS = (SDPA, SOFTMAX, QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)
 @pytest.mark.parametrize("N", [33, 1100])
 def test_every_method_is_measured_and_right(N: int, direction: str, is_causal: bool) -> None:
     problem = Problem(N, 8, 8, H=2, is_causal=is_causal, direction=direction)
-    rows = measure(problem, METHODS, device=CPU, budget_s=0.0)
+    measurements = measure(problem, METHODS, device=CPU, budget_s=0.0)
     budget = BUDGETS[torch.float32]
-    assert [row.method for row in rows] == list(METHODS)
-    for row in rows:
-        assert len(row.samples_ms) == timing.MIN_ROUNDS
-        assert 0 < row.p20_ms <= row.median_ms <= row.p80_ms
-        assert row.sdpa_ratio == pytest.approx(rows[0].median_ms / row.median_ms)
-        assert row.error <= budget.forward
-        assert row.judged_rows == (33 if N == 33 else 64)
+    assert [measurement.method for measurement in measurements] == list(METHODS)
+    for measurement in measurements:
+        assert len(measurement.samples_ms) == timing.MIN_ROUNDS
+        assert 0 < measurement.p20_ms <= measurement.median_ms <= measurement.p80_ms
+        assert measurement.sdpa_ratio == pytest.approx(measurements[0].median_ms / measurement.median_ms)
+        assert measurement.error <= budget.forward
+        assert measurement.judged_rows == (33 if N == 33 else 64)
         if direction == "training":
-            assert row.gradient_error <= budget.gradient
+            assert measurement.gradient_error <= budget.gradient
         else:
-            assert row.gradient_error is None
-    assert rows[0].backend_used == "sdpa"
-    assert rows[3].backend_used == ("reference" if NATIVE_ABSENT else "native")
+            assert measurement.gradient_error is None
+    assert measurements[0].backend_used == "sdpa"
+    assert measurements[3].backend_used == ("reference" if NATIVE_ABSENT else "native")
 
 
 @pytest.mark.parametrize("N", [33, 1100])
@@ -69,24 +69,24 @@ def test_a_wrong_output_shows_in_the_error(N: int, monkeypatch) -> None:
     assert training[1].gradient_error == pytest.approx(1e-3, rel=0.01)
 
 
-def test_sampled_rows_agree_with_all_rows() -> None:
+def test_sampled_queries_agree_with_all() -> None:
     problem = Problem(1500, 4, 4, H=1, is_causal=True, direction="training")
     tensors = problem.inputs(CPU)
     upstream = torch.randn(1, 1, 1500, 4)
     sampled = truth_of(QUADRATIC_CHUNKED, problem, tensors, upstream)
-    assert sampled.rows[0] == 0
-    assert sampled.rows[-1] == 1499
+    assert sampled.queries[0] == 0
+    assert sampled.queries[-1] == 1499
     q, k, v = (t.double().requires_grad_() for t in tensors)
     weights = ((1 + q @ k.mT) ** 2).tril()
     out = weights @ v / weights.sum(-1, keepdim=True)
     (dq,) = torch.autograd.grad(out, q, upstream.double())
-    torch.testing.assert_close(sampled.tensors[0], out[:, :, sampled.rows].detach())
-    torch.testing.assert_close(sampled.tensors[1], dq[:, :, sampled.rows])
+    torch.testing.assert_close(sampled.tensors[0], out[:, :, sampled.queries].detach())
+    torch.testing.assert_close(sampled.tensors[1], dq[:, :, sampled.queries])
 
 
-def test_judged_rows_are_all_or_sixty_four() -> None:
-    assert judged_rows(1024).tolist() == list(range(1024))
-    assert len(judged_rows(1025).unique()) == 64
+def test_judged_queries_are_all_or_sixty_four() -> None:
+    assert judged_queries(1024).tolist() == list(range(1024))
+    assert len(judged_queries(1025).unique()) == 64
 
 
 def test_repeats_are_interleaved_and_reversed() -> None:
@@ -123,16 +123,16 @@ def test_summary_is_median_and_band() -> None:
 
 def test_slow_methods_are_skipped_with_a_reason() -> None:
     seen = [
-        Row(SDPA, Problem(512, 8, 8), median_ms=100.0, samples_ms=[100.0]),
-        Row(QUADRATIC_CHUNKED, Problem(512, 8, 8), median_ms=100.0, samples_ms=[100.0]),
+        Measurement(SDPA, Problem(512, 8, 8), median_ms=100.0, samples_ms=[100.0]),
+        Measurement(QUADRATIC_CHUNKED, Problem(512, 8, 8), median_ms=100.0, samples_ms=[100.0]),
     ]
-    kept, skipped = affordable([SDPA, QUADRATIC_CHUNKED, SOFTMAX], Problem(2048, 8, 8), seen, limit_s=1.0)
+    kept, skipped = select_affordable([SDPA, QUADRATIC_CHUNKED, SOFTMAX], Problem(2048, 8, 8), seen, limit_s=1.0)
     assert kept == [QUADRATIC_CHUNKED, SOFTMAX]
-    assert [(row.method, row.skipped) for row in skipped] == [(SDPA, "about 2 s a call")]
-    kept, skipped = affordable([SDPA], Problem(4096, 8, 8), seen + skipped, limit_s=100.0)
+    assert [(measurement.method, measurement.skipped) for measurement in skipped] == [(SDPA, "about 2 s a call")]
+    kept, skipped = select_affordable([SDPA], Problem(4096, 8, 8), seen + skipped, limit_s=100.0)
     assert kept == []
     assert "shorter sequence" in skipped[0].skipped
-    assert affordable([SDPA], Problem(2048, 8, 8, is_causal=True), seen, limit_s=1.0)[0] == [SDPA]
+    assert select_affordable([SDPA], Problem(2048, 8, 8, is_causal=True), seen, limit_s=1.0)[0] == [SDPA]
 
 
 def test_useful_work() -> None:

@@ -15,7 +15,7 @@ import torch
 from linattn._util.environment import device_slug
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, SDPA, Problem
 from linattn.bench.measuring.environment import describe, measured_sources
-from linattn.bench.measuring.results import Results, Row, resume
+from linattn.bench.measuring.results import Measurement, Results, resume
 from linattn.errors import DataError
 
 PROBLEM = Problem(64, 8, 8)
@@ -28,8 +28,8 @@ def environment():
 
 @pytest.fixture
 def results(environment) -> Results:
-    measured = Row(SDPA, PROBLEM, "sdpa", [1.0, 2.0, 3.0], 2.0, 1.4, 2.6, 1.0, 0.5, 1e-7, None, 64, 3.5)
-    skipped = Row(QUADRATIC_CHUNKED, PROBLEM, skipped="about 9 s a call")
+    measured = Measurement(SDPA, PROBLEM, "sdpa", [1.0, 2.0, 3.0], 2.0, 1.4, 2.6, 1.0, 0.5, 1e-7, None, 64, 3.5)
+    skipped = Measurement(QUADRATIC_CHUNKED, PROBLEM, skipped="about 9 s a call")
     return Results("crossover", environment, {"plan": "quick"}, [measured, skipped])
 
 
@@ -43,10 +43,15 @@ def test_what_is_saved_is_loaded(results: Results, tmp_path) -> None:
 def test_csv_has_one_line_a_row(results: Results, tmp_path) -> None:
     results.save(tmp_path / "results.json")
     with pathlib.Path(tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["SDPA", "quadratic chunked"]
-    assert (rows[0]["N"], rows[0]["median_ms"], rows[0]["rounds"], rows[0]["gflops_per_s"]) == ("64", "2", "3", "250")
-    assert (rows[1]["median_ms"], rows[1]["skipped"]) == ("", "about 9 s a call")
+        measurements = list(csv.DictReader(file))
+    assert [measurement["method"] for measurement in measurements] == ["SDPA", "quadratic chunked"]
+    assert (
+        measurements[0]["N"],
+        measurements[0]["median_ms"],
+        measurements[0]["rounds"],
+        measurements[0]["gflops_per_s"],
+    ) == ("64", "2", "3", "250")
+    assert (measurements[1]["median_ms"], measurements[1]["skipped"]) == ("", "about 9 s a call")
 
 
 def test_failed_write_leaves_the_earlier_file_and_no_litter(results: Results, tmp_path, monkeypatch) -> None:
@@ -58,7 +63,7 @@ def test_failed_write_leaves_the_earlier_file_and_no_litter(results: Results, tm
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    results.rows.clear()
+    results.measurements.clear()
     with pytest.raises(DataError, match="No space left"):
         results.save(path)
     assert path.read_text() == before
@@ -89,7 +94,7 @@ def test_resume_continues_what_the_same_code_measured_here(results: Results, env
     later = dataclasses.replace(environment, date="2100-01-01T00:00:00+00:00", commit="another", load_average=9.0)
     found, aside = resume(path, "crossover", later, {"plan": "quick"})
     assert aside is None
-    assert found.rows == results.rows
+    assert found.measurements == results.measurements
 
 
 @pytest.mark.parametrize("change", [{"sources": "other"}, {"threads": 77}, {"torch": "1.0"}, {"device": "abacus"}])
@@ -97,17 +102,17 @@ def test_resume_never_mixes_and_never_loses(change, results: Results, environmen
     path = tmp_path / "results.json"
     results.save(path)
     found, aside = resume(path, "crossover", dataclasses.replace(environment, **change), {"plan": "quick"})
-    assert found.rows == []
+    assert found.measurements == []
     assert "results.previous.json" in aside
-    assert Results.load(tmp_path / "results.previous.json").rows == results.rows
+    assert Results.load(tmp_path / "results.previous.json").measurements == results.measurements
 
 
 def test_quick_rows_are_not_continued_by_a_thorough_run(results: Results, environment, tmp_path) -> None:
     path = tmp_path / "results.json"
     results.save(path)
-    assert resume(path, "crossover", environment, {"plan": "quick"})[0].rows == results.rows
+    assert resume(path, "crossover", environment, {"plan": "quick"})[0].measurements == results.measurements
     found, aside = resume(path, "crossover", environment, {"plan": "default"})
-    assert found.rows == []
+    assert found.measurements == []
     assert "another plan" in aside
 
 
@@ -115,7 +120,7 @@ def test_resume_puts_a_damaged_file_aside(environment, tmp_path) -> None:
     path = tmp_path / "results.json"
     path.write_text("{")
     found, aside = resume(path, "crossover", environment, {})
-    assert found.rows == []
+    assert found.measurements == []
     assert "cannot read" in aside
 
 

@@ -111,7 +111,7 @@ def test_the_command_lists_all_and_measures_what_passed(tmp_path, monkeypatch, c
     found = Results.load(tmp_path / "results.json")
     states = {proof.peer: proof.state for proof in verify.proofs_in(found)}
     assert states == {**dict.fromkeys(few, "proved"), "other": "differs", "absent": "missing"}
-    names = [row.method.name for row in found.rows]
+    names = [one.method.name for one in found.measurements]
     assert names == ["SDPA", "naive", "elu-cumsum", "quadratic direct", "quadratic chunked", "elu+1 chunked"]
-    assert all(row.error < 1e-5 for row in found.rows)
+    assert all(one.error < 1e-5 for one in found.measurements)
     assert "no-such-package" in capsys.readouterr().out

@@ -15,10 +15,10 @@ from linattn.bench.measuring import timing
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem
 from linattn.bench.measuring.environment import describe
 from linattn.bench.measuring.measure import measure
-from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.results import Measurement, Results
 from linattn.bench.measuring.timing import summarise
 from linattn.bench.peers import implementations
-from linattn.bench.report.regressions import committed_before, compare, log_slowdown
+from linattn.bench.report.regressions import compare, load_committed, log_slowdown
 from linattn.cli.main import main
 
 CPU = torch.device("cpu")
@@ -27,18 +27,20 @@ MS = {SDPA: 10.0, QUADRATIC_DIRECT: 7.0, QUADRATIC_CHUNKED: 3.0}
 
 def results(*, seed: int, noise: float = 0.03, factor: dict[Method, float] | None = None, **fields) -> Results:
     """Three lengths, 15 rounds; `factor` slows methods down, `fields` replace what rows say."""
-    generator, rows = random.Random(seed), []
+    generator, measurements = random.Random(seed), []
     for N in (1024, 2048, 4096):
         weather = [generator.lognormvariate(0, 0.3) for _ in range(15)]
         for method, ms in MS.items():
             slow = (factor or {}).get(method, 1.0)
             samples = [ms * slow * w * generator.lognormvariate(0, noise) for w in weather]
             band = summarise(samples)
-            rows.append(
-                Row(method, Problem(N, 64, 64), "x", samples, band.median, band.p20, band.p80, error=1e-7, peak_mib=8.0)
+            measurements.append(
+                Measurement(
+                    method, Problem(N, 64, 64), "x", samples, band.median, band.p20, band.p80, error=1e-7, peak_mib=8.0
+                )
             )
-    rows = [dataclasses.replace(row, **fields) for row in rows]
-    return Results("crossover", describe(CPU), {"plan": "quick"}, rows)
+    measurements = [dataclasses.replace(measurement, **fields) for measurement in measurements]
+    return Results("crossover", describe(CPU), {"plan": "quick"}, measurements)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -61,14 +63,14 @@ def test_a_slower_machine_accuses_nobody() -> None:
 def test_without_sdpa_milliseconds_are_compared() -> None:
     now, before = (results(seed=seed, factor={QUADRATIC_DIRECT: f}) for seed, f in ((1, 2.0), (2, 1.0)))
     for run in (now, before):
-        run.rows[:] = [row for row in run.rows if row.method != SDPA]
+        run.measurements[:] = [measurement for measurement in run.measurements if measurement.method != SDPA]
     assert {flag.method for flag in compare(now, before)} == {"quadratic direct"}
 
 
 def test_the_band_follows_the_noise() -> None:
     def band(noise: float) -> float:
         now, before = results(seed=1, noise=noise), results(seed=2, noise=noise)
-        return log_slowdown(now.rows[1], before.rows[1], now.rows[0], before.rows[0])[1]
+        return log_slowdown(now.measurements[1], before.measurements[1], now.measurements[0], before.measurements[0])[1]
 
     assert 0.09 < band(0.001) < 0.11 < band(0.05) < band(0.3)
 
@@ -108,8 +110,10 @@ def test_a_wrong_output_is_caught_when_it_is_measured(monkeypatch, tmp_path, cap
 
     monkeypatch.setitem(implementations.PEERS, "off", implementations.Peer("softmax", lambda: off))
     monkeypatch.setattr(timing, "WARM_UP_MS", 0.0)
-    rows = measure(Problem(64, 8, 8, H=1), [SDPA, Method("off", "softmax", "direct", "off")], device=CPU, budget_s=0.0)
-    measured = Results("crossover", describe(CPU), {"plan": "quick"}, rows)
+    measurements = measure(
+        Problem(64, 8, 8, H=1), [SDPA, Method("off", "softmax", "direct", "off")], device=CPU, budget_s=0.0
+    )
+    measured = Results("crossover", describe(CPU), {"plan": "quick"}, measurements)
     assert [(flag.kind, flag.method) for flag in compare(measured, None)] == [("wrong", "off")]
     measured.save(tmp_path / "results.json")
     page = tmp_path / "report.html"
@@ -143,22 +147,22 @@ def test_the_last_committed_results_are_the_baseline(tmp_path: Path) -> None:
         git(tmp_path, "add", "-A")
         git(tmp_path, "commit", "-qm", "results")
     # The file as committed: the version before it.
-    assert committed_before(path, Results.load(path))[0] == runs[0]
+    assert load_committed(path, Results.load(path))[0] == runs[0]
     # The file with a change: the committed version.
     runs[2].save(path)
-    assert committed_before(path, runs[2])[0] == runs[1]
+    assert load_committed(path, runs[2])[0] == runs[1]
     # A file that git does not know: the committed one of the same device and kind.
     elsewhere = tmp_path / "runs" / "results.json"
     runs[3].save(elsewhere)
-    found, source = committed_before(elsewhere, runs[3])
+    found, source = load_committed(elsewhere, runs[3])
     assert found == runs[1]
     assert source.startswith(f"bench/results/{slug}/results.json at HEAD")
-    assert committed_before(elsewhere, dataclasses.replace(runs[3], kind="scaling")) is None
+    assert load_committed(elsewhere, dataclasses.replace(runs[3], kind="scaling")) is None
 
 
 def test_without_git_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     results(seed=1).save(tmp_path / "results.json")
-    assert committed_before(tmp_path / "results.json", results(seed=1)) is None
+    assert load_committed(tmp_path / "results.json", results(seed=1)) is None
 
 
 def test_results_of_another_kind_in_the_history_are_passed_over(tmp_path: Path) -> None:
@@ -170,4 +174,4 @@ def test_results_of_another_kind_in_the_history_are_passed_over(tmp_path: Path) 
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-qm", "results")
     (tmp_path / "runs").mkdir()
-    assert committed_before(tmp_path / "runs" / "results.json", results(seed=1)) is None
+    assert load_committed(tmp_path / "runs" / "results.json", results(seed=1)) is None

@@ -14,7 +14,7 @@ from linattn.bench.machine import roofline
 from linattn.bench.measuring.cases import ELU_CHUNKED, QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Problem
 from linattn.bench.measuring.ceilings import Extent
 from linattn.bench.measuring.environment import describe
-from linattn.bench.measuring.results import Results, Row
+from linattn.bench.measuring.results import Measurement, Results
 from linattn.bench.peers.verify import Proof
 from linattn.bench.report import command as report
 from linattn.bench.report import marked_tables, page, summaries
@@ -33,7 +33,9 @@ def crossover_results(star: float = 600.0) -> Results:
             for method, ms in ((SDPA, N * N), (QUADRATIC_DIRECT, N * N), (QUADRATIC_CHUNKED, N * star * D * D / 1024)):
                 problem = Problem(N, D, D)
                 rows.append(
-                    Row(method, problem, "x", [ms] * 3, ms, ms, ms, gflops=1.0, error=1e-7, judged_rows=N, peak_mib=2.0)
+                    Measurement(
+                        method, problem, "x", [ms] * 3, ms, ms, ms, gflops=1.0, error=1e-7, judged_rows=N, peak_mib=2.0
+                    )
                 )
     return Results("crossover", describe(pick_device("cpu")), {"plan": "full"}, rows)
 
@@ -41,7 +43,7 @@ def crossover_results(star: float = 600.0) -> Results:
 def other_results() -> list[Results]:
     environment, problem = describe(pick_device("cpu")), Problem(2048, 64, 64, is_causal=True)
     rows = [
-        Row(m, problem, "x", [2.0] * 3, 2.0, 2.0, 2.0, gflops=0.5, error=1e-7, peak_mib=3.0)
+        Measurement(m, problem, "x", [2.0] * 3, 2.0, 2.0, 2.0, gflops=0.5, error=1e-7, peak_mib=3.0)
         for m in (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)
     ]
     ceilings = {"copy_gb_s": 10.0, "matmul_gflops": {"fp32": 400.0, "bf16": 4000.0}}
@@ -223,7 +225,7 @@ def test_a_place_is_below_the_lower_of_two_ceilings() -> None:
     assert ceilings.at(20.0, "fp32") == 200.0
     assert ceilings.at(100.0, "fp32") == 400.0
     (found,) = [results for results in other_results() if results.kind == "roofline"]
-    place = roofline.places(found.rows, ceilings)[0]
+    place = roofline.places(found.measurements, ceilings)[0]
     # 0.5 GFLOP over q, k, v and out: 4 heads, 2048 tokens, 4 x 64 numbers of 4 bytes.
     assert place.intensity == pytest.approx(0.5e9 / (4 * 2048 * 4 * 64 * 4))
     assert place.rate == pytest.approx(250.0)
@@ -244,7 +246,7 @@ def test_ceilings_and_kernels_are_measured_in_one_run(tmp_path: Path, monkeypatc
     options = ["--length", "64", "--head-size", "16", "--heads", "1", "--budget", "0", "--device", "cpu"]
     assert main(["roofline", *options, "--out", str(tmp_path)]) == 0
     found = Results.load(tmp_path / "results.json")
-    assert len(found.rows) == 2 * 2 * len(roofline.METHODS)
+    assert len(found.measurements) == 2 * 2 * len(roofline.METHODS)
     ceilings = roofline.ceilings_of(found)
     assert ceilings.copy_gb_s > 0
     assert set(ceilings.matmul_gflops) == {"fp32", "bf16"}

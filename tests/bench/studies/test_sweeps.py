@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from linattn.bench.studies.attention import lm, recall
-from linattn.bench.studies.attention.recall import CELLS, NOTHING, SYMBOLS, Cell, RecallModel, Settings, draw_sequences
+from linattn.bench.studies.attention.recall import (
+    CELLS,
+    NOTHING,
+    SYMBOLS,
+    Cell,
+    RecallModel,
+    RecallSettings,
+    draw_sequences,
+)
 from linattn.bench.studies.common.sweep import sweep
 from linattn.cli.main import main
 from linattn.errors import DataError
@@ -70,7 +78,7 @@ def test_recall_asks_for_each_pair_once(cell: Cell) -> None:
 
 def test_the_state_of_a_recall_model_is_what_decoding_keeps() -> None:
     def held(kernel: str, N: int) -> int:
-        return RecallModel(Settings(kernel, 8, 0, 1)).state_bytes(N)
+        return RecallModel(RecallSettings(kernel, 8, 0, 1)).state_bytes(N)
 
     counts = 2 * 2 * 8  # the tokens seen, of each layer, as int64; and the state's own n
     assert held("softmax", 256) == 2 * 256 * (8 + 8) * 4 + counts // 2
@@ -138,7 +146,7 @@ def test_recall_is_learned_by_softmax(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(recall, "TOKENS_A_STEP", 512)
     monkeypatch.setattr(recall, "SYMBOLS", 8)
     monkeypatch.setattr(recall, "NOTHING", 16)
-    assert recall.train(Settings("softmax", 16, 0, 250, dim=32, lr=1e-2), tmp_path, torch.device("cpu"))
+    assert recall.train(RecallSettings("softmax", 16, 0, 250, dim=32, lr=1e-2), tmp_path, torch.device("cpu"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["accuracy"]["4 of 16"] > 0.9
 

@@ -26,9 +26,9 @@ def test_flag_measures_and_prints_the_table(tmp_path) -> None:
     assert "SDPA/this" in found.stdout
     assert "D=16 non-causal fp32: N*" in found.stdout
     assert "2 passed" in found.stdout
-    rows = Results.load(tmp_path / "results.json").rows
-    assert {row.problem.N for row in rows} == {256, 1024}
-    assert {row.method.name for row in rows} == {
+    measurements = Results.load(tmp_path / "results.json").measurements
+    assert {measurement.problem.N for measurement in measurements} == {256, 1024}
+    assert {measurement.method.name for measurement in measurements} == {
         "SDPA", "softmax", "quadratic direct", "quadratic chunked", "elu+1 chunked",
     }  # fmt: skip
 

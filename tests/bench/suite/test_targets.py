@@ -6,29 +6,29 @@ import pytest
 import torch
 
 from linattn.bench.measuring.cases import QUADRATIC_DIRECT, SDPA, Method, Problem, attention_of
-from linattn.bench.measuring.results import Row
+from linattn.bench.measuring.results import Measurement
 from linattn.bench.suite import targets
 
 PROBLEM = Problem(4096, 64, 64, is_causal=True)
 
 
-def row(method: Method, ms: float, problem: Problem = PROBLEM) -> Row:
-    return Row(method, problem, samples_ms=[ms], median_ms=ms)
+def measurement(method: Method, ms: float, problem: Problem = PROBLEM) -> Measurement:
+    return Measurement(method, problem, samples_ms=[ms], median_ms=ms)
 
 
 def test_a_target_is_a_ratio_of_times_on_one_problem() -> None:
     target = targets.Target(QUADRATIC_DIRECT, PROBLEM, 1.4, "P")
     elsewhere = Problem(4096, 64, 64, is_causal=False)
-    rows = [row(SDPA, 30.0), row(QUADRATIC_DIRECT, 20.0), row(SDPA, 300.0, elsewhere)]
-    assert target.reached(rows) == pytest.approx(1.5)
-    assert "1.50x" in targets.table(rows, [target])
-    assert "reached" in targets.table(rows, [target])
-    slower = [row(SDPA, 30.0), row(QUADRATIC_DIRECT, 30.0)]
+    measurements = [measurement(SDPA, 30.0), measurement(QUADRATIC_DIRECT, 20.0), measurement(SDPA, 300.0, elsewhere)]
+    assert target.reached(measurements) == pytest.approx(1.5)
+    assert "1.50x" in targets.table(measurements, [target])
+    assert "reached" in targets.table(measurements, [target])
+    slower = [measurement(SDPA, 30.0), measurement(QUADRATIC_DIRECT, 30.0)]
     assert "short by 29 %" in targets.table(slower, [target])
 
 
 def test_what_was_not_measured_is_not_in_the_table() -> None:
-    assert targets.table([row(QUADRATIC_DIRECT, 20.0)], targets.TARGETS) == ""
+    assert targets.table([measurement(QUADRATIC_DIRECT, 20.0)], targets.TARGETS) == ""
     assert targets.table([], targets.TARGETS) == ""
 
 

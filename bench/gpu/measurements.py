@@ -22,7 +22,7 @@ from linattn.errors import BackendError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-Row = dict[str, object]
+Entry = dict[str, object]
 CHUNK = 1024
 """Chunk length for which the limit of a causal chunked form is stated."""
 HONEST_ERROR = 3e-2
@@ -31,19 +31,19 @@ SCORE_STD = 0.25
 
 
 @dataclass(frozen=True)
-class Limits:
+class MachineLimits:
     """What the machine reached in this very run."""
 
     copy_gb_s: float
     matmul_tflops: float
 
 
-def measure_limits(device: torch.device, rehearse: bool) -> Limits:
+def measure_limits(device: torch.device, rehearse: bool) -> MachineLimits:
     """The rate of a large device-to-device copy, bytes read and written, and of a bf16 matrix product."""
     extent = Extent(2**20, 256) if rehearse else Extent(2**32, 8192)
     samples, _ = in_rounds(calls_to_time(extent, ("bf16",), device), device=device, rep_ms=100)
     found = reached(extent, samples)
-    return Limits(found.copy_gb_s, found.matmul_gflops["bf16"] / 1e3)
+    return MachineLimits(found.copy_gb_s, found.matmul_gflops["bf16"] / 1e3)
 
 
 def draw(problem: Problem, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
@@ -64,42 +64,44 @@ def draw(problem: Problem, device: torch.device) -> tuple[tuple[Tensor, Tensor, 
     return (q, k, v), normal(problem.M).to(dtype) if problem.direction == "training" else None
 
 
-def compare(comparison: Comparison, device: torch.device, limits: Limits, *, rep_ms: float = 60.0) -> dict[str, Row]:
+def compare(
+    comparison: Comparison, device: torch.device, limits: MachineLimits, *, rep_ms: float = 60.0
+) -> dict[str, Entry]:
     """Measure every method that runs; the others say why not in `skipped` (refused) or `failed` (anything else)."""
     problem = comparison.problem
     tensors, upstream = draw(problem, device)
-    rows: dict[str, Row] = {}
+    entries: dict[str, Entry] = {}
     calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     for method in comparison.methods:
-        rows[method.name] = {"method": asdict(method), "problem": asdict(problem)}
+        entries[method.name] = {"method": asdict(method), "problem": asdict(problem)}
         try:
             call = prepare(method, problem, tensors, upstream)
-            rows[method.name]["peak_mib"] = _peak_mib(call, device)
+            entries[method.name]["peak_mib"] = _peak_mib(call, device)
             calls[method.name] = call
         except BackendError as refusal:
-            rows[method.name]["skipped"] = str(refusal)
+            entries[method.name]["skipped"] = str(refusal)
         except Exception as error:  # a peer that is absent or breaks must not take the others down
-            rows[method.name]["failed"] = f"{type(error).__name__}: {_first_line(error)}"
+            entries[method.name]["failed"] = f"{type(error).__name__}: {_first_line(error)}"
             gc.collect()
     samples, results = in_rounds(calls, device=device, rep_ms=rep_ms)
     truths = {}
     for method in comparison.methods:
         if method.name not in calls:
             continue
-        row = rows[method.name]
+        entry = entries[method.name]
         summary = summarise(samples[method.name])
-        row.update(ms=summary.median, p20_ms=summary.p20, p80_ms=summary.p80, repeats=len(samples[method.name]))
-        row.update(rates(method, problem, summary.median, limits))
-        row["runs"] = _described(method, problem, tensors)
+        entry.update(ms=summary.median, p20_ms=summary.p20, p80_ms=summary.p80, repeats=len(samples[method.name]))
+        entry.update(rates(method, problem, summary.median, limits))
+        entry["runs"] = _describe_kernels(method, problem, tensors)
         if method.op not in truths:
             truths[method.op] = truth_of(method, problem, tensors, upstream)
-        row["error"] = truths[method.op].error(results[method.name])
-        row["gradient_error"] = truths[method.op].gradient_error(results[method.name])
-        row["judged_rows"] = len(truths[method.op].rows)
-    return rows
+        entry["error"] = truths[method.op].error(results[method.name])
+        entry["gradient_error"] = truths[method.op].gradient_error(results[method.name])
+        entry["judged_rows"] = len(truths[method.op].queries)
+    return entries
 
 
-def rates(method: Method, problem: Problem, ms: float, limits: Limits) -> Row:
+def rates(method: Method, problem: Problem, ms: float, limits: MachineLimits) -> Entry:
     """Useful work and necessary traffic in a second, and the share of the time that the machine's limits allow."""
     moved = least_bytes(problem)
     bandwidth_ms = moved / limits.copy_gb_s / 1e6
@@ -127,13 +129,15 @@ def _limiting_gflops(method: Method, problem: Problem) -> float:
     )
 
 
-def judge_goals(comparison: Comparison, rows: Mapping[str, Row]) -> dict[str, Row]:
+def judge_goals(comparison: Comparison, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Each goal of a comparison beside what was measured."""
-    honest = [name for name, row in rows.items() if isinstance(e := row.get("error"), float) and e <= HONEST_ERROR]
-    return {f"{comparison.problem}/{goal}": verdict(goal, value_of(goal, rows, honest)) for goal in comparison.goals}
+    honest = [
+        name for name, entry in entries.items() if isinstance(e := entry.get("error"), float) and e <= HONEST_ERROR
+    ]
+    return {f"{comparison.problem}/{goal}": verdict(goal, value_of(goal, entries, honest)) for goal in comparison.goals}
 
 
-def verdict(goal: Goal, value: object) -> Row:
+def verdict(goal: Goal, value: object) -> Entry:
     """A goal beside what was measured of it."""
     return {
         "quantity": goal.quantity,
@@ -147,10 +151,10 @@ def verdict(goal: Goal, value: object) -> Row:
     }
 
 
-def broken(rows: Sequence[Row]) -> list[str]:
+def failures_of_ours(entries: Sequence[Entry]) -> list[str]:
     """Rows of our own that failed instead of running or refusing."""
-    ours = [row for row in rows if isinstance(m := row.get("method"), dict) and m["backend"] == OURS]
-    return [str(row["failed"]) for row in ours if "failed" in row]
+    ours = [entry for entry in entries if isinstance(m := entry.get("method"), dict) and m["backend"] == OURS]
+    return [str(entry["failed"]) for entry in ours if "failed" in entry]
 
 
 def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
@@ -167,7 +171,7 @@ def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def _described(method: Method, problem: Problem, tensors: Sequence[Tensor]) -> str:
+def _describe_kernels(method: Method, problem: Problem, tensors: Sequence[Tensor]) -> str:
     """The kernels that ran and their configuration, for methods of ours."""
     if method.backend != OURS or method.op in ("power", "plain"):
         return method.backend
