@@ -43,13 +43,13 @@ class _Ended(NamedTuple):
 
     @staticmethod
     def none(like: Tensor, B: int, n: int) -> _Ended:
-        """No continuation yet, in the dtype and on the device of these log-probabilities."""
+        """Make an empty set of continuations, in the dtype and on the device of these log-probabilities."""
         worst = like.new_full((B, n), -torch.inf)
         nowhere = torch.zeros(B, n, dtype=torch.int64, device=like.device)
         return _Ended(worst, worst, nowhere, nowhere, nowhere)
 
     def with_new(self, new: _Ended) -> _Ended:
-        """The best of both, as many as there are now."""
+        """Merge both and keep the best, as many as there are now."""
         both = _Ended(*(torch.cat(pair, 1) for pair in zip(self, new, strict=True)))
         scores, kept = both.scores.topk(self.scores.shape[1], dim=1)
         return _Ended(scores, *(x.gather(1, kept) for x in both[1:]))
@@ -64,27 +64,27 @@ class _Extensions(NamedTuple):
 
     @staticmethod
     def best(n: int, alive: Tensor, log_probs: Tensor) -> _Extensions:
-        """The n best of all K M extensions of alive `[B, K]` by log_probs `[B, K, M]`."""
+        """Select the n best of all K M extensions of alive `[B, K]` by log_probs `[B, K, M]`."""
         M = log_probs.shape[2]
         extended = (alive[:, :, None] + log_probs).flatten(1)
         ranked, index = extended.topk(min(n, extended.shape[1]), dim=1)
         return _Extensions(ranked, index // M, index % M)
 
     def ending_in(self, end_token: int | None) -> Tensor:
-        """Which of them end in this token."""
+        """Mark those that end in this token."""
         return torch.zeros_like(self.token, dtype=torch.bool) if end_token is None else self.token == end_token
 
     def among_first(self, n: int) -> Tensor:
-        """Which are the n best."""
+        """Mark the n best."""
         return torch.arange(self.token.shape[1], device=self.token.device) < n
 
     def best_of(self, n: int, chosen: Tensor) -> _Extensions:
-        """The n best of those chosen; -inf where there are fewer."""
+        """Select the n best of those chosen; -inf where there are fewer."""
         log_probs, kept = self.log_probs.masked_fill(~chosen, -torch.inf).topk(min(n, self.token.shape[1]), dim=1)
         return _Extensions(log_probs, self.beam.gather(1, kept), self.token.gather(1, kept))
 
     def ended(self, chosen: Tensor, length: int, length_penalty: float) -> _Ended:
-        """Those chosen as complete continuations of this length; the others score -inf."""
+        """Turn those chosen into complete continuations of this length; the others score -inf."""
         log_probs = self.log_probs.masked_fill(~chosen, -torch.inf)
         lengths = torch.full_like(self.beam, length)
         return _Ended(log_probs / length**length_penalty, log_probs, lengths, self.beam, self.token)
@@ -141,6 +141,7 @@ def beam_search(
     >>> result.tokens[0, 0].tolist(), round(result.log_probs[0, 0].exp().item(), 2)
     ([1, 2], 0.32)
     """
+    # Over 60 lines because it documents ten arguments: the search itself is 25.
     _check_options(first_token, beams, max_length, length_penalty, n_best)
     B, K = first_token.shape[0], beams
     log_probs, state = _stepped(step_fn, first_token, state, B, end_token)
@@ -165,12 +166,12 @@ def beam_search(
 
 
 def _nothing_can_change(ended: _Ended, alive: Tensor, max_length: int, length_penalty: float) -> bool:
-    """Whether no living beam can still score above the last complete continuation that will be returned."""
+    """Say whether no living beam can still score above the last complete continuation that will be returned."""
     return bool((ended.scores[:, -1] >= alive[:, 0] / max_length**length_penalty).all())
 
 
 def _traced(ended: _Ended, history: list[tuple[Tensor, Tensor]]) -> BeamResult:
-    """Walk from the end of each complete continuation back to its beginning."""
+    """Follow each complete continuation from its end back to its beginning."""
     exists = ended.scores > -torch.inf
     lengths = ended.lengths * exists
     longest = int(lengths.max()) if lengths.numel() else 0
@@ -186,7 +187,7 @@ def _traced(ended: _Ended, history: list[tuple[Tensor, Tensor]]) -> BeamResult:
 
 
 def reorder(state: Any, rows: Tensor, batch_dim: int = 0) -> Any:
-    """The state of these rows: every tensor in tuples, lists and dictionaries, taken along its batch dimension.
+    """Select these rows of a state: every tensor in tuples, lists and dictionaries, along its batch dimension.
 
     >>> reorder({"h": torch.tensor([[1.0, 2.0, 3.0]]), "c": None}, torch.tensor([2, 2, 0]), batch_dim=1)
     {'h': tensor([[3., 3., 1.]]), 'c': None}
@@ -206,7 +207,7 @@ def reorder(state: Any, rows: Tensor, batch_dim: int = 0) -> Any:
 def _stepped(
     step_fn: Step, tokens: Tensor, state: Any, rows: int, end_token: int | None, width: int | None = None
 ) -> tuple[Tensor, Any]:
-    """A call of step_fn, its log-probabilities checked."""
+    """Call step_fn and check its log-probabilities."""
     log_probs, state = step_fn(tokens, state)
     accepted = f"accepted: a floating tensor [{rows}, {width or 'M'}]"
     if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():

@@ -1,4 +1,4 @@
-"""What recurrent networks accept. Each check passes silently or raises one typed error naming what was given."""
+"""Checks of recurrent networks' arguments. Each passes silently or raises one typed error naming the argument."""
 
 from __future__ import annotations
 

@@ -54,17 +54,18 @@ class RecurrentLM(nn.Module):
         return 1 if hasattr(self.net, "layers") else 0
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Compute logits `[B, T, M]` of the next tokens, and the state after them."""
         all_h, state = self.net(self.embedding(tokens), state)
         return self.head(all_h), state
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Tokens int64 `[R]` -> log-probabilities of the next ones `[R, M]`, and the state after them."""
+        """Read tokens int64 `[R]`; return log-probabilities of the next ones `[R, M]`, and the state after them."""
         logits, state = self(tokens[:, None], state)
         return logits[:, -1].log_softmax(-1), state
 
 
 def prefix_step(model: Callable[[Tensor], Tensor]) -> Step:
-    """A step function for any causal model `tokens int64 [B, T] -> logits [B, T, M]`: `linattn.lm.model.CausalLM`, say.
+    """Make a step function of any causal model `tokens int64 [B, T] -> logits [B, T, M]`, such as `CausalLM`.
 
     Its state is the text so far, int64 `[B, T]` or None, which the model reads anew at each step: right for every
     kernel, at the cost of a forward pass a step.

@@ -1,4 +1,4 @@
-"""What reads a recurrent network: a prediction at every step, or one class for the whole sequence."""
+"""Heads of a recurrent network: a prediction at every step, or one class for the whole sequence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class RecurrentRegressionModel(nn.Module):
         self.head = _linear_behind(net, output_dim)
 
     def forward(self, x: Tensor, initial: Any = None, kept_states: list[Any] | None = None) -> tuple[Tensor, Tensor]:
-        # torch.nn's networks know no kept_states, so it is passed on only when asked for.
+        """Predict at every step; see the class."""
+        # torch.nn's networks have no argument kept_states, so it is passed only when given.
         kept = {} if kept_states is None else {"kept_states": kept_states}
         all_h, _ = self.net(x, initial, **kept)
         return self.head(all_h), all_h
@@ -74,6 +75,7 @@ class RecurrentClassifier(nn.Module):
         self.head = _linear_behind(net, classes)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Compute the logits of each sequence; see the class."""
         _, state = self.net(x, lengths=lengths)
         h = state if isinstance(state, Tensor) else state[0]
         if h.dim() == 3:  # of a stack: the top layer's, in all its directions
@@ -84,7 +86,7 @@ class RecurrentClassifier(nn.Module):
 
 
 def _linear_behind(net: nn.Module, outputs: int) -> nn.Linear:
-    """A linear layer as wide as what the network returns, of its dtype and on its device."""
+    """Make a linear layer as wide as the network's output, of its dtype and on its device."""
     hidden_size = getattr(net, "hidden_size", None)
     if not isinstance(hidden_size, int):
         raise ArgumentError(f"net must have an int attribute hidden_size; {type(net).__name__} has {hidden_size!r}")

@@ -1,4 +1,4 @@
-"""One recurrent layer: the inputs of every step are projected at once, then a loop walks through time."""
+"""One recurrent layer: the inputs of every step are projected at once, then a loop goes through time."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class LSTMState(NamedTuple):
 
 
 class RecurrentModule(nn.Module, ABC):
-    """What reads sequences step by step: a layer, or a stack of them."""
+    """Base of layers and stacks: modules that process sequences step by step."""
 
     input_size: int
     hidden_size: int
 
     @abstractmethod
     def run_recurrent(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
-        """All h `[B, T, H]`, 0 behind a sequence's end, and the last state of these checked inputs."""
+        """Return all h `[B, T, H]`, 0 behind a sequence's end, and the last state of these checked inputs."""
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
-        """Of each part of a state."""
+        """Return the shape of each part of a state."""
         return (batch, self.hidden_size)
 
 
 class HiddenStateModule(RecurrentModule):
-    """Its state is h."""
+    """Base of the modules whose state is h."""
 
     def forward(
         self,
@@ -54,6 +54,7 @@ class HiddenStateModule(RecurrentModule):
         *,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run over a batch of sequences; the classes below document the call."""
         given = sequences(x, lengths, self.input_size, next(self.parameters()))
         if initial is not None:
             check_state("initial", initial, self.state_shape(given.batch), given.padded)
@@ -65,7 +66,7 @@ class HiddenStateModule(RecurrentModule):
 
 
 class LSTMStateModule(RecurrentModule):
-    """Its state is an LSTMState."""
+    """Base of the modules whose state is an LSTMState."""
 
     def forward(
         self,
@@ -75,6 +76,7 @@ class LSTMStateModule(RecurrentModule):
         *,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, LSTMState]:
+        """Run over a batch of sequences; the classes below document the call."""
         given = sequences(x, lengths, self.input_size, next(self.parameters()))
         if initial is not None:
             initial = _check_pair(initial, self.state_shape(given.batch), given.padded)
@@ -93,7 +95,7 @@ def _check_pair(initial: object, shape: tuple[int, ...], x: Tensor) -> tuple[Ten
 
 
 class RecurrentLayer(RecurrentModule):
-    """What both layers share: `weight_x [G H, F]`, `weight_h [G H, H]` and `bias [G H]` with the rows of G gates.
+    """Base of both layers: `weight_x [G H, F]`, `weight_h [G H, H]` and `bias [G H]` with the rows of G gates.
 
     Raises: ArgumentError (sizes).
     """
@@ -135,13 +137,15 @@ class RecurrentLayer(RecurrentModule):
     @property
     @abstractmethod
     def cell(self) -> str | Activation:
-        """What `linattn.recurrence.recur` computes at each step."""
+        """The step that `linattn.recurrence.recur` computes."""
 
     def run_recurrent(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
+        """Project the inputs of all steps at once, then run the recurrence."""
         projected = F.linear(x.padded, self.weight_x, self.bias)
         return recur(projected, self.weight_h, initial, cell=self.cell, lengths=x.lengths, kept=kept)
 
     def extra_repr(self) -> str:
+        """Name the sizes in the module's repr."""
         return f"{self.input_size}, {self.hidden_size}"
 
 
@@ -198,15 +202,17 @@ class RNNLayer(RecurrentLayer, HiddenStateModule):
 
     @property
     def cell(self) -> str | Activation:
+        """The nonlinearity: an Elman layer has no other parts."""
         return self.nonlinearity
 
     def extra_repr(self) -> str:
+        """Name sizes and nonlinearity in the module's repr."""
         name = self.nonlinearity if isinstance(self.nonlinearity, str) else self.nonlinearity.__name__
         return f"{super().extra_repr()}, nonlinearity={name}"
 
 
 class LSTMLayer(RecurrentLayer, LSTMStateModule):
-    """Long short-term memory, one bias a gate:
+    """Long short-term memory, one bias a gate.
 
         i, f, o = sigmoid(x_t U + h_{t-1} W + b)     g = tanh(x_t U + h_{t-1} W + b)     each with its own U, W, b
         C_t = f * C_{t-1} + i * g                    h_t = tanh(C_t) * o
@@ -257,6 +263,7 @@ class LSTMLayer(RecurrentLayer, LSTMStateModule):
         self._open_gate()
 
     def reset_parameters(self) -> None:
+        """Draw all parameters anew, then add `forget_bias`."""
         super().reset_parameters()
         self._open_gate()
 

@@ -16,7 +16,9 @@ MAPS = {name: entry for name, entry in CATALOGUE.items() if entry.positive and e
 
 
 class LinearAttentionLayer(nn.Module):
-    """Linear attention with the interface of a recurrent layer. Per head, with q, k, v = W_q x, W_k x, W_v x:
+    """Linear attention with the interface of a recurrent layer.
+
+    Per head, with q, k, v = W_q x, W_k x, W_v x:
 
         S_t = S_{t-1} + phi(k_t) v_t^T        z_t = z_{t-1} + phi(k_t)        h_t = S_t^T phi(q_t) / z_t . phi(q_t)
 
@@ -75,6 +77,7 @@ class LinearAttentionLayer(nn.Module):
         nn.init.kaiming_uniform_(self.weight_x, a=5**0.5)
 
     def forward(self, x: Tensor, initial: FeatureMapState | None = None) -> tuple[Tensor, FeatureMapState]:
+        """Run over a batch of sequences; see the class."""
         q, k, v = self._heads(check_sequence(x, self.input_size, self.weight_x))
         out, state = linear_attention(
             q, k, v, is_causal=True, feature_map=self.feature_map, initial_state=initial, return_state=True
@@ -82,7 +85,7 @@ class LinearAttentionLayer(nn.Module):
         return out.transpose(1, 2).flatten(2), state
 
     def step(self, x: Tensor, state: FeatureMapState | None) -> tuple[Tensor, FeatureMapState]:
-        """One step, written out: x `[B, F]` -> h `[B, H]` and the state after it.
+        """Do one step, written out: x `[B, F]` -> h `[B, H]` and the state after it.
 
         Raises: ShapeError, DtypeError, DeviceError.
         """
@@ -102,10 +105,11 @@ class LinearAttentionLayer(nn.Module):
         return h.flatten(1), FeatureMapState(state.n + 1, f_sum, fv)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v `[B, heads, T, D]` of `[B, T, F]`."""
+        """Project x `[B, T, F]` to q, k and v `[B, heads, T, D]`."""
         wide = nn.functional.linear(x, self.weight_x).view(*x.shape[:2], 3, self.heads, -1)
         q, k, v = wide.permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def extra_repr(self) -> str:
+        """Name sizes, heads and feature map in the module's repr."""
         return f"{self.input_size}, {self.hidden_size}, heads={self.heads}, feature_map={self.feature_map!r}"

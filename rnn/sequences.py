@@ -28,17 +28,18 @@ class Sequences(NamedTuple):
 
     @property
     def batch(self) -> int:
+        """Number of sequences."""
         return self.padded.shape[0]
 
     def like_given(self, outputs: Tensor) -> Tensor | PackedSequence:
-        """Outputs `[B, T, H]`, packed as the inputs were if they were."""
+        """Return outputs `[B, T, H]`, packed as the inputs were if they were."""
         if self.packed is None or self.lengths is None:
             return outputs
         sorted_already = self.packed.unsorted_indices is None
         return pack_padded_sequence(outputs, self.lengths.cpu(), batch_first=True, enforce_sorted=sorted_already)
 
     def reversed(self) -> Sequences:
-        """Every sequence from its end to its beginning; padding stays where it is."""
+        """Turn every sequence around; padding stays where it is."""
         return self._replace(padded=reverse(self.padded, self.lengths))
 
 
@@ -64,7 +65,7 @@ def sequences(x: Tensor | PackedSequence, lengths: Tensor | None, input_size: in
 
 
 def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """The first `lengths[b]` steps of each row of `[B, T, F]` in reverse order, the others as they are.
+    """Reverse the first `lengths[b]` steps of each sequence of `[B, T, F]`; leave the others as they are.
 
     >>> reverse(torch.tensor([[[1], [2], [3]], [[4], [5], [0]]]), torch.tensor([3, 2]))[..., 0].tolist()
     [[3, 2, 1], [5, 4, 0]]

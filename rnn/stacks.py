@@ -1,4 +1,4 @@
-"""Several recurrent layers, each reading the hidden states of the one below; state dicts to and from torch.nn."""
+"""Several recurrent layers, each over the hidden states of the one below; state dicts to and from torch.nn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Stack(RecurrentModule):
-    """`layers[l]` reads forwards; where the stack is bidirectional `reverse_layers[l]` reads the same backwards."""
+    """Layers `layers[l]` run forwards; `reverse_layers[l]` of a bidirectional stack run backwards over the same."""
 
     def __init__(
         self, make: Callable[[int], RecurrentLayer], input_size: int, hidden_size: int, num_layers: int,
@@ -41,10 +41,11 @@ class _Stack(RecurrentModule):
         return len(self.layers) * (1 if self.reverse_layers is None else 2)
 
     def state_shape(self, batch: int) -> tuple[int, ...]:
+        """Return the shape of each part of a state: layers and directions come first."""
         return (self.state_count, batch, self.hidden_size)
 
     def run_recurrent(self, x: Sequences, initial: State | None, kept: list[State] | None) -> tuple[Tensor, State]:
-        """The top layer's outputs, and the last states of all layers, stacked; of each layer forwards first."""
+        """Return the top layer's outputs, and the last states of all layers, stacked; forwards first in each layer."""
         last: list[State] = []
 
         def run_layer(layer: nn.Module, x: Sequences) -> Tensor:
@@ -71,7 +72,7 @@ class RNN(_Stack, HiddenStateModule):
         hidden_size: H of every layer, at least 1.
         num_layers: L, at least 1.
         nonlinearity: as for `RNNLayer`.
-        bidirectional: every layer reads its input in both directions, with weights of their own, and hands on both
+        bidirectional: every layer reads its input in both directions, with weights of their own, and outputs both
             states side by side, `[h forwards, h backwards]`.
         device, dtype: as for `torch.nn` modules.
 
@@ -113,7 +114,7 @@ class RNN(_Stack, HiddenStateModule):
 
 
 class LSTM(_Stack, LSTMStateModule):
-    """A stack of `LSTMLayer`, each reading the hidden states of the one below.
+    """A stack of `LSTMLayer`, each over the hidden states of the one below.
 
     Args:
         input_size: F, at least 1.

@@ -1,1 +1,1 @@
-"""What a trained autoencoder knows: principal components and linear probes."""
+"""Analyses of trained autoencoders: principal components and linear probes."""

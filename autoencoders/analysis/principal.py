@@ -33,7 +33,7 @@ class Components(NamedTuple):
 
 
 def principal_components(x: Tensor, k: int) -> Components:
-    """The k directions of largest variance of samples x `[n, F]`; variances are sums of squares over n.
+    """Find the k directions of largest variance of samples x `[n, F]`; variances are sums of squares over n.
 
     O(n F^2 + F^3), in float64.
 
@@ -53,10 +53,11 @@ def principal_components(x: Tensor, k: int) -> Components:
 
 
 def first_order_residuals(encoder: Tensor, decoder: Tensor, x: Tensor) -> tuple[float, float]:
-    """How far a linear autoencoder is from a stationary point: relative norms of the two conditions, 0 at one.
+    """Measure how far a linear autoencoder is from a stationary point: relative norms of the two conditions.
 
     Args:
-        encoder: W1 `[k, F]`, decoder: W2 `[F, k]`; without biases.
+        encoder: W1 `[k, F]`, without bias.
+        decoder: W2 `[F, k]`, without bias.
         x: centred samples `[n, F]`.
 
     Returns:
@@ -79,7 +80,7 @@ def first_order_residuals(encoder: Tensor, decoder: Tensor, x: Tensor) -> tuple[
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Angles between the subspaces that the columns of a `[F, k]` and b `[F, m]` span, in degrees, smallest first.
+    """Return the angles between the column spaces of a `[F, k]` and b `[F, m]`, in degrees, smallest first.
 
     Cosines are the singular values of Qa^T Qb. Small angles are taken from sines instead, which lose no digits there.
 
@@ -101,7 +102,7 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shrunk_singular_values(variances: Tensor, weight_decay: float) -> Tensor:
-    """Singular values of W1 and W2 at the optimum of the regularised loss: sqrt(max(0, 1 - lambda / sigma_i^2)).
+    """Return the singular values of W1 and W2 at the regularised optimum: sqrt(max(0, 1 - lambda / sigma_i^2)).
 
     Args:
         variances: sigma_i^2, eigenvalues of S.
@@ -114,7 +115,7 @@ def shrunk_singular_values(variances: Tensor, weight_decay: float) -> Tensor:
 
 
 def orthonormality_defect(columns: Tensor) -> float:
-    """|W^T W - I| / sqrt(k) for W `[F, k]`: 0 for orthonormal columns."""
+    """Return |W^T W - I| / sqrt(k) for W `[F, k]`: 0 for orthonormal columns."""
     k = columns.shape[1]
     gram = columns.double().mT @ columns.double()
     return float((gram - torch.eye(k, dtype=gram.dtype)).norm()) / math.sqrt(k)

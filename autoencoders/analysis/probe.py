@@ -1,4 +1,4 @@
-"""Linear probe: how well a linear classifier does on frozen codes, which tells what they make explicit."""
+"""Linear probe: the accuracy of a linear classifier on frozen codes, a measure of the information they make explicit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ProbeConfig:
 
 
 def choose_labelled(split: Split, count: int | None, seed: int) -> Tensor:
-    """Indices of `count` samples of the split to label, drawn without looking at them; all of them for None.
+    """Draw the indices of `count` samples of the split to label, without looking at them; all for None.
 
     Raises:
         DataError: the split has no labels, or fewer than asked for.
@@ -63,8 +63,10 @@ def probe_accuracy(
     Each probe ends as if it were alone. They run as one batched product because that is faster.
 
     Args:
-        codes: `[R, n, k]` of the labelled samples, `test_codes` `[R, m, k]`.
-        y, test_y: labels `[n]` and `[m]`, int64 from 0 to `classes` - 1.
+        codes: `[R, n, k]` of the labelled samples.
+        y: their labels `[n]`, int64 from 0 to `classes` - 1.
+        test_codes: `[R, m, k]` of the test samples.
+        test_y: their labels `[m]`.
         config: see `ProbeConfig`; its `labels` is not used here, see `choose_labelled`.
         classes: C, number of classes.
         seed: of the first weights and the order of the batches.

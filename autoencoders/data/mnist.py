@@ -85,7 +85,7 @@ def load_mnist(folder: Path | None = None, *, download: bool = False) -> Mnist:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `linattn/mnist` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
+    """Return the folder of downloads: `linattn/mnist` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linattn" / "mnist"
 
 

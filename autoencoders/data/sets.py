@@ -39,6 +39,7 @@ class SampleSet(NamedTuple):
 
     @property
     def input_size(self) -> int:
+        """Size F of a sample."""
         return self.train.x.shape[1]
 
     @property
@@ -48,10 +49,11 @@ class SampleSet(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
+        """Whether every sample of every split has a label."""
         return all(len(split.y) for split in self[1:4])
 
     def to(self, device: torch.device) -> SampleSet:
-        """The same set on a device."""
+        """Move the set to a device."""
         train, valid, test = (Split(split.x.to(device), split.y.to(device)) for split in self[1:4])
         return self._replace(train=train, valid=valid, test=test)
 
@@ -105,7 +107,7 @@ def load_set(
 
 
 def load_digits() -> Split:
-    """scikit-learn's 1,797 handwritten digits, `[1797, 64]`, pixels 0 ... 1 in steps of 1/16, in the order of the set.
+    """Load scikit-learn's 1,797 handwritten digits, `[1797, 64]`, pixels 0 ... 1 in steps of 1/16, in their order.
 
     Source: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI Machine Learning Repository.
 

@@ -32,7 +32,7 @@ RESULT_NAME = "batching.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare --repeats, --rounds and --out."""
     parser.add_argument("--repeats", type=whole, default=5, help="models trained at once (%(default)s)")
     parser.add_argument("--rounds", type=whole, default=7, help="turns, whose median counts (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs") / "batching", help="folder (%(default)s)")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     name: str, size: int, batch: int, hidden: Sequence[int], repeats: int, rounds: int
 ) -> tuple[str, str, int, float, float, float]:
-    """One row of the table: medians over the rounds of milliseconds a step and model, and their ratio."""
+    """Measure one entry of the table: medians over the rounds of milliseconds a step and model, and their ratio."""
     models = [DenoisingAutoencoder(size, hidden) for _ in range(repeats)]
     parameters = sum(parameter.numel() for parameter in models[0].parameters())
     x = torch.rand(repeats, batch, size)

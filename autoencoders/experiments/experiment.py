@@ -33,7 +33,7 @@ VALIDATION_SEED = 1_000_003
 
 
 def build(settings: Settings, data: SampleSet, seed: int) -> Autoencoder | PatchAutoencoder:
-    """A fresh model with weights from the seed.
+    """Build a fresh model with weights from the seed.
 
     Raises:
         ArgumentError: sizes, names or probabilities that no model can have, patches of what is not an image.
@@ -62,7 +62,7 @@ def build(settings: Settings, data: SampleSet, seed: int) -> Autoencoder | Patch
 
 
 class Experiment:
-    """R models, their losses and probes, as the trainer wants them: data of step i depend on i and the seeds alone.
+    """R models, their losses and probes, in the form of a `Trainer`: data of step i depend on i and the seeds alone.
 
     Args:
         settings: see `Settings`.
@@ -97,7 +97,14 @@ class Experiment:
         on_record: Callable[[Record], None] | None = None,
         show_progress: bool = True,
     ) -> Trainer:
-        """The trainer for it; `kept` goes into the checkpoint beside the settings."""
+        """Make the trainer of this experiment.
+
+        Args:
+            folder: of checkpoint and history; nothing is written when not given.
+            kept: goes into the checkpoint beside the settings.
+            on_record: called with each `Record`.
+            show_progress: draw a bar, where there is a terminal.
+        """
         settings = self.settings
         config = TrainingConfig.adam(
             steps=settings.epochs * self.batches,
@@ -118,22 +125,22 @@ class Experiment:
         )
 
     def epoch(self, step: int) -> float:
-        """Passes over the training samples after so many steps."""
+        """Count the passes over the training samples after so many steps."""
         return step / self.batches
 
     def loss(self, step: int) -> Tensor:
-        """Sum of the R objectives on batch `step`: each model gets the gradient of its own."""
+        """Sum the R objectives on batch `step`: each model gets the gradient of its own."""
         losses = self.models.losses(self._batch(step), self.settings.loss, self._generators(step))
         self.models.get_buffer("loss_sums").add_(losses.detach())
         self.models.get_buffer("loss_count").add_(1)
         return losses.sum()
 
     def validate(self) -> float:
-        """Mean over the repeats of the objective on the validation split, with the same corruption every time."""
+        """Average the objective on the validation split over the repeats, with the same corruption every time."""
         return sum(self._objective()) / len(self.seeds)
 
     def measure(self) -> dict[str, list[float]]:
-        """Of each repeat: objective on both splits, error of the clean reconstruction, accuracy of a probe (%)."""
+        """Measure each repeat: objective on both splits, error of the clean reconstruction, accuracy of a probe (%)."""
         found = {}
         sums, count = self.models.get_buffer("loss_sums"), self.models.get_buffer("loss_count")
         if count > 0:
@@ -149,7 +156,7 @@ class Experiment:
         return found
 
     def accuracy(self) -> list[float]:
-        """Accuracy on the test split of a fresh probe on the codes of each model, in per cent."""
+        """Train a fresh probe on the codes of each model; return accuracies on the test split in per cent."""
         codes = self.codes(self.data.valid.x[self.labelled])
         test = self.codes(self.data.test.x)
         y = self.data.valid.y[self.labelled]
@@ -159,7 +166,7 @@ class Experiment:
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """Codes of samples x `[n, F]` by each model, `[R, n, k]`."""
+        """Encode samples x `[n, F]` by each model: `[R, n, k]`."""
         return torch.cat([self.models.encode(part) for part in self._chunks(x)], 1)
 
     @torch.no_grad()
@@ -184,7 +191,7 @@ class Experiment:
             yield part.expand(len(self.seeds), *part.shape)
 
     def _batch(self, step: int) -> Tensor:
-        """Samples `[R, B, F]` of a step: each repeat goes through the training split in an order of its own."""
+        """Take the samples `[R, B, F]` of a step: each repeat has an order of its own through the training split."""
         epoch, batch = divmod(step, self.batches)
         if self._orders[0] != epoch:
             n = len(self.data.train.x)
@@ -198,9 +205,10 @@ class Experiment:
 
 
 def _seeded(device: torch.device | str, seed: int, number: int, purpose: int) -> torch.Generator:
-    """A generator of its own for every seed, step (or epoch) and purpose."""
+    """Make a generator of its own for every seed, step (or epoch) and purpose."""
     return torch.Generator(device).manual_seed((seed * 2_000_003 + number) * 2 + purpose)
 
 
 def parameter_count(model: nn.Module) -> int:
+    """Count the numbers that a model learns."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -15,7 +15,7 @@ OBJECTIVE_COLORS = {"vanilla": BLUE, "denoising": VERMILION, "masked": GREEN}
 
 
 def size_colors(sizes: Sequence[int]) -> dict[int, tuple[float, ...]]:
-    """Dark to light with growing size; light enough to read on white."""
+    """Choose colours, dark to light with growing size; light enough to read on white."""
     from matplotlib import colormaps
 
     ordered = sorted(set(sizes))
@@ -23,7 +23,7 @@ def size_colors(sizes: Sequence[int]) -> dict[int, tuple[float, ...]]:
 
 
 def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], **style: Any) -> None:
-    """Mean line with dots of several curves, and the range from the smallest to the largest."""
+    """Draw the mean of several curves as a line with dots, and their range from smallest to largest."""
     columns = list(zip(*curves, strict=True))
     axes.plot(x, [sum(column) / len(column) for column in columns], marker="o", markersize=3, linewidth=1.4, **style)
     lowest, highest = [min(column) for column in columns], [max(column) for column in columns]

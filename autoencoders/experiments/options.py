@@ -1,4 +1,4 @@
-"""What the commands on autoencoders share: the choice of a set, and the settings that suit each set."""
+"""Options that the commands on autoencoders share: the choice of a set, and the settings that suit each set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SET_DEFAULTS = {"set": "digits", "data": None, "download": False, "variance_scal
 
 
 def add_set_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that choose a set. Absent ones stay absent: a run that is resumed knows them already."""
+    """Declare --set, --data, --download, --variance-scale. Absent ones stay absent: a resumed run has them already."""
 
     def add(name: str, text: str, **more: Any) -> None:
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **more)
@@ -38,7 +38,7 @@ def add_set_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def set_options(args: argparse.Namespace, kept: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The options of `add_set_arguments`: as given, else as kept from an earlier run, else the defaults."""
+    """Collect the options of `add_set_arguments`: as given, else as kept from an earlier run, else the defaults."""
     return {name: getattr(args, name, (kept or {}).get(name, value)) for name, value in SET_DEFAULTS.items()}
 
 
@@ -55,7 +55,7 @@ def open_set(options: Mapping[str, Any], seed: int) -> SampleSet:
 
 
 def fingerprint(data: SampleSet) -> str:
-    """The same for the same samples in the same splits, on any machine."""
+    """Hash the samples of all splits: equal for equal samples, on any machine."""
     digest = hashlib.sha256()
     for split in data[1:4]:
         for tensor in split:

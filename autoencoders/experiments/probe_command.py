@@ -23,7 +23,7 @@ RESULT_NAME = "probe.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options. Those of the probe itself default to what it had while the autoencoder was trained."""
+    """Declare the run, its data, and the probe, which defaults to the one used while the autoencoder was trained."""
     parser.add_argument("run", type=Path, help="folder of a run of `linattn train ae`")
     parser.add_argument("--data", metavar="PATH", help="folder of MNIST's files (default: the cache), or the .npz file")
     parser.add_argument("--download", action="store_true", help="fetch MNIST (11.6 MB) if it is not there")
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def probe_run(experiment: Experiment, config: ProbeConfig, draws: int) -> dict[str, Any]:
-    """Accuracies in per cent: a list over the draws, for codes of lists over the repeats.
+    """Measure accuracies in per cent: a list over the draws, for codes of lists over the repeats.
 
     Raises:
         DataError: the set has no labels, or fewer than asked for.

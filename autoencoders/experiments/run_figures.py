@@ -53,7 +53,7 @@ def draw_all(experiment: Experiment, history: Sequence[Record], folder: Path) ->
 
 
 def draw_curve(experiment: Experiment, history: Sequence[Record]) -> Figure:
-    """Losses and probe accuracy against epoch, mean and range of the repeats."""
+    """Draw losses and probe accuracy against epoch, mean and range of the repeats."""
     settings = experiment.settings
     with_probe = "accuracy" in history[-1].measures
     figure = figures.new_figure(10.5 if with_probe else 5.5, 4)
@@ -86,7 +86,7 @@ def draw_curve(experiment: Experiment, history: Sequence[Record]) -> Figure:
 
 
 def draw_reconstructions(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -> Figure:
-    """Test images, what the model is shown of them, and what it makes of that."""
+    """Draw test images, the model's inputs made from them, and its outputs."""
     x = experiment.data.test.x[:IMAGES]
     generator = torch.Generator(x.device).manual_seed(experiment.settings.seed)
     rows = {"image": x}
@@ -108,7 +108,7 @@ def draw_reconstructions(experiment: Experiment, model: Autoencoder | PatchAutoe
 
 
 def draw_latent(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -> Figure:
-    """Codes of the test split on their two widest principal directions; images along the widest ones."""
+    """Draw codes of the test split on their two widest principal directions; images along the widest ones."""
     data = experiment.data
     with_images = isinstance(model, Autoencoder) and data.image_shape is not None
     codes = _codes(model, data.test.x[:POINTS])
@@ -144,7 +144,7 @@ def draw_latent(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -
                 code = (found.mean + step * variance.sqrt() * direction).float().to(experiment.device)
                 _image(panel, model.decode(code), experiment)
         for step, panel in zip(STEPS, grid[0], strict=True):
-            panel.set_title(f"{step:+d} σ" if step else "mean", fontsize=9)
+            panel.set_title(f"{step:+d} σ" if step else "mean", fontsize=9)  # noqa: RUF001  # sigma is meant
         for number, panel in enumerate(grid[:, 0]):
             panel.set_ylabel(number + 1, rotation=0, ha="right", va="center")
         part.suptitle("Images decoded along the principal directions of the codes")
@@ -153,7 +153,7 @@ def draw_latent(experiment: Experiment, model: Autoencoder | PatchAutoencoder) -
 
 
 def draw_filters(experiment: Experiment, model: Autoencoder) -> Figure:
-    """Weights into the first layer's units and out of the last hidden layer's, as images; the largest ones."""
+    """Draw the largest weights into the first layer's units and out of the last hidden layer's, as images."""
     halves = {
         "encoder: into each unit of the first layer": _weights(model)[0],
         "decoder: out of each unit of the last": _weights(model)[-1].T,
@@ -175,7 +175,7 @@ def draw_filters(experiment: Experiment, model: Autoencoder) -> Figure:
 
 
 def draw_spectrum(experiment: Experiment, model: Autoencoder) -> Figure:
-    """Singular values of every weight matrix, and of the centred codes of the test split over sqrt(n)."""
+    """Draw singular values of every weight matrix, and of the centred codes of the test split over sqrt(n)."""
     figure = figures.new_figure(10.5, 4)
     left, right = figure.subplots(1, 2)
     depth = len(_weights(model)) // 2

@@ -1,4 +1,4 @@
-"""What decides the outcome of an experiment with autoencoders."""
+"""Settings that decide the outcome of an experiment with autoencoders."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class SweepJob:
-    """What one process does in one go: some repeats of one combination, trained together.
+    """The work of one process in one go: some repeats of one combination, trained together.
 
     Attributes:
         model: "linear" (F -> k -> F) or "relu" (F -> 256 -> k -> 256 -> F).
@@ -85,11 +85,12 @@ class SweepJob:
 
     @property
     def name(self) -> str:
+        """Name of the job and of the file with its results."""
         return f"{self.model}-{self.objective}-{self.k}-" + "-".join(map(str, self.members))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the set, the combinations to train, --workers and --out."""
     add_set_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--k", type=whole, nargs="+", default=SIZES, help="sizes of the code (5 10 100 1000)")
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     done = read_finished({job.name: JobFile(_path(out, job), asdict(job.settings)) for job in jobs}, ELSEWHERE)
     left = [job for job in jobs if job.name not in done]
     print(f"{len(jobs)} jobs, {len(done)} of them done before; {args.workers} processes", flush=True)
-    # Ctrl-C gives up the jobs under way; the others are told all the same.
+    # Ctrl-C gives up the jobs under way; the results of the others are written all the same.
     with suppress(KeyboardInterrupt):
         for job, found in _finish(left, data, args.workers, out):
             if found is not None:
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{results['seconds']:.0f} s of wall time on {args.workers} processes; {out}")
     if len(done) < len(jobs):
         print(
-            f"stopped with {len(done)} of {len(jobs)} jobs done, of which the results tell; the same command goes on",
+            f"stopped with {len(done)} of {len(jobs)} jobs done, and the results hold these; the same command goes on",
             file=sys.stderr,
         )
         return 130
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace, data: SampleSet) -> list[SweepJob]:
-    """All jobs, the shortest first: repeats together where one batched model is faster, else one a job."""
+    """List all jobs, the shortest first: repeats together where one batched model is faster, else one a job."""
     jobs = []
     for model in args.models:
         for objective in args.objectives:
@@ -217,7 +218,7 @@ def assemble(
     done: dict[str, Any],
     sessions: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """One entry a combination that was begun, with the curves of its finished repeats in order."""
+    """Collect one entry a combination that was begun, with the curves of its finished repeats in order."""
     bounds = {k: _bound(data, k) for k in args.k}
     cells: dict[tuple[str, str, int], dict[str, Any]] = {}
     for job in sorted((job for job in jobs if job.name in done), key=lambda job: job.members):
@@ -261,7 +262,7 @@ def assemble(
 
 
 def rows(results: dict[str, Any]) -> list[tuple[object, ...]]:
-    """The table: means over the repeats at the end of training."""
+    """Compute the entries of the table: means over the repeats at the end of training."""
     found: list[tuple[object, ...]] = []
     for cell in results["cells"]:
         last = {name: [curve[-1] for curve in curves] for name, curves in cell["curves"].items()}
@@ -273,7 +274,7 @@ def rows(results: dict[str, Any]) -> list[tuple[object, ...]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """For a terminal."""
+    """Lay out the entries for a terminal."""
     return text_table(COLUMNS, rows(results))
 
 
@@ -292,7 +293,7 @@ def write(results: dict[str, Any], out: Path) -> None:
 
 
 def _bound(data: SampleSet, k: int) -> float:
-    """Error on the validation split of the k principal components of the training split, the best linear code there."""
+    """Return the validation error of the k principal components of the training split, its best linear code."""
     if k >= data.input_size:
         return 0.0
     components = principal_components(data.train.x, k)

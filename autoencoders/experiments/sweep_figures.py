@@ -36,7 +36,7 @@ def draw_all(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_epochs(results: dict[str, Any], objective: str) -> Figure:
-    """Validation error of the clean reconstruction and probe accuracy against epoch; a colour a size."""
+    """Draw validation error of the clean reconstruction and probe accuracy against epoch; a colour a size."""
     models = _names(results, "model")
     figure = figures.new_figure(10.5, 3.4 * len(models) + 0.7)
     grid = figure.subplots(len(models), 2, squeeze=False, sharex=True)
@@ -65,7 +65,7 @@ def draw_epochs(results: dict[str, Any], objective: str) -> Figure:
 
 
 def draw_objectives(results: dict[str, Any]) -> Figure:
-    """Training (solid) and validation (dashed) loss of each objective, one colour an objective, a panel a size."""
+    """Draw training (solid) and validation (dashed) losses, one colour an objective, a panel a size."""
     models, sizes = _names(results, "model"), _names(results, "k")
     figure = figures.new_figure(3.1 * len(sizes) + 0.8, 3.0 * len(models) + 0.9)
     grid = figure.subplots(len(models), len(sizes), squeeze=False, sharex=True)
@@ -98,7 +98,7 @@ def draw_objectives(results: dict[str, Any]) -> Figure:
 
 
 def draw_sizes(results: dict[str, Any]) -> Figure:
-    """Reconstruction and probe at the end of training against k."""
+    """Draw reconstruction and probe at the end of training against k."""
     from matplotlib.ticker import NullLocator
 
     figure = figures.new_figure(10.5, 4.4)
@@ -139,8 +139,8 @@ def draw_sizes(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _cells(results: dict[str, Any], **wanted: object) -> list[dict[str, Any]]:
-    return [cell for cell in results["cells"] if all(cell[name] == value for name, value in wanted.items())]
+def _cells(results: dict[str, Any], **chosen: object) -> list[dict[str, Any]]:
+    return [cell for cell in results["cells"] if all(cell[name] == value for name, value in chosen.items())]
 
 
 def _names(results: dict[str, Any], column: str) -> list[Any]:
@@ -148,7 +148,7 @@ def _names(results: dict[str, Any], column: str) -> list[Any]:
 
 
 def _losses(axes: Axes, curves: Sequence[Sequence[float]]) -> None:
-    """A logarithmic axis, cut at 1e-5 of the largest loss: those that vanish (1e-11) would take nearly all of it."""
+    """Make the axis logarithmic, cut at 1e-5 of the largest loss: vanishing ones (1e-11) would take most of it."""
     if not curves:  # of a sweep that was stopped
         axes.set_axis_off()
         return

@@ -10,7 +10,7 @@ import argparse
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linattn._util.argtypes import whole
 from linattn._util.environment import describe, pick_device
@@ -29,14 +29,16 @@ from linattn.autoencoders.experiments.settings import OBJECTIVES, Settings
 from linattn.errors import CheckpointError
 from linattn.training import resume
 from linattn.training.checkpoint import CHECKPOINT_NAME, read_checkpoint
-from linattn.training.trainer import Record, Trainer
+
+if TYPE_CHECKING:
+    from linattn.training.trainer import Record, Trainer
 
 # What may differ between the sessions of one run: when it stops and where its data lie, not what is trained.
 CHANGEABLE = {"epochs", "patience", "data", "download", "device"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options. Absent ones stay absent, so that presets and checkpoints can fill them in."""
+    """Declare set, model and training. Absent options stay absent, so that presets and checkpoints can fill them in."""
 
     def add(name: str, kind: Any, text: str, **more: Any) -> None:
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text, **more)
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_run(out: Path, *, data: str | None = None, download: bool = False, device: str = "auto") -> Experiment:
-    """The experiment that `linattn train ae` left in a folder, with its set and the weights of its checkpoint.
+    """Load the experiment that `linattn train ae` left in a folder, with its set and the weights of its checkpoint.
 
     Args:
         out: the folder.
@@ -142,7 +144,7 @@ def _settings_of(checkpoint: dict[str, Any], path: Path) -> Settings:
 def _resumed(
     checkpoint: dict[str, Any], given: dict[str, Any], args: argparse.Namespace, path: Path
 ) -> tuple[Settings, dict[str, Any]]:
-    """Settings and set of the checkpoint, with what may change replaced by what was given."""
+    """Return settings and set of the checkpoint, with changeable ones replaced by those given."""
     settings, kept = _settings_of(checkpoint, path), checkpoint["settings"]
     labels = {"labels": args.labels} if hasattr(args, "labels") else {}
     asked = {**given, **labels, **{name: getattr(args, name) for name in SET_DEFAULTS if hasattr(args, name)}}

@@ -84,6 +84,7 @@ class Autoencoder(nn.Module):
         return reconstruction
 
     def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x `[..., F]`, without corruption."""
         return self.decode(self.encode(x))
 
     def loss(self, x: Tensor, reduction: str = "sum", generator: torch.Generator | None = None) -> Tensor:
@@ -169,9 +170,11 @@ class MaskedAutoencoder(Autoencoder):
 
 
 def reconstruction_loss(reconstruction: Tensor, x: Tensor, reduction: str = "sum") -> Tensor:
-    """Squared error between a reconstruction and x, both `[..., F]`; a scalar.
+    """Return the squared error between a reconstruction and x, both `[..., F]`; a scalar.
 
     Args:
+        reconstruction: `[..., F]`, not empty.
+        x: of the same shape.
         reduction: "sum": summed over the F entries of a sample, averaged over samples; "mean": averaged over all
             entries, 1/F of the former.
 

@@ -36,10 +36,12 @@ class AdditiveNoise(nn.Module):
         self.std = std
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Add noise to x; draw it from `generator`, by default torch's global one."""
         _check(x, generator)
         return x + self.std * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
     def extra_repr(self) -> str:
+        """Name the standard deviation in the module's repr."""
         return f"std={self.std}"
 
 
@@ -69,6 +71,7 @@ class Masking(nn.Module):
         self.fill_value = fill_value
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Drop entries of x; choose them by `generator`, by default torch's global one."""
         _check(x, generator)
         # Drawn in float32 for narrower inputs: bfloat16 has only 256 uniform values, so p would be off by up to 1/256.
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -76,6 +79,7 @@ class Masking(nn.Module):
         return x.masked_fill(dropped, self.fill_value)
 
     def extra_repr(self) -> str:
+        """Name probability and fill value in the module's repr."""
         return f"probability={self.probability}, fill_value={self.fill_value}"
 
 

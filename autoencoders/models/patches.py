@@ -82,6 +82,7 @@ class PatchAutoencoder(nn.Module):
         return self._encode(flat, None).mean(1).view(*x.shape[:-1], self.code_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x `[n, F]` from all its patches."""
         flat = self._flat(x)
         return self._decode(self._encode(flat, None), None).view(x.shape)
 
@@ -106,7 +107,7 @@ class PatchAutoencoder(nn.Module):
         return self._decode(self._encode(flat, visible), visible).view(x.shape), self._unpatch(shown).view(x.shape) == 0
 
     def _visible(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Indices `[n, T - hidden]` of the patches that stay, drawn for every image."""
+        """Draw the indices `[n, T - hidden]` of the patches that stay, for every image."""
         order = torch.rand(len(x), self.tokens, generator=generator, device=x.device).argsort(1)
         return order[:, self.hidden :]
 
@@ -124,13 +125,13 @@ class PatchAutoencoder(nn.Module):
         return self._unpatch(self.pixels(self.decoder(tokens + self.decoder_position)))
 
     def _patches(self, x: Tensor) -> Tensor:
-        """[n, h w] -> [n, T, p p]."""
+        """Cut images into patches: [n, h w] -> [n, T, p p]."""
         rows, columns = self.grid
         parts = x.view(-1, rows, self.patch, columns, self.patch)
         return parts.transpose(2, 3).reshape(len(x), self.tokens, self.patch**2)
 
     def _unpatch(self, patches: Tensor) -> Tensor:
-        """[n, T, p p] -> [n, h w]."""
+        """Put patches together: [n, T, p p] -> [n, h w]."""
         rows, columns = self.grid
         parts = patches.view(-1, rows, columns, self.patch, self.patch)
         return parts.transpose(2, 3).reshape(len(patches), self.input_size)

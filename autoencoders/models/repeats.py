@@ -35,6 +35,7 @@ class Separate(nn.Module):
         self.members = nn.ModuleList(models)
 
     def losses(self, x: Tensor, reduction: str, generators: Sequence[torch.Generator]) -> Tensor:
+        """Compute the objective of each model on its part of x `[R, B, F]`: `[R]`."""
         return torch.stack(
             [
                 cast("Autoencoder", model).loss(part, reduction, generator)
@@ -43,14 +44,17 @@ class Separate(nn.Module):
         )
 
     def reconstruct(self, x: Tensor) -> Tensor:
+        """Reconstruct x `[R, B, F]`, each model its part."""
         return torch.stack([model(part) for model, part in zip(self.members, x, strict=True)])
 
     def encode(self, x: Tensor) -> Tensor:
+        """Encode x `[R, B, F]`, each model its part: `[R, B, k]`."""
         return torch.stack(
             [cast("Autoencoder", model).encode(part) for model, part in zip(self.members, x, strict=True)]
         )
 
     def member(self, index: int) -> Autoencoder:
+        """Return the model `index`."""
         return cast("Autoencoder", self.members[index])
 
 
@@ -88,6 +92,7 @@ class Batched(nn.Module):
         self._architecture = [copy.deepcopy(models[0])]
 
     def losses(self, x: Tensor, reduction: str, generators: Sequence[torch.Generator]) -> Tensor:
+        """Compute the objective of each model on its part of x `[R, B, F]`: `[R]`."""
         corruption = self._architecture[0].corruption
         corrupted = x
         if corruption is not None:
@@ -96,11 +101,13 @@ class Batched(nn.Module):
         return vmap(lambda found, clean: reconstruction_loss(found, clean, reduction))(reconstruction, x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
+        """Reconstruct x `[R, B, F]`, each model its part."""
         model = self._architecture[0]
         found: Tensor = vmap(lambda values, part: functional_call(model, values, (part,)))(self._values(), x)
         return found
 
     def encode(self, x: Tensor) -> Tensor:
+        """Encode x `[R, B, F]`, each model its part: `[R, B, k]`."""
         encoder = self._architecture[0].encoder
         names = [name.removeprefix("encoder.") for name in self.names if name.startswith("encoder.")]
         values = dict(zip(names, self.stacked, strict=False))
@@ -108,6 +115,7 @@ class Batched(nn.Module):
         return found
 
     def member(self, index: int) -> Autoencoder:
+        """Copy the model `index` into an `Autoencoder` of its own."""
         model = copy.deepcopy(self._architecture[0])
         model.load_state_dict({name: value[index] for name, value in self._values().items()})
         return model.to(self.stacked[0].device)
@@ -120,7 +128,7 @@ Repeats = Separate | Batched
 
 
 def batching_pays(models: Sequence[nn.Module]) -> bool:
-    """Whether these models are faster as one."""
+    """Say whether these models are faster as one."""
     first = models[0]
     if len(models) == 1 or not isinstance(first, Autoencoder):
         return False
@@ -129,5 +137,5 @@ def batching_pays(models: Sequence[nn.Module]) -> bool:
 
 
 def repeats_of(models: Sequence[nn.Module]) -> Repeats:
-    """The models as one where that pays (see `batching_pays`), else one after another."""
+    """Join the models into one where that pays (see `batching_pays`), else run them one after another."""
     return Batched(cast("Sequence[Autoencoder]", models)) if batching_pays(models) else Separate(models)

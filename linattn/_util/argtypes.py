@@ -6,12 +6,12 @@ import argparse
 
 
 def whole(text: str) -> int:
-    """A whole number from 1 on, for options that count something."""
+    """Parse a whole number from 1 on, for options that count something."""
     return _whole(text, least=1)
 
 
 def seed(text: str) -> int:
-    """A whole number from 0 on."""
+    """Parse a whole number from 0 on."""
     return _whole(text, least=0)
 
 

@@ -20,9 +20,9 @@ from linattn.errors import DeviceError
 
 @dataclass(frozen=True)
 class Environment:
-    """What has to be known to judge a result, or to repeat it.
+    """Everything needed to judge a result, or to repeat it.
 
-    Clocks are in MHz, None where the system hides them. `commit` and `modified` tell the checkout that ran and whether
+    Clocks are in MHz, None where the system hides them. `commit` and `modified` are the checkout that ran and whether
     its sources differed from that commit; None for an installed package.
     """
 
@@ -77,7 +77,7 @@ def describe(device: torch.device) -> Environment:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device that was named; for None and "auto" the GPU if there is one, else the CPU.
+    """Return the device of this name; for None and "auto" the GPU if there is one, else the CPU.
 
     Raises:
         DeviceError: it is not there, or is neither cpu nor cuda.
@@ -100,7 +100,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def device_slug(device: torch.device) -> str:
-    """Folder name of a device: `cpu-2core-avx512`, `nvidia-h200`.
+    """Return the folder name of a device: `cpu-2core-avx512`, `nvidia-h200`.
 
     Example:
         >>> import re, torch
@@ -117,13 +117,13 @@ def _cores() -> int:
 
 
 def _instruction_set() -> str:
-    """The widest vector instructions torch itself uses here."""
+    """Return the widest vector instructions torch itself uses here."""
     capability = torch.backends.cpu.get_cpu_capability().lower().replace("_", "")
     return re.sub(r"[^a-z0-9]", "", platform.machine().lower()) if capability == "default" else capability
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo."""
+    """Read the first processor of /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -168,7 +168,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that is running and whether its tracked sources differ from it; (None, None) elsewhere."""
+    """Return the commit of the running checkout and whether its tracked sources differ; (None, None) elsewhere."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None, None

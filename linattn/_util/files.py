@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from linattn.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write into that appears under `path` complete or not at all.
+    """Open a binary file that appears under `path` complete or not at all.
 
     It is written beside its destination, flushed to the disk, then moved over it. On an error `path` is untouched and
     nothing is left behind. Folders above `path` are made.

@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options: those of the call itself."""
+    """Declare the options of the call to explain."""
     parser.add_argument("--kernel", default="quadratic", help="softmax, quadratic, taylor or a feature map's name")
     parser.add_argument(
         "--shape",

@@ -37,7 +37,7 @@ Report = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare --json."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 

@@ -139,7 +139,7 @@ def _dispatch(words: list[str]) -> int:
     if words and words[0] == "--version":
         print(f"linattn {linattn.__version__}")
         return 0
-    # A group of commands, such as `sweep`, is told of like the whole.
+    # A group of commands, such as `sweep`, is listed as the whole is.
     *group, last = words or ["--help"]
     members = {name: c for name, c in COMMANDS.items() if name.split() != group == name.split()[: len(group)]}
     if last in ("-h", "--help") and members:

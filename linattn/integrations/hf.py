@@ -84,10 +84,10 @@ def attend(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query `[B, H, T, D]`, key and value `[B, Hkv, Tk, D]` -> `[B, T, H, D]`.
+    """Attend as transformers asks: query `[B, H, T, D]`, key and value `[B, Hkv, Tk, D]` -> `[B, T, H, D]`.
 
-    Keys that a `StateCache` handed over are attended to together with its state, which then takes them in. Without it
-    Tk >= T, and the last query is aligned with the last key.
+    Keys from a `StateCache` are attended to together with its state, and then added to it. Without it Tk >= T, and
+    the last query is aligned with the last key.
 
     Raises:
         ArgumentError: an option that the kernels cannot do, or softmax with a `StateCache`.
@@ -117,7 +117,7 @@ def _check_options(dropout: float, attention_mask: Tensor | None, others: dict[s
         raise ArgumentError("output_attentions=True asks for the scores, which are never held; accepted: False")
     for name, what in UNSUPPORTED.items():
         if others.get(name) is not None:
-            raise ArgumentError(f"the model asks for {name}={others[name]!r}; the kernels know no {what}")
+            raise ArgumentError(f"the model asks for {name}={others[name]!r}; no kernel has {what}")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ArgumentError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; accepted: padding [B, Tk] or none. A mask for "
@@ -133,10 +133,11 @@ def key_mask(
     attention_mask: Tensor | None = None,
     **position: Any,
 ) -> Tensor | None:
-    """The mask as transformers asks for it: bool `[B, Tk]`, True for keys that count, or None if all of them do.
+    """Make the mask that the kernels take: bool `[B, Tk]`, True for keys that count, or None if all of them do.
 
     Args:
-        kv_length, kv_offset: which keys the layer will see.
+        kv_length: number of keys that the layer will get.
+        kv_offset: number of keys before them.
         mask_function: transformers' description of the mask: causal or in both directions.
         attention_mask: padding, bool `[B, all keys so far]`.
         position: where the queries stand, `q_offset` and `q_length`, in transformers 4 `cache_position`.
@@ -170,8 +171,8 @@ def _end_of_queries(position: dict[str, Any]) -> int:
 class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
     """One layer of a `StateCache`: the sums over all keys until now.
 
-    transformers' models put keys into the cache and hand what comes out to their attention, so the new keys go through
-    unchanged and carry this layer with them; `attend` reads the state and folds them in.
+    transformers' models put keys into the cache and pass its output to their attention, so the new keys go through
+    unchanged and carry this layer with them; `attend` takes the state from it and adds them to the sums.
     """
 
     is_compileable = False
@@ -188,10 +189,11 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         self.is_initialized = False
 
     def lazy_initialization(self, *_: Tensor) -> None:
+        """Mark the layer as initialized: a state is made when the first keys are attended to."""
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Hand the new keys on to the attention.
+        """Return the new keys and values as they are, for the attention.
 
         Raises:
             StateError: nothing took in those of the last call, as they reached the attention changed, or another one.
@@ -207,7 +209,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         return key_states, value_states
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, kernel: str, options: dict[str, Any]) -> Tensor:
-        """Attention over all keys until now, `[B, H, T, D]`; the state then holds the new ones too."""
+        """Attend to all keys until now, `[B, H, T, D]`; the state then holds the new ones too."""
         if kernel == "softmax":
             raise ArgumentError("softmax has no state to keep in a StateCache; accepted: a DynamicCache, other kernels")
         options = {**options, "initial_state": self.state, "return_state": True}
@@ -217,13 +219,15 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         return out
 
     def get_seq_length(self, *_: Any) -> int:
+        """Return the number of tokens until now."""
         return self.tokens
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """How many keys the attention will be handed, and how many came before."""
+        """Return the number of keys that the attention gets, and the number that came before."""
         return (query if isinstance(query, int) else query.shape[0]), self.tokens  # transformers 4: positions
 
     def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
         return -1
 
     get_max_cache_shape = get_max_length  # transformers 4
@@ -233,9 +237,11 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these sequences of the batch."""
         self._map(lambda x: x.index_select(0, indices.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Go on with every sequence of the batch `repeats` times."""
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
@@ -244,8 +250,10 @@ class StateLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
     prefetch = offload
 
     def crop(self, tokens: int) -> None:
-        """Raises:
-        StateError: always: sums do not tell the last keys from the others.
+        """Refuse to forget keys: sums do not tell the last ones from the others.
+
+        Raises:
+            StateError: always.
         """
         raise StateError(f"crop({tokens}) asks a StateCache to forget keys; accepted: a DynamicCache, which keeps them")
 
@@ -270,6 +278,6 @@ class StateCache(Cache):  # type: ignore[misc]  # transformers is not typed
         super().__init__(layer_class_to_replicate=StateLayer)
 
     def memory_bytes(self) -> int:
-        """Bytes of all states."""
+        """Count the bytes of all states."""
         states = (layer.state for layer in self.layers if layer.state is not None)
         return sum(x.numel() * x.element_size() for state in states for x in state)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the run, the prompt, and the options of sampling."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of `linattn train lm`")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
     parser.add_argument("--count", type=int, default=500, help="characters to add (%(default)s)")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load(path: Path) -> tuple[CausalLM, str]:
-    """The model of a checkpoint in evaluation mode, and the alphabet it speaks.
+    """Load the model of a checkpoint in evaluation mode, and its alphabet.
 
     Raises:
         CheckpointError: there is none, or it is not of a language model that keeps its alphabet.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CausalLMConfig:
-    """What a `CausalLM` is made of.
+    """Sizes and kinds of layers of a `CausalLM`.
 
     Attributes:
         vocabulary: number of different tokens.
@@ -96,9 +96,10 @@ class CausalLM(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None, cache: ModelCache | None = None) -> Tensor:
-        """Logits of the next token: tokens int64 [B, T] -> [B, T, vocabulary].
+        """Compute logits of the next token: tokens int64 [B, T] -> [B, T, vocabulary].
 
         Args:
+            tokens: int64 [B, T].
             key_mask: bool [B, T], True where a token is real and False where it is padding.
             cache: from `decode_cache`; stands in for the tokens before these, which are added to it.
 
@@ -112,7 +113,7 @@ class CausalLM(nn.Module):
         return F.linear(hidden, self.embedding.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross entropy, in nats, of predicting each token from those before it: int64 [B, T + 1] -> scalar.
+        """Compute the mean cross entropy, in nats, of each token given those before it: int64 [B, T + 1] -> scalar.
 
         Raises:
             ShapeError: tokens are not [B, T + 1] with T at least 1.
@@ -122,7 +123,7 @@ class CausalLM(nn.Module):
         return F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     def decode_cache(self, capacity: int | None = None) -> ModelCache:
-        """Empty caches for all layers, to be given to `forward`; see `linattn.decode`.
+        """Make empty caches for all layers, to be given to `forward`; see `linattn.decode`.
 
         Example:
             >>> model = CausalLM(CausalLMConfig(vocabulary=65, kernel="elu+1", layers=2, dim=64, heads=2)).eval()
@@ -142,6 +143,7 @@ class CausalLM(nn.Module):
         Args:
             tokens: int64 [B, T], T at least 1.
             count: tokens to add.
+            **options: of the sampling, as follows.
 
         Options:
             key_mask: bool [B, T], True where a token is real: prompts of different lengths are padded on either side,
@@ -178,11 +180,11 @@ class CausalLM(nn.Module):
         look_back: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """As `generate`, but give each new token, int64 [B, 1], as soon as it is drawn."""
+        """Generate as `generate` does, but yield each new token, int64 [B, 1], as soon as it is drawn."""
         self._check_request(tokens, count, key_mask, look_back)
         pick = Sampler(temperature, top_k, top_p)
         stops = torch.tensor(sorted(stop), dtype=torch.long, device=tokens.device)
-        return self._tokens(tokens, count, key_mask, pick, stops, look_back, generator)
+        return self._tokens(tokens, count, key_mask, pick, stops=stops, look_back=look_back, generator=generator)
 
     def _tokens(
         self,
@@ -190,6 +192,7 @@ class CausalLM(nn.Module):
         count: int,
         key_mask: Tensor | None,
         pick: Sampler,
+        *,
         stops: Tensor,
         look_back: int | None,
         generator: torch.Generator | None,
@@ -218,7 +221,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def _next_logits(self, tokens: Tensor, key_mask: Tensor | None, cache: ModelCache) -> Tensor:
-        """[B, T] -> logits after the last token of each row, [B, vocabulary]."""
+        """Compute the logits after the last token of each sequence: [B, T] -> [B, vocabulary]."""
         hidden = self.transformer(self.embedding(tokens), key_mask=key_mask, cache=cache)
         return F.linear(hidden[:, -1], self.embedding.weight)
 
@@ -236,7 +239,7 @@ class CausalLM(nn.Module):
 
 
 class Window:
-    """The tokens that a model looks back on, padded on the left: what a cache is filled with, and filled with anew."""
+    """The last tokens, padded on the left, from which a cache is filled, and filled anew once they are too many."""
 
     def __init__(self, tokens: Tensor, key_mask: Tensor | None, look_back: int | None) -> None:
         self.look_back, self.held = look_back, 0
@@ -247,10 +250,11 @@ class Window:
 
     @property
     def full(self) -> bool:
+        """Whether so many tokens are held that the cache has to be filled anew."""
         return self.look_back is not None and self.held >= self.look_back
 
     def restart(self) -> tuple[Tensor, Tensor | None]:
-        """What to begin with: all tokens of the prompt, or its last `look_back`, or the last half of a full window."""
+        """Choose the first tokens: the whole prompt, its last `look_back`, or the last half of a full window."""
         if self.look_back is not None:
             kept = self.look_back // 2 if self.held else self.look_back
             self.tokens = self.tokens[:, -kept:]
@@ -259,6 +263,7 @@ class Window:
         return self.tokens, self.key_mask
 
     def add(self, token: Tensor) -> None:
+        """Hold one more token [B, 1]."""
         if self.look_back is None:
             return
         self.tokens = torch.cat((self.tokens, token), dim=1)
@@ -290,6 +295,7 @@ class Sampler:
             )
 
     def __call__(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw one token a sequence."""
         if self.temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
         if self.top_k is not None and self.top_k < logits.shape[-1]:

@@ -65,7 +65,7 @@ class Characters:
         return cls(alphabet, tokens[:split], tokens[split:], hashlib.sha256(text.encode("utf-8")).hexdigest())
 
     def encode(self, text: str) -> Tensor:
-        """Text -> int64 tokens [T].
+        """Turn text into int64 tokens [T].
 
         Raises:
             DataError: a character that is not in the alphabet.
@@ -73,17 +73,17 @@ class Characters:
         return encode(text, self.alphabet)
 
     def decode(self, tokens: Tensor) -> str:
-        """Tokens [T] -> text."""
+        """Turn tokens [T] into text."""
         return decode(tokens, self.alphabet)
 
 
 def decode(tokens: Tensor, alphabet: str) -> str:
-    """Tokens [T] -> text."""
+    """Turn tokens [T] into text."""
     return "".join(alphabet[token] for token in tokens.tolist())
 
 
 def encode(text: str, alphabet: str) -> Tensor:
-    """Text -> int64 tokens [T].
+    """Turn text into int64 tokens [T].
 
     Raises:
         DataError: a character that is not in the alphabet.
@@ -96,7 +96,7 @@ def encode(text: str, alphabet: str) -> Tensor:
 
 
 def random_windows(tokens: Tensor, count: int, length: int, *, seed: int, step: int) -> Tensor:
-    """`count` pieces of `length` consecutive tokens, begun anywhere with equal chance: int64 [count, length].
+    """Draw `count` pieces of `length` consecutive tokens, begun anywhere with equal chance: int64 [count, length].
 
     Depends on nothing but the arguments, so that the data of a training step can be drawn again. Seed and step are not
     negative.
@@ -112,7 +112,7 @@ def random_windows(tokens: Tensor, count: int, length: int, *, seed: int, step: 
 
 
 def consecutive_windows(tokens: Tensor, context: int) -> Tensor:
-    """Windows that predict every token but the first once: int64 [n, context + 1].
+    """Cut windows that predict every token but the first once: int64 [n, context + 1].
 
     Each begins on the last token of the one before. What does not fill a last window is left out. A text shorter than
     one window becomes one shorter window.
@@ -165,11 +165,11 @@ class Trigram:
         self._count(train)
 
     def loss(self, text: Tensor) -> float:
-        """Mean of -ln P in nats per character of tokens int64 [T], read as the continuation of the training text."""
+        """Average -ln P in nats per character of tokens int64 [T], read as the continuation of the training text."""
         return -self.log_probability(text).mean().item()
 
     def log_probability(self, text: Tensor) -> Tensor:
-        """Ln P of each character of `text` [T], read as the continuation of the training text: float64 [T]."""
+        """Return ln P of each character of `text` [T], read as the continuation of the training text: float64 [T]."""
         return self._mix(self._look_up(text), self.smoothing).log()
 
     def _count(self, train: Tensor) -> None:
@@ -215,7 +215,7 @@ class _NGrams:
         self.totals = torch.zeros_like(self.contexts).index_add_(0, owner, self.counts)
 
     def look_up(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For each code: count(h c), count(h), types(h) as float64."""
+        """Look up for each code: count(h c), count(h), types(h) as float64."""
         contexts = codes // self.vocabulary
         return (
             _find(self.grams, self.counts, codes),
@@ -225,26 +225,27 @@ class _NGrams:
 
 
 def _codes(tokens: Tensor, length: int, vocabulary: int) -> Tensor:
-    """One number for each run of `length` tokens."""
+    """Encode each run of `length` tokens as one number."""
     code = torch.zeros(len(tokens) - length + 1, dtype=torch.long)
     for position in range(length):
         code = code * vocabulary + tokens[position : len(tokens) - length + 1 + position]
     return code
 
 
-def _find(keys: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """values[i] where keys[i] == wanted, 0 where it is no key; keys sorted. float64."""
-    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-    return torch.where(keys[place] == wanted, values[place], 0).double()
+def _find(keys: Tensor, values: Tensor, query: Tensor) -> Tensor:
+    """Return values[i] where keys[i] == query, 0 where it is no key; keys sorted. float64."""
+    place = torch.searchsorted(keys, query).clamp(max=len(keys) - 1)
+    return torch.where(keys[place] == query, values[place], 0).double()
 
 
 def trigram_loss(train: Tensor, validation: Tensor, vocabulary: int | None = None) -> float:
-    """Loss on `validation` of the tuned trigram model of `train`, in nats per character; divide by ln 2 for bits.
+    """Measure the tuned trigram model of `train` on `validation`, in nats per character; divide by ln 2 for bits.
 
     See `Trigram` for the model.
 
     Args:
-        train, validation: int64 tokens, one following the other.
+        train: int64 tokens.
+        validation: int64 tokens that follow them.
         vocabulary: number of different tokens; the largest token + 1 when not given.
 
     Raises:

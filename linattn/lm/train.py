@@ -65,6 +65,7 @@ class LMSettings:
                 raise ArgumentError(f"{name}={getattr(self, name)} was given; accepted: at least {least}")
 
     def model_config(self, vocabulary: int) -> CausalLMConfig:
+        """Return the part that describes the model."""
         return CausalLMConfig(
             vocabulary=vocabulary,
             context=self.context,
@@ -80,6 +81,7 @@ class LMSettings:
         )
 
     def training_config(self) -> TrainingConfig:
+        """Return the part that describes the training."""
         return TrainingConfig(
             steps=self.steps,
             minutes=self.minutes,
@@ -96,7 +98,7 @@ CHANGEABLE = {"text", "steps", "minutes", "validate_every", "device", "sample"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options. Absent ones stay absent, so that a resumed run can tell them from contradictions."""
+    """Declare text, model and training. Absent options stay absent, so that a resumed run finds contradictions."""
     default = LMSettings()
 
     def add(name: str, kind: type, text: str, **more: Any) -> None:
@@ -177,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Path) -> LMSettings:
-    """Settings of the checkpoint with what may change replaced by what was given.
+    """Return the settings of the checkpoint with changeable ones replaced by those given.
 
     Raises:
         CheckpointError: the checkpoint is not of a language model, or options contradict it.
@@ -198,7 +200,7 @@ def resumed_settings(checkpoint: dict[str, Any], given: dict[str, Any], path: Pa
 
 
 def prepare(settings: LMSettings, text: Characters, out: Path | None = None) -> tuple[CausalLM, Trainer]:
-    """Model and trainer for these settings, seeded and on their device, at step 0.
+    """Make model and trainer for these settings, seeded and on their device, at step 0.
 
     Raises:
         ArgumentError: settings of which no model can be made, or a context longer than a part of the text.
@@ -246,7 +248,7 @@ def write_results(
     *,
     figure: bool,
 ) -> None:
-    """Write sample, curve and results.json, tell the tracker, and print the outcome."""
+    """Write sample, curve and results.json, log to the tracker, and print the outcome."""
     last = trainer.history[-1]
     best = min(trainer.history, key=lambda record: record.validation_loss)
     results = {
@@ -293,7 +295,7 @@ def write_results(
 
 
 def write_sample(settings: LMSettings, text: Characters, model: CausalLM) -> str:
-    """The first whole line of the validation text and `settings.sample` characters that the model adds to it."""
+    """Continue the first whole line of the validation text by `settings.sample` characters of the model."""
     opening = text.decode(text.validation[:1000])
     whole = [line for line in opening.splitlines(keepends=True)[1:] if line.strip() and line.endswith("\n")]
     prompt = whole[0] if whole else opening[0]
@@ -310,7 +312,7 @@ def write_sample(settings: LMSettings, text: Characters, model: CausalLM) -> str
 
 
 def draw_curve(history: list[Record], trigram: float, kernel: str) -> Figure:
-    """Losses against steps and against minutes, with the trigram's as a line."""
+    """Draw losses against steps and against minutes, with the trigram's as a line."""
     trained = [record for record in history if record.train_loss is not None]
     figure = figures.new_figure(10, 4)
     left, right = figure.subplots(1, 2, sharey=True)

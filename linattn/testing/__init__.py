@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: input factories, the truth of every operation in float64, and the error budgets.
+"""Is it right? Inputs, the truth of every operation in float64, error budgets, random calls and a fuzzer.
 
 The truths are written from the definition `out_i = sum_j sim(q_i, k_j) v_j / sum_j sim(q_i, k_j)`: they build the whole
 N x N matrix, cost O(N^2 (D + M)) time and O(N^2) memory, and share no code with the operations they judge.

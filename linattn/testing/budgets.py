@@ -61,14 +61,14 @@ BUDGETS: dict[torch.dtype, Budget] = {
 
 
 def relative_error(actual: Tensor, truth: Tensor, *, floor: float = 0.0) -> float:
-    """`|actual - truth| / max(|truth|, floor)` by Euclidean norm, in float64; NaN where either holds NaN."""
+    """Return `|actual - truth| / max(|truth|, floor)` by Euclidean norm, in float64; NaN where either holds NaN."""
     difference = float(torch.linalg.vector_norm(actual.double() - truth.double()))
     size = max(float(torch.linalg.vector_norm(truth.double())), floor)
     return difference / size if size > 0 else difference
 
 
 def row_errors(actual: Tensor, truth: Tensor, v: Tensor) -> Tensor:
-    """Error of each row against the largest value: `|actual_i - truth_i| / max_j |v_j|`, [B,H,Tq]."""
+    """Return each query's error against the largest value: `|actual_i - truth_i| / max_j |v_j|`, [B,H,Tq]."""
     errors: Tensor = torch.linalg.vector_norm(actual.double() - truth.double(), dim=-1)
     sizes: Tensor = torch.linalg.vector_norm(v.double(), dim=-1)
     return errors / sizes.max()
@@ -84,7 +84,7 @@ def condition_number(
     q_offset: int | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """`kappa_i = sum_j (|c0| + |c1| t_ij + |c2| t_ij^2) / l_i` with `t = |scale| |q|.|k|`, in float64: [B,H,Tq].
+    """Compute `kappa_i = sum_j (|c0| + |c1| t_ij + |c2| t_ij^2) / l_i`, `t = |scale| |q|.|k|`, in float64: [B,H,Tq].
 
     The error of a row of quadratic attention is about eps * kappa. Infinite where l_i is 0.
     """

@@ -52,7 +52,7 @@ Runner = Callable[[RandomCall, str, Arguments, dict[str, Tensor]], list[Tensor]]
 
 
 class Verdict(NamedTuple):
-    """What became of a call: one of `refused` and `wrong` is not empty if it did not pass."""
+    """The outcome of a call: one of `refused` and `wrong` is not empty if it did not pass."""
 
     refused: str = ""
     wrong: tuple[str, ...] = ()
@@ -86,9 +86,9 @@ def judge(call: RandomCall, backend: str, device: torch.device | str = "cpu", ru
 def _differentiated(
     call: RandomCall, backend: str, arguments: Arguments, steady_rows: Tensor, runner: Runner
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Results, and the gradients that the call wants by name, under upstream gradients drawn from its seed."""
+    """Return results, and the requested gradients by name, under upstream gradients drawn from the call's seed."""
     leaves = {name: x.detach() for name, x in arguments.tensors.items()}
-    asked = [name for name in leaves if name.removesuffix("_k").removesuffix("_v") in call.wanted]
+    asked = [name for name in leaves if name.removesuffix("_k").removesuffix("_v") in call.needs_grad]
     for name in asked:
         leaves[name].requires_grad_()
     results = runner(call, backend, arguments, leaves)
@@ -105,7 +105,7 @@ def _gradients(upstream: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> l
 
 
 def upstream_of(call: RandomCall, results: Sequence[Tensor], steady_rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Results that are differentiated beside their upstream gradients, in float64 but rounded to the call's dtype.
+    """Pair differentiable results with their upstream gradients, in float64 but rounded to the call's dtype.
 
     None for rows that are no steady ones. Those of a state are scaled so that they do not drown the output's.
     """
@@ -115,7 +115,7 @@ def upstream_of(call: RandomCall, results: Sequence[Tensor], steady_rows: Tensor
     for x in (out, *state[1:]):  # n is an integer
         drawn = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.device)
         drawn = drawn * steady_rows[..., None] if x is out else drawn / x[0, 0].numel() ** 0.5
-        if x is out or (call.state_wanted and x.requires_grad):
+        if x is out or (call.state_needs_grad and x.requires_grad):
             pairs.append((x, drawn.to(call.dtype).double()))
     return pairs
 
@@ -131,7 +131,7 @@ class Noise:
         self._dense = dense
 
     def complaints(self, results: list[Tensor], gradients: dict[str, Tensor]) -> Iterator[str]:
-        """One line for everything that is wrong."""
+        """List one line for everything that is wrong."""
         leaves = {name: x.requires_grad_() for name, x in self.clean.items()}
         expected = truth(self.call, self.arguments, leaves)
         (_, dout), *_ = upstream = upstream_of(self.call, expected, self.steady_rows)
@@ -243,20 +243,20 @@ class _Dense:
         return torch.cat([of_row[:, None] == index.repeat_interleave(self.past), seen], -1)[None, None]
 
     def _before(self, past: Tensor, x: Tensor) -> Tensor:
-        """Past keys [S,Hkv,P,*] before the others; those of packed sequences one after the other."""
+        """Put past keys [S,Hkv,P,*] before the others; those of packed sequences one after the other."""
         if self.call.lengths:
             past = past.transpose(0, 1).flatten(1, 2)[None]
         return torch.cat([past, x], dim=2)
 
     def _after(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What `_before` joined."""
+        """Take apart the tensor that `_before` joined."""
         past, rest = x[:, :, : x.shape[2] - self.call.Tk], x[:, :, x.shape[2] - self.call.Tk :]
         if self.call.lengths and self.past:
             past = past[0].reshape(self.call.Hkv, -1, self.past, past.shape[3]).transpose(0, 1)
         return past, rest
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """phi(x) and its derivative; x and 1 where the operation has no feature map."""
+        """Return phi(x) and its derivative; x and 1 where the operation has no feature map."""
         if self.call.op != "feature_map":
             return x.detach(), torch.ones_like(x)
         phi = self.call.similarity
@@ -267,7 +267,7 @@ class _Dense:
         return features.detach(), slope
 
     def _similarity(self, q: Tensor, k: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """p, dp/ds with s = q.k, and the sum of the absolute values of what p is made of."""
+        """Return p, dp/ds with s = q.k, and the sum of the absolute values of the terms of p."""
         scale = q.shape[-1] ** -0.5 if self.call.scale is None else self.call.scale
         s, t = scale * (q @ k.mT), abs(scale) * (q.abs() @ k.abs().mT)
         if self.call.op == "softmax":
@@ -279,7 +279,7 @@ class _Dense:
         return c0 + c1 * s + c2 * s * s, scale * (c1 + 2 * c2 * s), abs(c0) + abs(c1) * t + abs(c2) * t * t
 
     def gradient_spreads(self, dout: Tensor, out: Tensor) -> dict[str, Tensor]:
-        """The norm that each gradient would have if its terms had random signs, place by place."""
+        """Return the norm that each gradient would have if its terms had random signs, place by place."""
         k, v = (x.repeat_interleave(self.group, 1) for x in (self.k, self.v))
         dp, dp_noise = dout @ v.mT, dout.square() @ v.square().mT
         coherent = torch.zeros_like(dout[..., :1])
@@ -295,11 +295,11 @@ class _Dense:
         return {"q": dq.sqrt() * self.q_slope.abs(), "k": dk, "v": dv, "past_k": past_k, "past_v": past_v}
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """Sum over the query heads that share a key head."""
+        """Add up the query heads that share a key head."""
         return x.reshape(x.shape[0], self.call.Hkv, self.group, *x.shape[2:]).sum(2)
 
     def state_spreads(self) -> list[Tensor]:
-        """The same for the fields of the state: the root of the state of all squares."""
+        """Return the same for the fields of the state: the root of the state of all squares."""
         past_k, k = self._after(self.k.square())
         past_v, v = self._after(self.v.square())
         features = self.call.op == "feature_map"
@@ -315,14 +315,14 @@ class _Dense:
 
 @dataclass
 class Tally:
-    """What became of all calls so far."""
+    """Counts of passed, refused and wrong calls so far."""
 
     passed: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
 
     def add(self, op: str, seed: int, backend: str, extent: str, device: torch.device | str) -> RandomCall:
-        """Judge the call of a seed; a failure is printed on stderr at once."""
+        """Judge the call of a seed; print a failure on stderr at once."""
         call = draw(op, seed, EXTENTS[extent], DTYPES.get(backend, FUSED_DTYPES))
         verdict = judge(call, backend, device)
         if verdict.refused:
@@ -344,7 +344,7 @@ class Tally:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the duration, the seeds and the backends to test."""
     parser.add_argument("--backend", default="reference", help="the backend to try (%(default)s)")
     parser.add_argument("--op", action="append", choices=OPS, help="may be repeated (all)")
     parser.add_argument("--seed", type=int, help="this call alone, with all that is known of it")
@@ -378,7 +378,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def reproduction(call: RandomCall, backend: str, extent: str, device: torch.device | str) -> str:
-    """The command that repeats a call."""
+    """Return the command that repeats a call."""
     interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
     return (
         f"{interpreted}python -m linattn fuzz --op {call.op} --seed {call.seed} --backend {backend} "

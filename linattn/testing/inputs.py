@@ -14,7 +14,7 @@ Layout = Literal["contiguous", "transposed", "fused", "strided"]
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "transposed", "fused", "strided")
 
 
-def make_inputs(
+def make_inputs(  # noqa: PLR0913  # by keyword only, and each has a default
     *,
     batch: int = 2,
     heads: int = 2,

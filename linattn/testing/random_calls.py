@@ -66,8 +66,12 @@ EXTENTS = {
 
 @dataclass(frozen=True)
 class RandomCall:
-    """One call, without its numbers. `lengths`: of the packed sequences, or (). `past`: keys in the initial state, None
-    for no state. `wanted`: inputs whose gradients are asked for, out of q, k, v and past.
+    """One call, without its numbers.
+
+    Attributes:
+        lengths: of the packed sequences, or ().
+        past: keys in the initial state, None for no state.
+        needs_grad: inputs whose gradients are computed, out of q, k, v and past.
     """
 
     op: str
@@ -95,8 +99,8 @@ class RandomCall:
     scale: float | None
     coefficients: tuple[float, float, float]
     feature_map: str
-    wanted: tuple[str, ...]
-    state_wanted: bool
+    needs_grad: tuple[str, ...]
+    state_needs_grad: bool
     twice: bool
 
     def __str__(self) -> str:
@@ -110,9 +114,9 @@ class RandomCall:
             words += [f"form {self.form}", "normalized" if self.normalize else "not normalized"]
             words += [f"coefficients {self.coefficients}" if self.op == "quadratic" else self.feature_map]
             words += (
-                [f"state returned{' and differentiated' if self.state_wanted else ''}"] if self.return_state else []
+                [f"state returned{' and differentiated' if self.state_needs_grad else ''}"] if self.return_state else []
             )
-        return ", ".join([*words, f"scale {self.scale}", f"gradients of {', '.join(self.wanted) or 'nothing'}"])
+        return ", ".join([*words, f"scale {self.scale}", f"gradients of {', '.join(self.needs_grad) or 'nothing'}"])
 
     @property
     def similarity(self) -> FeatureMap:
@@ -121,7 +125,7 @@ class RandomCall:
 
 
 def draw(op: str, seed: int, extent: Extent, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> RandomCall:
-    """The call of this seed: the same on every machine."""
+    """Draw the call of this seed: the same on every machine."""
     if op not in OPS:
         raise unknown_name("operation", op, OPS)
     r = random.Random(f"{op} {seed}")
@@ -163,14 +167,14 @@ def draw(op: str, seed: int, extent: Extent, dtypes: tuple[torch.dtype, ...] = (
         scale=scale,
         coefficients=r.choice(COEFFICIENTS if normalize else COEFFICIENTS + SIGNED_COEFFICIENTS),
         feature_map=r.choice(FEATURE_MAPS if normalize else (*FEATURE_MAPS, "identity")),
-        wanted=names if r.random() < 0.6 else tuple(name for name in names if r.random() < 0.5),
-        state_wanted=return_state and r.random() < 0.7,
+        needs_grad=names if r.random() < 0.6 else tuple(name for name in names if r.random() < 0.5),
+        state_needs_grad=return_state and r.random() < 0.7,
         twice=r.random() < 0.15,
     )  # fmt: skip
 
 
 def _size(r: random.Random, largest: int) -> int:
-    """From 1 to largest: any size by its order of magnitude, and every third time near the edge of a tile."""
+    """Draw from 1 to largest: any size by its order of magnitude, and every third time near the edge of a tile."""
     edges = [edge for edge in EDGES if edge <= largest]
     if edges and r.random() < 0.35:
         return min(largest, r.choice(edges) + r.choice((-1, 0, 0, 1)))
@@ -184,7 +188,7 @@ def _offset(r: random.Random, T: int, Tk: int) -> int | None:
 
 
 def _lengths(r: random.Random, T: int) -> tuple[int, ...]:
-    """A cut of T into up to 5 sequences; some may be empty."""
+    """Cut T into up to 5 sequences; some may be empty."""
     ends = sorted(r.randint(0, T) for _ in range(r.randint(0, 4)))
     return tuple(b - a for a, b in zip([0, *ends], [*ends, T], strict=True))
 
@@ -199,7 +203,7 @@ class Arguments:
     cu_seqlens: Tensor | None
 
     def visible(self) -> dict[str, Tensor]:
-        """The tensors with zeros for masked keys, which may hold NaN."""
+        """Return the tensors with zeros for masked keys, which may hold NaN."""
         if self.key_mask is None:
             return self.tensors
         hidden = ~self.key_mask[:, None, :, None]
@@ -250,7 +254,7 @@ def perform(call: RandomCall, backend: str, arguments: Arguments, tensors: dict[
 
 
 def _initial_state(call: RandomCall, arguments: Arguments, tensors: dict[str, Tensor]) -> Any:
-    """The state after the past keys, in float64 and then rounded; gradients pass through it to these keys."""
+    """Compute the state after the past keys, in float64, then rounded; gradients pass through it to these keys."""
     if call.past is None:
         return None
     dtype = accumulation_dtype(call.dtype)
@@ -263,7 +267,7 @@ def _initial_state(call: RandomCall, arguments: Arguments, tensors: dict[str, Te
 
 
 def truth(call: RandomCall, arguments: Arguments, tensors: dict[str, Tensor]) -> list[Tensor]:
-    """What `perform` has to return, in float64, from `tensors` without NaN."""
+    """Compute in float64 the results that `perform` has to return, from `tensors` without NaN."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     options: dict[str, Any] = {
         "is_causal": call.is_causal, "q_offset": call.q_offset, "key_mask": arguments.key_mask,
@@ -286,7 +290,7 @@ def truth(call: RandomCall, arguments: Arguments, tensors: dict[str, Tensor]) ->
 
 
 def state_of(call: RandomCall) -> Callable[..., tuple[Tensor, ...]]:
-    """The function of keys and values that gives their state in float64."""
+    """Return the function of keys and values that gives their state in float64."""
     if call.op == "quadratic":
         return truth_quadratic_state
     return partial(truth_feature_state, feature_map=call.similarity)

@@ -25,7 +25,7 @@ def visible_keys(
     key_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which keys each query sees: bool [B or 1, 1, Tq, Tk]. Causal query i sees keys j <= i + q_offset."""
+    """Mark the keys each query sees: bool [B or 1, 1, Tq, Tk]. Causal query i sees keys j <= i + q_offset."""
     seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
     if is_causal:
         i = torch.arange(queries, device=device)[:, None]
@@ -50,7 +50,7 @@ def truth_attention(
     cu_seqlens: Tensor | None = None,
     past: Past | None = None,
 ) -> Tensor:
-    """`sum_j sim(q_i, k_j) v_j`, divided by `sum_j sim(q_i, k_j)` if `normalize`, in float64: [B,H,Tq,M].
+    """Compute `sum_j sim(q_i, k_j) v_j`, divided by `sum_j sim(q_i, k_j)` if `normalize`, in float64: [B,H,Tq,M].
 
     `similarity(q [..,Tq,D], k [..,Tk,D]) -> [..,Tq,Tk]`. Fewer key heads than query heads are repeated. `past` holds
     keys [B,Hkv,P,D] and values [B,Hkv,P,M] that every query sees, one batch element for each packed sequence. Where the
@@ -102,7 +102,7 @@ def truth_softmax(
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """`softmax(scale q k^T) v` in float64; `scale` None is `1/sqrt(D)`. A query without keys gives 0."""
+    """Compute `softmax(scale q k^T) v` in float64; `scale` None is `1/sqrt(D)`. A query without keys gives 0."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return truth_attention(
         q, k, v, lambda q, k: factor * (q @ k.mT), in_logarithms=True, is_causal=is_causal, q_offset=q_offset,
@@ -124,7 +124,7 @@ def truth_quadratic(
     cu_seqlens: Tensor | None = None,
     past: Past | None = None,
 ) -> Tensor:
-    """Attention in float64 with `sim = c0 + c1 s + c2 s^2`, `s = scale q.k`."""
+    """Compute attention in float64 with `sim = c0 + c1 s + c2 s^2`, `s = scale q.k`."""
     c0, c1, c2 = coefficients
 
     def similarity(q: Tensor, k: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def truth_linear(
     cu_seqlens: Tensor | None = None,
     past: Past | None = None,
 ) -> Tensor:
-    """Attention in float64 with `sim = scale phi(q).phi(k)`."""
+    """Compute attention in float64 with `sim = scale phi(q).phi(k)`."""
     phi = TRUE_FEATURE_MAPS[feature_map] if isinstance(feature_map, str) else feature_map
     return truth_attention(
         q, k, v, lambda q, k: scale * (phi(q) @ phi(k).mT), normalize=normalize, is_causal=is_causal,
@@ -169,13 +169,13 @@ def truth_linear(
 
 
 def truth_argmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The value whose key has the largest score, in float64."""
+    """Return the value whose key has the largest score, in float64."""
     best = (q.double() @ k.double().mT).argmax(dim=-1)
     return torch.take_along_dim(v.double(), best[..., None], dim=2)
 
 
 def _sequences(k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [Hkv,n,*] of each batch element or packed sequence, masked keys dropped."""
+    """Yield keys and values [Hkv,n,*] of each batch element or packed sequence, masked keys dropped."""
     if cu_seqlens is None:
         spans = [(b, 0, k.shape[2]) for b in range(k.shape[0])]
     else:
@@ -191,7 +191,7 @@ def _sequences(k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor
 def truth_quadratic_state(
     k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """(n, k_sum, kk, v_sum, kv, kkv) in float64, in the canonical layout: kkv over pairs a >= b at a(a+1)/2 + b."""
+    """Compute (n, k_sum, kk, v_sum, kv, kkv) in float64, in the canonical layout: kkv over a >= b at a(a+1)/2 + b."""
     rows = []
     for keys, values in _sequences(k, v, key_mask, cu_seqlens):
         outer = torch.einsum("hna,hnb,hnm->habm", keys, keys, values)
@@ -217,7 +217,7 @@ def truth_feature_state(
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(n, f_sum, fv) in float64."""
+    """Compute (n, f_sum, fv) in float64."""
     phi = TRUE_FEATURE_MAPS[feature_map] if isinstance(feature_map, str) else feature_map
     rows = []
     for keys, values in _sequences(k, v, key_mask, cu_seqlens):

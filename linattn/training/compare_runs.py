@@ -33,7 +33,7 @@ class Run:
 
     Attributes:
         name: its folder, as seen from the folder that was searched.
-        settings: what it was trained with, empty where nothing tells.
+        settings: its options, empty where no file holds them.
         history: one record a validation, in order of steps.
         finished: it wrote its results.
     """
@@ -60,7 +60,7 @@ ORDERS: dict[str, Callable[[Run], Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the folders to search, --sort, --top and the figure."""
     parser.add_argument("folders", nargs="*", type=Path, help="where to look for runs, at any depth (default runs)")
     parser.add_argument(
         "--sort", choices=ORDERS, default="best", help="order of the rows (%(default)s validation loss)"
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find(folder: Path) -> list[Run]:
-    """All runs below a folder, itself included, by name.
+    """Find all runs below a folder, itself included, by name.
 
     Raises:
         DataError: there is no such folder, or a history or result in it is not what a trainer writes.
@@ -128,7 +128,7 @@ def _settings(folder: Path, results: Path | None) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The settings that not all runs share, in the order in which they were declared.
+    """List the settings that not all runs share, in the order in which they were declared.
 
     A run that stopped early has settings which say so, and in which text and checksum differ in spelling only; those of
     how long to go on and where to read from are left out.
@@ -139,7 +139,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """One row a run: the settings in which these runs differ, how far it got, its losses."""
+    """Lay out one line a run: the settings in which these runs differ, how far it got, its losses."""
     shown = differing(runs)
     rows = []
     for one in runs:
@@ -151,7 +151,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Validation losses against steps and minutes; the best runs in colour, the others in grey.
+    """Draw validation losses against steps and minutes; the best runs in colour, the others in grey.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -20,9 +20,10 @@ class JobFile(NamedTuple):
 
 
 def read_finished(jobs: Mapping[str, JobFile], elsewhere: str = "another --out") -> dict[str, dict[str, Any]]:
-    """The results of those jobs that have left any, by name.
+    """Read the results of those jobs that have left any, by name.
 
     Args:
+        jobs: by name.
         elsewhere: what else is accepted where results of other settings are in the way.
 
     Raises:

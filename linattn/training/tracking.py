@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """What every tracker offers; a class with these methods needs no other tie to this package.
+    """The methods of every tracker; a class that has them needs no other tie to this package.
 
     Example:
         >>> class Printer:
@@ -65,24 +65,28 @@ class TensorBoardTracker:
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers by name at a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
+        """Log a figure at a step; it stays open."""
         self._writer.add_figure(name, figure, step, close=False)
 
     def hyperparameters(self, values: Mapping[str, object], results: Mapping[str, float]) -> None:
+        """Log settings beside results."""
         # run_name="." keeps them in this run's folder; the default would open a second run beside it.
         self._writer.add_hparams(_plain(values), dict(results), run_name=".")
 
     def close(self) -> None:
+        """Write out the event file."""
         self._writer.close()
 
 
 class WandbTracker:
     """Writes a Weights & Biases run into `FOLDER/wandb`, offline: no account is needed and nothing is sent.
 
-    `wandb sync FOLDER/wandb/offline-run-*` uploads it, if and when somebody wants that. A session that resumes a run
+    `wandb sync FOLDER/wandb/offline-run-*` uploads it later. A session that resumes a run
     becomes a run of its own in the same group, which is named after the folder.
 
     Args:
@@ -111,16 +115,20 @@ class WandbTracker:
         )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers by name at a step."""
         self._run.log(dict(values), step=step)
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
+        """Log a figure, as an image, at a step."""
         self._run.log({name: self._image(figure)}, step=step)
 
     def hyperparameters(self, values: Mapping[str, object], results: Mapping[str, float]) -> None:
+        """Log settings as the run's config and results as its summary."""
         self._run.config.update(_plain(values))
         self._run.summary.update(dict(results))
 
     def close(self) -> None:
+        """Finish the run."""
         self._run.finish()
 
 
@@ -131,18 +139,22 @@ class Trackers:
         self.trackers = tuple(trackers)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers with every tracker."""
         for tracker in self.trackers:
             tracker.scalars(step, values)
 
     def figure(self, step: int, name: str, figure: Figure) -> None:
+        """Log a figure with every tracker."""
         for tracker in self.trackers:
             tracker.figure(step, name, figure)
 
     def hyperparameters(self, values: Mapping[str, object], results: Mapping[str, float]) -> None:
+        """Log settings and results with every tracker."""
         for tracker in self.trackers:
             tracker.hyperparameters(values, results)
 
     def close(self) -> None:
+        """Close every tracker."""
         # The others are closed even when one fails.
         with ExitStack() as stack:
             for tracker in reversed(self.trackers):
@@ -150,7 +162,7 @@ class Trackers:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that a command which trains has for tracking."""
+    """Declare --tensorboard and --wandb."""
     parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard in the folder of the run")
     parser.add_argument(
         "--wandb",
@@ -160,9 +172,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_tracker(args: argparse.Namespace, folder: Path, *, resumed_at: int | None = None) -> Tracker | None:
-    """The tracker that the flags of `add_arguments` ask for, or None.
+    """Open the tracker that the flags of `add_arguments` ask for; return None without one.
 
     Args:
+        args: with the options of `add_arguments`.
         folder: of the run.
         resumed_at: step from which a resumed run goes on.
 
@@ -178,5 +191,5 @@ def open_tracker(args: argparse.Namespace, folder: Path, *, resumed_at: int | No
 
 
 def _plain(values: Mapping[str, object]) -> dict[str, bool | int | float | str]:
-    """Settings as both services take them: anything but numbers and strings by its name."""
+    """Turn settings into those that both services take: anything but numbers and strings by its name."""
     return {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in values.items()}

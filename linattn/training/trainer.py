@@ -114,13 +114,13 @@ class TrainingConfig:
         )
 
     def progress(self, step: int, seconds: float) -> float:
-        """Share of the run that is done, 0 to 1, after `step` steps and `seconds` of training."""
+        """Return the share of the run that is done, 0 to 1, after `step` steps and `seconds` of training."""
         by_step = step / self.steps if self.steps is not None else 0.0
         by_time = seconds / (60 * self.minutes) if self.minutes is not None else 0.0
         return min(1.0, max(by_step, by_time))
 
     def rate(self, progress: float) -> float:
-        """Learning rate when that share of the run is done.
+        """Return the learning rate when that share of the run is done.
 
         Linear up to `warmup`, then half a cosine down to `final_learning_rate` of the peak.
 
@@ -223,6 +223,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
+        """Whether the limit is reached or the run was stopped early."""
         return self.config.progress(self.step, self.seconds) >= 1 or self.stopped_early
 
     @property

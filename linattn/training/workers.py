@@ -21,10 +21,12 @@ Found = TypeVar("Found")
 def side_by_side(
     jobs: Sequence[Job], work: Callable[[Job, Data], Found | None], data: Data, workers: int
 ) -> Iterator[tuple[Job, Found | None]]:
-    """Every job with what `work(job, data)` finds, as they end; None for one that was cut off by Ctrl-C.
+    """Yield every job with the result of `work(job, data)`, as they end; None for one that Ctrl-C cut off.
 
     Args:
-        jobs, work, data: such as can be sent to another process, where there are several.
+        jobs: picklable where there are several processes, as the next two.
+        work: does one job; returns None when Ctrl-C cut it off.
+        data: the second argument of `work`, sent to each process once.
         workers: processes; 1 works in this one.
     """
     if workers == 1 or len(jobs) < 2:
@@ -59,7 +61,7 @@ _task: tuple[Callable[[Any, Any], Any], Any]
 
 
 def _start(work: Callable[[Any, Any], Any], data: Any, threads: int) -> None:
-    """In a new process: keep the data, and leave Ctrl-C to the trainer, which finishes its step."""
+    """Prepare a new process: keep the data, and leave Ctrl-C to the trainer, which finishes its step."""
     global _task
     _task = (work, data)
     torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the names, --run and --top."""
     parser.add_argument("names", nargs="+", metavar="NAME", help="a surname; several are answered one by one")
     parser.add_argument("--run", type=Path, default=Path("runs") / "names", help="folder of a training (%(default)s)")
     parser.add_argument("--top", type=int, default=3, help="languages to show (%(default)s)")

@@ -57,12 +57,12 @@ class Score:
     history: list[Record]
 
     def recalls(self) -> list[float | None]:
-        """Of each language, the share of its test names that is recognised; None where there are none."""
+        """Compute the share of each language's test names that is recognised; None where there are none."""
         return [row[label] / sum(row) if sum(row) else None for label, row in enumerate(self.confusion)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the names, the network, and its training."""
     parser.add_argument("--data", type=Path, help="folder or zip archive of LANGUAGE.txt files (the embedded names)")
     parser.add_argument("--cell", choices=sorted(CELLS), default="lstm", help="(%(default)s)")
     counts = (
@@ -147,7 +147,7 @@ def train_one(names: Names, seed: int, args: argparse.Namespace) -> Score | None
 
 
 def batches_by_length(lengths: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Indices of all names in random batches of names of about one length, so that little is computed for padding.
+    """Draw random batches of names of about one length, as indices, so that little is computed for padding.
 
     >>> lengths = torch.tensor([3, 9, 4, 8, 5])
     >>> [lengths[b].tolist() for b in batches_by_length(lengths, 2, torch.Generator().manual_seed(0))]
@@ -185,12 +185,12 @@ def score_of(seed: int, training: Names, test: Names, answers: list[int], histor
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Mean and standard deviation over the seeds, for the result file."""
+    """Return mean and standard deviation over the seeds, for the result file."""
     return dict(zip(("mean", "sd"), mean_and_sd(values), strict=True))
 
 
 def write_results(names: Names, scores: list[Score], args: argparse.Namespace) -> None:
-    """results.json, the figures and the model card; the table of languages on stdout."""
+    """Write results.json, the figures and the model card; print the table of languages."""
     recalls = {
         language: [recall for score in scores if (recall := score.recalls()[label]) is not None]
         for label, language in enumerate(names.languages)
@@ -244,7 +244,7 @@ def _accuracy_lines(results: dict[str, Any]) -> str:
 
 
 def model_card(results: dict[str, Any], scores: list[Score]) -> str:
-    """What the model is, what it does, and what it must not be used for."""
+    """Write down the model's data, results and limits, and the uses that are misuse."""
     settings, recalls, shared = results["settings"], results["recall"], scores[0].duplicates
     tested = sum(map(sum, scores[0].confusion))
     ordered = sorted(recalls, key=lambda language: recalls[language]["mean"])
@@ -284,7 +284,7 @@ model is made to study recurrent networks, and for nothing else.
 
 
 def draw_confusion(languages: tuple[str, ...], scores: list[Score]) -> Figure:
-    """Answers to the test names of all seeds, as shares of each true language."""
+    """Draw the answers to the test names of all seeds, as shares of each true language."""
     counts = torch.tensor([score.confusion for score in scores]).sum(0)
     totals = counts.sum(1, keepdim=True)
     shares = counts / totals.clamp(min=1)
@@ -310,7 +310,7 @@ def draw_confusion(languages: tuple[str, ...], scores: list[Score]) -> Figure:
 
 
 def draw_curves(scores: list[Score]) -> Figure:
-    """Losses of every seed over the epochs."""
+    """Draw the losses of every seed over the epochs."""
     figure = figures.new_figure(7, 4)
     axes = figure.subplots()
     for index, score in enumerate(scores):

@@ -63,15 +63,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Name of the network, as tables and figures show it."""
         return name_of(self.cell, self.layers)
 
 
 def name_of(cell: str, layers: int) -> str:
+    """Name a network by its cell and depth."""
     return f"{cell.upper()}, {layers} layer{'s' if layers > 1 else ''}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the networks, the targets, and their training."""
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=["rnn", "lstm"], help="(rnn lstm)")
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 2], help="numbers of layers (1 2)")
     parser.add_argument(
@@ -158,7 +160,7 @@ def train_one(
 
 
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds of each network."""
+    """Compute mean and standard deviation over the seeds of each network."""
     rows = []
     for name, targets in dict.fromkeys((one.name, one.targets) for one in runs):
         of = [one for one in runs if (one.name, one.targets) == (name, targets)]
@@ -180,7 +182,7 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def draw(runs: Sequence[Run], models: dict[tuple[str, str], RecurrentRegressionModel], steps: int) -> Figure:
-    """Loss over training for each kind of targets, and predictions of the best network beside the truth."""
+    """Draw loss over training for each kind of targets, and predictions of the best network beside the truth."""
     kinds = list(dict.fromkeys(one.targets for one in runs))
     figure = figures.new_figure(5.2 * (len(kinds) + 1), 4.4)
     panels = figure.subplots(1, len(kinds) + 1)

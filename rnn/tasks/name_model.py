@@ -1,4 +1,4 @@
-"""A network that reads a name letter by letter and says which language it may come from."""
+"""A network that reads a name letter by letter and predicts its language."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ class NameClassifier(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, hidden, padding_idx=PADDING)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Compute logits `[B, languages]` of names as `encode` gives them."""
         logits: Tensor = self.classifier(self.embedding(tokens), lengths)
         return logits
 
     @torch.no_grad()
     def guesses(self, name: str, languages: tuple[str, ...], count: int = 3) -> list[tuple[str, float]]:
-        """The `count` most probable languages of one name, with their probabilities."""
+        """Return the `count` most probable languages of one name, with their probabilities."""
         self.eval()
         probabilities = self(*encode([name])).softmax(-1)[0]
         best = probabilities.topk(min(count, len(languages)))
@@ -61,7 +62,7 @@ class NameClassifier(nn.Module):
 
 
 def saved_classifier(path: Path) -> tuple[NameClassifier, tuple[str, ...]]:
-    """The model in a checkpoint of `linattn train names`, and its languages.
+    """Load the model in a checkpoint of `linattn train names`, and its languages.
 
     Raises: CheckpointError for a checkpoint of something else.
     """

@@ -53,13 +53,13 @@ class Names:
         return Names(self.languages, tuple(self.names[i] for i in indices), tuple(self.labels[i] for i in indices))
 
     def counts(self) -> list[int]:
-        """Names of each language."""
+        """Count the names of each language."""
         return [self.labels.count(label) for label in range(len(self.languages))]
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What makes a test look better, or its best possible result worse, than it seems.
+    """Overlaps that make a test look better, or its best possible result worse, than it seems.
 
     Attributes:
         test_in_train: test names whose spelling stands in the training set, under any language.
@@ -98,7 +98,7 @@ def load_names(path: Path) -> Names:
 
 
 def embedded_names() -> Names:
-    """24 common surnames of each of 18 languages, written down for this project: enough to try, too few to learn."""
+    """Return 24 common surnames of each of 18 languages, written for this project: enough to try, too few to learn."""
     return _labelled(json.loads(EMBEDDED.read_text(encoding="utf-8")))
 
 
@@ -127,7 +127,7 @@ def _labelled(languages: dict[str, list[str]]) -> Names:
 
 
 def plain(name: str) -> str:
-    """A name in the alphabet a-z A-Z and " .,;'": accents are taken off, everything else is left out.
+    """Spell a name in the alphabet a-z A-Z and " .,;'": accents are taken off, everything else is left out.
 
     >>> plain("Ślusàrski"), plain(" Au-Yong ")
     ('Slusarski', 'AuYong')
@@ -136,7 +136,7 @@ def plain(name: str) -> str:
 
 
 def encode(names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Tokens int64 `[B, T]`, padded to the longest name, and lengths int64 `[B]`.
+    """Encode names as tokens int64 `[B, T]`, padded to the longest name, and lengths int64 `[B]`.
 
     Raises: DataError for a name of which nothing is left in the alphabet.
 

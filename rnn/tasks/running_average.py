@@ -20,9 +20,11 @@ def running_average_batch(
     """Draw x ~ N(0, 1) and its running mean `y_t = (x_1 + ... + x_t) / t`; both `[batch_size, seq_len, 1]`.
 
     Args:
-        seq_len, batch_size: at least 1.
+        seq_len: T, at least 1.
+        batch_size: at least 1.
         generator: source of the numbers, torch's global one by default.
-        device, dtype: of both tensors; a floating dtype.
+        device: of both tensors.
+        dtype: of both tensors; a floating dtype.
 
     Raises: ArgumentError (sizes), DtypeError (not floating).
 
@@ -40,10 +42,11 @@ def running_average_batch(
 
 
 def running_average_loss(predictions: Tensor, targets: Tensor, last_timestep_only: bool = False) -> Tensor:
-    """Mean squared error over all steps, or over the last step alone; a scalar.
+    """Return the mean squared error over all steps, or over the last step alone; a scalar.
 
     Args:
-        predictions, targets: `[B, T]` or `[B, T, O]`, one shape and dtype, not empty.
+        predictions: `[B, T]` or `[B, T, O]`, not empty.
+        targets: of the same shape and dtype.
         last_timestep_only: count the step T alone.
 
     Raises: ShapeError, DtypeError.

@@ -160,7 +160,7 @@ def test_a_bad_mirror_is_passed_over_and_leaves_nothing(server: str, tiny: Path,
     assert torch.equal(load_mnist(folder).train_labels, load_mnist(tiny).train_labels)
 
     nowhere = tmp_path / "nowhere"
-    with pytest.raises(DataError, match="could not be fetched .*bad.*checksum .*missing"):
+    with pytest.raises(DataError, match=r"could not be fetched .*bad.*checksum .*missing"):
         download_mnist(nowhere, [bad.as_uri(), (tmp_path / "missing").as_uri()])
     assert not list(nowhere.iterdir())
 

@@ -64,7 +64,7 @@ def test_bad_data_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Latin.txt in .* is not UTF-8 \(at byte 3\)"):
         load_names(folder)
     (folder / "Latin.txt").write_text("\n123\n")
-    with pytest.raises(DataError, match="Latin.txt .* holds no name"):
+    with pytest.raises(DataError, match=r"Latin\.txt .* holds no name"):
         load_names(folder)
     for path in folder.glob("*.txt"):
         if path.stem != "Czech":
@@ -75,7 +75,7 @@ def test_bad_data_is_named(folder: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("a/Czech.txt", "Novak")
         file.writestr("b/Czech.txt", "Novak")
-    with pytest.raises(DataError, match="two files Czech.txt"):
+    with pytest.raises(DataError, match=r"two files Czech\.txt"):
         load_names(archive)
 
 

@@ -124,7 +124,8 @@ def test_ctrl_c_from_outside_saves_and_exits_130(text: Path, tmp_path: Path) -> 
     try:
         deadline = time.monotonic() + 60
         while not (out / "history.jsonl").exists() or len((out / "history.jsonl").read_text().splitlines()) < 2:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

@@ -37,7 +37,7 @@ def test_a_few_hundred_seeds_reach_every_option(op: str) -> None:
     assert any(c.Hkv < c.H for c in calls)
     assert any(c.D != c.M for c in calls)
     assert any(c.q_offset and c.q_offset < 0 for c in calls)
-    assert any(not c.wanted for c in calls)
+    assert any(not c.needs_grad for c in calls)
     if op != "softmax":
         assert {c.form for c in calls} == {"direct", "chunked", "recurrent", "auto"}
         assert {c.past is None for c in calls} == {c.return_state for c in calls} == {True, False}

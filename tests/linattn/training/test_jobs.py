@@ -25,5 +25,5 @@ def test_results_of_other_settings_are_refused_and_say_which(tmp_path: Path) -> 
 @pytest.mark.parametrize("content", ["{", "[]", '{"settings": null}', "{}"])
 def test_what_holds_no_results_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(DataError, match="a.json cannot be read: .*; accepted: .*, or --overwrite"):
+    with pytest.raises(DataError, match=r"a\.json cannot be read: .*; accepted: .*, or --overwrite"):
         read_finished({"a": JobFile(tmp_path / "a.json", {"seed": 1})}, "--overwrite")

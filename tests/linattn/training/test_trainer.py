@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_the_previous_history_intact(tmp_path: Path, monkeypa
         if step == 8:
             monkeypatch.setattr(os, "fsync", full_disk)
 
-    with pytest.raises(CheckpointError, match="history.jsonl cannot be written: .*No space left") as caught:
+    with pytest.raises(CheckpointError, match=r"history\.jsonl cannot be written: .*No space left") as caught:
         make(tmp_path, on_step=fill_the_disk).run()
     assert "the previous history is intact" in str(caught.value)
     assert len((tmp_path / HISTORY_NAME).read_text().splitlines()) == 2
@@ -270,7 +270,7 @@ def test_errors_of_the_system_while_writing_become_checkpoint_errors(
     path = tmp_path / CHECKPOINT_NAME
     real = Path.open
     monkeypatch.setattr(Path, "open", lambda self, mode="r": real(Path("/dev/full"), mode, buffering=0))
-    with pytest.raises(CheckpointError, match="written: .*No space left on device; there is no earlier one"):
+    with pytest.raises(CheckpointError, match=r"written: .*No space left on device; there is no earlier one"):
         write_checkpoint(path, {"weights": torch.zeros(10_000)})
     assert list(tmp_path.iterdir()) == []
 
@@ -291,7 +291,7 @@ def test_a_full_disk_within_torch_is_told_in_the_words_of_the_system(
 
     real = torch.save
     monkeypatch.setattr(torch, "save", lambda content, _: real(content, Full()))
-    with pytest.raises(CheckpointError, match="written: .*No space left on device; there is no earlier one") as caught:
+    with pytest.raises(CheckpointError, match=r"written: .*No space left on device; there is no earlier one") as caught:
         write_checkpoint(tmp_path / CHECKPOINT_NAME, {"weights": torch.zeros(10_000)})
     assert "enforce" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -299,7 +299,7 @@ def test_a_full_disk_within_torch_is_told_in_the_words_of_the_system(
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match="file/run/checkpoint.pt cannot be written"):
+    with pytest.raises(CheckpointError, match=r"file/run/checkpoint\.pt cannot be written"):
         write_checkpoint(tmp_path / "file" / "run" / CHECKPOINT_NAME, {})
 
 
@@ -338,7 +338,7 @@ def test_unreadable_checkpoints_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     path = tmp_path / CHECKPOINT_NAME
     damage(kind, path)
-    with pytest.raises(CheckpointError, match="checkpoint.pt") as caught:
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt") as caught:
         read_checkpoint(path)
     assert "accepted" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -363,7 +363,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     trainer = make(tmp_path)
     real = trainer.loss
     trainer.loss = lambda step: real(step) * (math.nan if step >= 8 else 1.0)
-    with pytest.raises(ArgumentError, match="loss is nan at step 12 with learning rate 0.01"):
+    with pytest.raises(ArgumentError, match=r"loss is nan at step 12 with learning rate 0\.01"):
         trainer.run()
     assert read_checkpoint(tmp_path / CHECKPOINT_NAME)["step"] == 6
 
