@@ -115,7 +115,17 @@ def softmax_attention(
         q, k, v, is_causal=is_causal, key_mask=key_mask, q_offset=q_offset, enable_gqa=enable_gqa, cu_seqlens=cu_seqlens
     )
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else checks.checked_scale(scale)
-    return _softmax(*inputs.tensors, is_causal, inputs.q_offset, scale, dispatch.softmax_backend(backend, inputs))
+    return _softmax(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        is_causal=is_causal,
+        q_offset=inputs.q_offset,
+        scale=scale,
+        backend=dispatch.softmax_backend(backend, inputs),
+    )
 
 
 @overload
@@ -193,7 +203,17 @@ def quadratic_attention(
         normalize,
     )
     plan = dispatch.plan("quadratic", inputs, form, backend, return_state or bool(before))
-    out, state = _quadratic(*inputs.tensors, before, options, return_state, plan)
+    out, state = _quadratic(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        initial_state=before,
+        options=options,
+        return_state=return_state,
+        plan=plan,
+    )
     return (out, QuadraticState(*state)) if return_state else out
 
 
@@ -263,7 +283,17 @@ def linear_attention(
     before = checks.check_state(initial_state, FeatureMapState, shapes, accumulation_dtype(inputs.q.dtype), q.device)
     options = FeatureMapOptions(is_causal, inputs.q_offset, scale, name, normalize)
     plan = dispatch.plan("feature_map", inputs, form, backend, return_state or bool(before))
-    out, state = _feature_map(*inputs.tensors, before, options, return_state, plan)
+    out, state = _feature_map(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        initial_state=before,
+        options=options,
+        return_state=return_state,
+        plan=plan,
+    )
     return (out, FeatureMapState(*state)) if return_state else out
 
 

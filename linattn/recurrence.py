@@ -10,7 +10,7 @@ from torch import Tensor
 from linattn._dispatch import plan
 from linattn._dispatch.checks import autocasts
 from linattn.errors import ArgumentError, BackendError, DeviceError, DtypeError, ShapeError, StateError, unknown_name
-from linattn.kernels.common.op.backend import Call
+from linattn.kernels.common.op.backend import BackendQuery
 from linattn.kernels.recurrent import autograd, reference
 from linattn.kernels.recurrent.contract import CELLS, gates
 from linattn.kernels.recurrent.ops import BACKENDS
@@ -80,8 +80,8 @@ def _backend(
         raise unknown_name("backend of a recurrence", asked, ("auto", *BACKENDS), BackendError)
     mixed = {projected.dtype, weight_h.dtype, *(x.dtype for x in initial)}
     for name, backend_of in BACKENDS.items():
-        call = Call(projected.device.type, projected.dtype, 1, 1, "recurrent", named=asked != "auto")
-        refused = backend_of.refusal(call)
+        query = BackendQuery(projected.device.type, projected.dtype, 1, 1, "recurrent", named=asked != "auto")
+        refused = backend_of.refusal(query)
         if name != "reference":
             if not isinstance(cell, str):
                 refused = refused or "the cell is a function, which only the reference can call"

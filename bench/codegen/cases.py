@@ -12,8 +12,8 @@ from torch import Tensor
 from linattn.bench.codegen.limits import Limits
 from linattn.kernels.common.gpu.architecture import as_architecture
 from linattn.kernels.common.gpu.launch import Launch, recording
-from linattn.kernels.common.op.registration import implementation
-from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Plan
+from linattn.kernels.softmax import contract as softmax_contract
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -136,7 +136,7 @@ def required() -> set[tuple[Case, str]]:
 
 def launches(case: Case, architecture: str) -> list[Launch]:
     """What a call would launch there, found by running its launchers on tensors that have no memory."""
-    module = implementation(importlib.import_module(f"linattn.kernels.{case.op}.ops").BACKENDS, "triton")
+    module = importlib.import_module(f"linattn.kernels.{case.op}.ops").implementation("triton")
     call = _softmax if case.op == "softmax" else _with_state
     with as_architecture(architecture):
         with recording() as forward:
@@ -151,8 +151,8 @@ def launches(case: Case, architecture: str) -> list[Launch]:
 def _softmax(module: Any, case: Case) -> Callable[[], Any]:
     q, k, v, dout = (_heads(case, T) for _ in range(4))
     options = (None, None, case.causal, 0, case.D**-0.5)
-    out, lse = module.forward(q, k, v, *options)
-    return lambda: module.backward(dout, q, k, v, out, lse, *options)
+    out, lse = module.forward(softmax_contract.ForwardInputs(q, k, v, *options))
+    return lambda: module.backward(softmax_contract.BackwardInputs(dout, q, k, v, out, lse, *options))
 
 
 def _with_state(module: Any, case: Case) -> Callable[[], Any]:
@@ -162,9 +162,11 @@ def _with_state(module: Any, case: Case) -> Callable[[], Any]:
     q, k, v, dout = (_heads(case, 1 if is_step else T) for _ in range(4))
     inputs = (None, None, _state(contract, case) if is_step else [])
     saves = case.direction == "backward"
-    out, row_sums, _, saved = module.forward(q, k, v, *inputs, options, is_step, saves, plan)
-    wanted = [True, True, True, False]
-    return lambda: module.backward(dout, [], q, k, v, out, row_sums, saved, *inputs, options, wanted, plan)
+    out, row_sums, _, saved = module.forward(ForwardInputs(q, k, v, *inputs, options, is_step, saves, plan))
+    needs_grad = [True, True, True, False]
+    return lambda: module.backward(
+        BackwardInputs(dout, [], q, k, v, out, row_sums, saved, *inputs, options, needs_grad, plan)
+    )
 
 
 def _heads(case: Case, length: int) -> Tensor:

@@ -2,10 +2,63 @@
 
 from __future__ import annotations
 
-import functools
+from typing import TYPE_CHECKING
 
-from linattn.kernels.common.op.stateful import attend
+import torch
+from torch import Tensor
+
+from linattn.kernels.common.op.double_backward import distinct, needs_autograd
+from linattn.kernels.common.op.stateful import backward_arguments, input_gradients, save_for_backward
 from linattn.kernels.feature_map import ops as ops  # registers the schemas
+from linattn.kernels.feature_map.contract import STATE_TENSORS, state_shapes
 
-# (q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, plan) -> out, state
-feature_map = functools.partial(attend, "feature_map")
+if TYPE_CHECKING:
+    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.feature_map.contract import Options
+
+
+def feature_map(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    initial_state: tuple[Tensor, ...],
+    options: Options,
+    return_state: bool,
+    plan: Plan,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return out and the state, through autograd only if a gradient may be asked for."""
+    how = (plan.form, plan.chunk_size, plan.backend)
+    if needs_autograd(q, k, v, *initial_state):
+        inputs = (*distinct(q, k, v), key_mask, cu_seqlens, *initial_state)
+        out, _, *rest = FeatureMap.apply(tuple(options), return_state, how, *inputs)
+        return out, tuple(rest[: STATE_TENSORS if return_state else 0])
+    out, _, state, _ = torch.ops.linattn.feature_map_fwd(  # kernels/feature_map/ops.py
+        q, k, v, key_mask, cu_seqlens, list(initial_state), *options, return_state, False, *how
+    )
+    return out, tuple(state)
+
+
+class FeatureMap(torch.autograd.Function):
+    """The op with its gradients (what is saved: `save_for_backward`)."""
+
+    @staticmethod
+    def forward(options, return_state, how, q, k, v, key_mask, cu_seqlens, *initial_state):  # noqa: PLR0917
+        """Return out, the row sums, the state and what is saved, one after another."""
+        out, l, state, saved = torch.ops.linattn.feature_map_fwd(
+            q, k, v, key_mask, cu_seqlens, list(initial_state), *options, return_state, True, *how
+        )
+        return (out, l, *state, *saved)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Save what the backward pass needs."""
+        save_for_backward(ctx, inputs, output, STATE_TENSORS)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """Return the gradients of the inputs of `forward`."""
+        arguments = backward_arguments(ctx, gradients, state_shapes)
+        return input_gradients("feature_map", arguments, torch.ops.linattn.feature_map_bwd(*arguments))

@@ -18,6 +18,9 @@ class Options(NamedTuple):
 SCHEMA = "bool is_causal, SymInt q_offset, float scale, str feature_map, bool normalize"
 
 
+STATE_TENSORS = 3
+
+
 def state_shapes(sequences: int, Hkv: int, C: int, M: int) -> list[tuple[int, ...]]:
-    """Shapes of n, f_sum, fv."""
+    """Return the shapes of n, f_sum, fv."""
     return [(sequences,), (sequences, Hkv, C), (sequences, Hkv, C, M)]

@@ -5,19 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from linattn._native import FeatureMapOptions, feature_map_backward, feature_map_forward
-from linattn.kernels.common.native.binding import NativeOp
+from linattn.kernels.common.native import binding
 from linattn.kernels.common.native.binding import describe as describe
 from linattn.kernels.feature_map.contract import Options, state_shapes
 
 if TYPE_CHECKING:
-    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs, Plan
 
 MAPS = {"identity": 0, "elu+1": 1, "relu": 2, "relu2": 3, "exp": 4}
 
 
+def forward(inputs: ForwardInputs) -> Outputs:
+    """Run `feature_map_forward` (native/feature_map.cpp)."""
+    return binding.forward(inputs, feature_map_forward, _native_options(inputs.options, inputs.plan), state_shapes)
+
+
+def backward(inputs: BackwardInputs) -> Gradients:
+    """Run `feature_map_backward` (native/feature_map.cpp)."""
+    return binding.backward(inputs, feature_map_backward, _native_options(inputs.options, inputs.plan))
+
+
 def _native_options(options: Options, plan: Plan) -> FeatureMapOptions:
     return FeatureMapOptions(MAPS[options.feature_map], 1 if plan.form == "recurrent" else plan.chunk_size)
-
-
-_op = NativeOp(feature_map_forward, feature_map_backward, _native_options, state_shapes)
-forward, backward = _op.forward, _op.backward

@@ -20,7 +20,10 @@ class Options(NamedTuple):
 SCHEMA = "bool is_causal, SymInt q_offset, float scale, float c0, float c1, float c2, bool normalize"
 
 
+STATE_TENSORS = 6
+
+
 def state_shapes(sequences: int, Hkv: int, D: int, M: int) -> list[tuple[int, ...]]:
-    """Shapes of n, k_sum, kk, v_sum, kv, kkv."""
+    """Return the shapes of n, k_sum, kk, v_sum, kv, kkv."""
     sizes: list[tuple[int, ...]] = [(D,), (D, D), (M,), (D, M), (D * (D + 1) // 2, M)]
     return [(sequences,)] + [(sequences, Hkv, *size) for size in sizes]

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from linattn.kernels.common.reference.attention import Reference
+from linattn.kernels.common.reference import attention
 from linattn.kernels.common.reference.problem import Problem
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from linattn.kernels.quadratic.contract import Options
+    from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, options: Options) -> Problem:
-    is_causal, q_offset, scale, c0, c1, c2, normalize = options
-    return Problem(
-        q, k, v, key_mask, is_causal, q_offset, scale, coefficients=(c0, c1, c2), normalize=normalize, degree=2
-    )
+def forward(inputs: ForwardInputs) -> Outputs:
+    """Compute the op's results."""
+    return attention.forward(_problem(inputs), inputs)
 
 
-_reference = Reference(_problem)
-forward, backward = _reference.forward, _reference.backward
+def backward(inputs: BackwardInputs) -> Gradients:
+    """Compute the op's gradients."""
+    return attention.backward(_problem(inputs), inputs)
+
+
+def _problem(inputs: ForwardInputs | BackwardInputs) -> Problem:
+    is_causal, q_offset, scale, c0, c1, c2, normalize = inputs.options
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.key_mask)
+    return Problem(*tensors, is_causal, q_offset, scale, coefficients=(c0, c1, c2), normalize=normalize, degree=2)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from linattn.kernels.common.op.double_backward import derivative_wanted, first_derivative_only
+from linattn.kernels.common.op.double_backward import first_derivative_only, needs_autograd
 from linattn.kernels.recurrent import ops as ops  # registers the schemas
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def recur(
     """As `reference.recur`, by the op."""
     h0, c0 = initial if len(initial) == 2 else (*initial, None)
     inputs = (projected, weight_h, h0, c0, lengths)
-    if derivative_wanted(projected, weight_h, *initial):
+    if needs_autograd(projected, weight_h, *initial):
         all_h, last_h, last_c, *_ = Recurrence.apply(*inputs, cell, backend)
     else:
         all_h, last_h, last_c, *_ = torch.ops.linattn.recurrent_fwd(*inputs, cell, False, backend)
@@ -46,18 +46,18 @@ class Recurrence(torch.autograd.Function):
     def backward(ctx, dall_h, dlast_h, dlast_c, *_):
         weight_h, h0, c0, lengths, all_h, cells, activations = ctx.saved_tensors
         dlast_c = None if c0 is None else dlast_c
-        arriving = (dall_h, dlast_h, dlast_c)
-        if all(x is None for x in arriving):
+        grad_outputs = (dall_h, dlast_h, dlast_c)
+        if all(x is None for x in grad_outputs):
             return (None,) * 7
         dprojected, dh0, dc0 = torch.ops.linattn.recurrent_bwd(
-            *arriving, weight_h, h0, c0, lengths, all_h, cells, activations, ctx.cell, ctx.backend
+            *grad_outputs, weight_h, h0, c0, lengths, all_h, cells, activations, ctx.cell, ctx.backend
         )
         dweight_h = None
         if ctx.needs_input_grad[1]:
             before = torch.cat((h0[:, None], all_h[:, :-1]), 1)
             dweight_h = dprojected.flatten(0, 1).t() @ before.flatten(0, 1)
         found = (dprojected, dweight_h, dh0, None if c0 is None else dc0)
-        of = tuple(x for x in (*arriving, weight_h, h0, c0) if x is not None)
+        of = tuple(x for x in (*grad_outputs, weight_h, h0, c0) if x is not None)
         return *_first_only(found, of), None, None, None
 
 

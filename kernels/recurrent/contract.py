@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,8 +16,8 @@ def gates(cell: str) -> int:
     return 4 if cell == "lstm" else 1
 
 
-class Inputs(NamedTuple):
-    """Of the forward pass, as `FORWARD` in ops.py has them."""
+class ForwardInputs(NamedTuple):
+    """What every backend's `forward` takes, as `FORWARD` in ops.py has it."""
 
     projected: Tensor
     weight_h: Tensor
@@ -27,16 +27,16 @@ class Inputs(NamedTuple):
     cell: str
 
 
-class Arriving(NamedTuple):
-    """Gradients to what the forward pass returned; None for what nobody read."""
+class GradOutputs(NamedTuple):
+    """Gradients of what the forward pass returned; None for what was not used."""
 
     all_h: Tensor | None
     last_h: Tensor | None
     last_c: Tensor | None
 
 
-class Walked(NamedTuple):
-    """What the backward pass knows of the forward one."""
+class Saved(NamedTuple):
+    """Inputs and results of the forward pass that the backward pass reads."""
 
     weight_h: Tensor
     h0: Tensor
@@ -48,11 +48,21 @@ class Walked(NamedTuple):
     cell: str
 
 
-def outputs(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the forward pass returns, uninitialised; see `FORWARD` in ops.py."""
-    projected, h0 = given.projected, given.h0
+class Implementation(Protocol):
+    """A backend: a module of these functions."""
+
+    def forward(self, inputs: ForwardInputs, save: bool, /) -> tuple[Tensor, ...]:
+        """Take all steps; `save` what the backward pass of an LSTM reads."""
+
+    def backward(self, grad_outputs: GradOutputs, saved: Saved, /) -> tuple[Tensor, ...]:
+        """Take all steps back."""
+
+
+def outputs(inputs: ForwardInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate what the forward pass returns; see `FORWARD` in ops.py."""
+    projected, h0 = inputs.projected, inputs.h0
     B, T, _ = projected.shape
-    H, lstm = h0.shape[1], given.cell == "lstm"
+    H, lstm = h0.shape[1], inputs.cell == "lstm"
     return (
         projected.new_empty(B, T, H),
         h0.new_empty(B, H),
@@ -62,9 +72,9 @@ def outputs(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     )
 
 
-def gradients(walked: Walked) -> tuple[Tensor, Tensor, Tensor]:
-    """What the backward pass returns, uninitialised."""
-    h0 = walked.h0
-    B, T, _ = walked.all_h.shape
-    dprojected = walked.all_h.new_empty(B, T, walked.weight_h.shape[0])
-    return dprojected, h0.new_empty(h0.shape), h0.new_empty(h0.shape if walked.cell == "lstm" else (0,))
+def gradients(saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what the backward pass returns."""
+    h0 = saved.h0
+    B, T, _ = saved.all_h.shape
+    dprojected = saved.all_h.new_empty(B, T, saved.weight_h.shape[0])
+    return dprojected, h0.new_empty(h0.shape), h0.new_empty(h0.shape if saved.cell == "lstm" else (0,))

@@ -7,28 +7,28 @@ from torch import Tensor
 
 from linattn._native import recurrent_backward, recurrent_forward
 from linattn.kernels.common.native.binding import address
-from linattn.kernels.recurrent.contract import CELLS, Arriving, Inputs, Walked, gradients, outputs
+from linattn.kernels.recurrent.contract import CELLS, ForwardInputs, GradOutputs, Saved, gradients, outputs
 
 
-def forward(given: Inputs, save: bool) -> tuple[Tensor, ...]:
-    made = all_h, last_h, last_c, cells, activations = outputs(given, save)
-    projected = given.projected if given.projected.stride(2) == 1 else given.projected.contiguous()
-    shared = _dense(given.weight_h, given.lengths, given.h0, given.c0)
+def forward(inputs: ForwardInputs, save: bool) -> tuple[Tensor, ...]:
+    made = all_h, last_h, last_c, cells, activations = outputs(inputs, save)
+    projected = inputs.projected if inputs.projected.stride(2) == 1 else inputs.projected.contiguous()
+    shared = _dense(inputs.weight_h, inputs.lengths, inputs.h0, inputs.c0)
     recurrent_forward(
-        CELLS.index(given.cell), tuple(all_h.shape), _addresses(*shared, all_h, cells, activations),
+        CELLS.index(inputs.cell), tuple(all_h.shape), _addresses(*shared, all_h, cells, activations),
         torch.get_num_threads(), (projected.data_ptr(), projected.stride(0), projected.stride(1)),
         _addresses(last_h, last_c),
     )  # fmt: skip
     return made
 
 
-def backward(arriving: Arriving, walked: Walked) -> tuple[Tensor, ...]:
-    made = gradients(walked)
-    shared = _dense(walked.weight_h, walked.lengths, walked.h0, walked.c0)
-    dense = _dense(*arriving)
+def backward(grad_outputs: GradOutputs, saved: Saved) -> tuple[Tensor, ...]:
+    made = gradients(saved)
+    shared = _dense(saved.weight_h, saved.lengths, saved.h0, saved.c0)
+    dense = _dense(*grad_outputs)
     recurrent_backward(
-        CELLS.index(walked.cell), tuple(walked.all_h.shape),
-        _addresses(*shared, walked.all_h, walked.cells, walked.activations), torch.get_num_threads(),
+        CELLS.index(saved.cell), tuple(saved.all_h.shape),
+        _addresses(*shared, saved.all_h, saved.cells, saved.activations), torch.get_num_threads(),
         _addresses(*dense), _addresses(*made),
     )  # fmt: skip
     return made

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linattn.kernels.common.gpu.launch import launch
-from linattn.kernels.recurrent.contract import Arriving, Inputs, Walked, gradients, outputs
+from linattn.kernels.recurrent.contract import ForwardInputs, GradOutputs, Saved, gradients, outputs
 
 BLOCK = 256
 """Units of one batch row in a program."""
@@ -137,17 +137,17 @@ def step_back(
         tl.store(dz_ptr + offs, d, mask=inside)
 
 
-def forward(given: Inputs, save: bool) -> tuple[Tensor, ...]:
-    made = all_h, last_h, last_c, cells, activations = outputs(given, save)
-    given = given._replace(lengths=_dense(given.lengths))
-    projected, h0, c0 = given.projected, given.h0, given.c0
+def forward(inputs: ForwardInputs, save: bool) -> tuple[Tensor, ...]:
+    made = all_h, last_h, last_c, cells, activations = outputs(inputs, save)
+    inputs = inputs._replace(lengths=_dense(inputs.lengths))
+    projected, h0, c0 = inputs.projected, inputs.h0, inputs.c0
     # The state of every step lies in the same memory; h ends where it is returned.
     h, c = last_h.copy_(h0), h0 if c0 is None else _copied(c0)
-    z, recurrent = projected.new_empty(projected.shape[0], given.weight_h.shape[0]), given.weight_h.t()
+    z, recurrent = projected.new_empty(projected.shape[0], inputs.weight_h.shape[0]), inputs.weight_h.t()
     for t in range(projected.shape[1]):
         torch.addmm(projected[:, t], h, recurrent, out=z)
         _launch(
-            step, given, t, z_ptr=z, h_ptr=h, c_ptr=c, SAVE=save,
+            step, inputs, t, z_ptr=z, h_ptr=h, c_ptr=c, SAVE=save,
             **_rows("out", all_h, t), **_rows("cells", cells, t), **_rows("gates", activations, t),
         )  # fmt: skip
     if c0 is not None:
@@ -155,25 +155,25 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, ...]:
     return made
 
 
-def backward(arriving: Arriving, walked: Walked) -> tuple[Tensor, ...]:
-    made = dprojected, dh0, dc0 = gradients(walked)
-    walked = walked._replace(lengths=_dense(walked.lengths))
-    h0, c0, all_h, cells = walked.h0, walked.c0, walked.all_h, walked.cells
-    pulled = torch.zeros_like(dh0) if arriving.last_h is None else dh0.copy_(arriving.last_h)
+def backward(grad_outputs: GradOutputs, saved: Saved) -> tuple[Tensor, ...]:
+    made = dprojected, dh0, dc0 = gradients(saved)
+    saved = saved._replace(lengths=_dense(saved.lengths))
+    h0, c0, all_h, cells = saved.h0, saved.c0, saved.all_h, saved.cells
+    pulled = torch.zeros_like(dh0) if grad_outputs.last_h is None else dh0.copy_(grad_outputs.last_h)
     through = torch.zeros_like(dh0, dtype=torch.float32)
-    dc = torch.zeros_like(through) if arriving.last_c is None else _copied(arriving.last_c)
-    dout = arriving.all_h
+    dc = torch.zeros_like(through) if grad_outputs.last_c is None else _copied(grad_outputs.last_c)
+    dout = grad_outputs.all_h
     if dout is not None and dout.stride(2) != 1:
         dout = dout.contiguous()
     first = h0 if c0 is None else c0.contiguous()
     for t in reversed(range(all_h.shape[1])):
         before = _rows("before", cells, t - 1) if t > 0 else {"before_ptr": first, "stride_before": first.stride(0)}
         _launch(
-            step_back, walked, t, pulled_ptr=pulled, through_ptr=through, dc_ptr=dc, OUT=dout is not None,
+            step_back, saved, t, pulled_ptr=pulled, through_ptr=through, dc_ptr=dc, OUT=dout is not None,
             **_rows("dout", all_h if dout is None else dout, t), **_rows("out", all_h, t), **_rows("c", cells, t),
-            **before, **_rows("gates", walked.activations, t), **_rows("dz", dprojected, t),
+            **before, **_rows("gates", saved.activations, t), **_rows("dz", dprojected, t),
         )  # fmt: skip
-        torch.mm(dprojected[:, t], walked.weight_h, out=pulled)
+        torch.mm(dprojected[:, t], saved.weight_h, out=pulled)
     dh0.copy_(pulled + through)
     if c0 is not None:
         dc0.copy_(dc)
@@ -190,14 +190,14 @@ def _copied(x: Tensor) -> Tensor:
 
 
 def _rows(name: str, x: Tensor, t: int) -> dict[str, Any]:
-    """The rows of step t of `x [B, T, size]` as a kernel is given them; of what a call does not have, anything."""
+    """The rows of step t of `x [B, T, size]` as a kernel is inputs them; of what a call does not have, anything."""
     return {f"{name}_ptr": x[:, t] if x.numel() else x, f"stride_{name}": x.stride(0)}
 
 
-def _launch(kernel: Any, given: Inputs | Walked, t: int, **arguments: Any) -> None:
-    (B, H), lengths = given.h0.shape, given.lengths
+def _launch(kernel: Any, inputs: ForwardInputs | Saved, t: int, **arguments: Any) -> None:
+    (B, H), lengths = inputs.h0.shape, inputs.lengths
     if B > 0:
         launch(
-            kernel, (B, triton.cdiv(H, BLOCK)), num_warps=4, num_stages=1, t=t, H=H, CELL=given.cell, BLOCK=BLOCK,
-            PADDED=lengths is not None, lengths_ptr=given.h0 if lengths is None else lengths, **arguments,
+            kernel, (B, triton.cdiv(H, BLOCK)), num_warps=4, num_stages=1, t=t, H=H, CELL=inputs.cell, BLOCK=BLOCK,
+            PADDED=lengths is not None, lengths_ptr=inputs.h0 if lengths is None else lengths, **arguments,
         )  # fmt: skip

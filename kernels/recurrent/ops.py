@@ -5,25 +5,32 @@ The reference is no implementation of them: plain PyTorch is differentiated by a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
-from linattn.kernels.common.op.backend import Backend, Call, anything, native, triton
-from linattn.kernels.common.op.registration import define, implementation
-from linattn.kernels.recurrent.contract import Arriving, Inputs, Walked, gradients, outputs
+from linattn.kernels.common.op.backend import Backend, BackendQuery, anything, native, triton
+from linattn.kernels.common.op.registration import define
+from linattn.kernels.recurrent.contract import ForwardInputs, GradOutputs, Saved, gradients, outputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from linattn.kernels.recurrent.contract import Implementation
 
 
-def _native(call: Call) -> str:
-    refused = native(call)
-    if not refused and call.dtype != torch.float32:
-        return f"{call.dtype}: the native recurrence computes in fp32"
+def _native(query: BackendQuery) -> str:
+    refused = native(query)
+    if not refused and query.dtype != torch.float32:
+        return f"{query.dtype}: the native recurrence computes in fp32"
     return refused
 
 
-# In the order in which "auto" tries them.
+# In the order in which "auto" tries them. The reference is no op.
 BACKENDS = {
-    "native": Backend("linattn.kernels.recurrent.cpu", _native, "all steps in one C++ loop"),
-    "triton": Backend("linattn.kernels.recurrent.gpu", triton, "a product and a fused kernel a step"),
-    "reference": Backend("linattn.kernels.recurrent.reference", anything, "plain PyTorch, a step at a time"),
+    "native": Backend(_native, "all steps in one C++ loop"),
+    "triton": Backend(triton, "a product and a fused kernel a step"),
+    "reference": Backend(anything, "plain PyTorch, a step at a time"),
 }
 
 # projected [B, T, G H], weight_h [G H, H], h0 and c0 [B, H], lengths int64 [B]. The forward pass returns all_h
@@ -38,23 +45,39 @@ BACKWARD = """recurrent_bwd(
 ) -> (Tensor dprojected, Tensor dh0, Tensor dc0)"""
 
 
-def _forward_fake(*given):
-    *inputs, save, _ = given
-    return outputs(Inputs(*inputs), save)
+def implementation(backend: str) -> Implementation:
+    """Return a backend's module, imported when first called."""
+    match backend:
+        case "native":
+            from linattn.kernels.recurrent import cpu
+
+            return cpu
+        case _:
+            from linattn.kernels.recurrent import gpu
+
+            return gpu
 
 
-def _forward(*given):
-    *inputs, save, backend = given
-    return implementation(BACKENDS, backend).forward(Inputs(*inputs), save)
+def recurrent_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+    """Run `linattn::recurrent_fwd` on the backend that its last argument names."""
+    *inputs, save, backend = arguments
+    return implementation(backend).forward(ForwardInputs(*inputs), save)
 
 
-def _backward_fake(*given):
-    return gradients(Walked(*given[3:-1]))
+def recurrent_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    """Run `linattn::recurrent_bwd` on the backend that its last argument names."""
+    *inputs, backend = arguments
+    return implementation(backend).backward(GradOutputs(*inputs[:3]), Saved(*inputs[3:]))
 
 
-def _backward(*given):
-    return implementation(BACKENDS, given[-1]).backward(Arriving(*given[:3]), Walked(*given[3:-1]))
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, save, _ = arguments
+    return outputs(ForwardInputs(*inputs), save)
 
 
-define(FORWARD, _forward_fake, _forward)
-define(BACKWARD, _backward_fake, _backward)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return gradients(Saved(*arguments[3:-1]))
+
+
+define(FORWARD, _forward_fake, recurrent_fwd)
+define(BACKWARD, _backward_fake, recurrent_bwd)

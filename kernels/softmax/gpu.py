@@ -10,52 +10,24 @@ from linattn.kernels.common.gpu.similarity import softmax
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    q_offset: int,
-    scale: float,
-) -> direct.DirectProblem:
-    return direct.DirectProblem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, softmax(scale), normalize=True)
+    from linattn.kernels.softmax.contract import BackwardInputs, ForwardInputs
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    q_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The contract of `torch.ops.linattn.softmax_fwd` (ops.py)."""
-    return direct.forward(_problem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, scale))
+def _problem(inputs: ForwardInputs | BackwardInputs) -> direct.DirectProblem:
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.key_mask, inputs.cu_seqlens)
+    return direct.DirectProblem(*tensors, inputs.is_causal, inputs.q_offset, softmax(inputs.scale), normalize=True)
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    q_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract of `torch.ops.linattn.softmax_bwd` (ops.py)."""
-    problem = _problem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, scale)
-    return direct.backward(problem, dout, out, lse, (True, True, True))
+def forward(inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
+    """Compute out and the log-sum-exps."""
+    return direct.forward(_problem(inputs))
+
+
+def backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq, dk, dv."""
+    return direct.backward(_problem(inputs), inputs.dout, inputs.out, inputs.lse, (True, True, True))
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str:
-    """The kernels that a call runs, and their configuration."""
+    """Return the kernels that a call runs, and their configuration."""
     return direct.describe(q, v, "softmax")

@@ -8,25 +8,21 @@ P = exp(S - lse) tile by tile (Dao et al. 2022): dS = P * (dO V^T - delta), delt
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.common.reference.tiles import Gradients, Outputs, Tiles, divided, sequences, spans
+from linattn.kernels.common.reference.tiles import InputGradients, TileGradients, Tiles, divided, sequences, spans
+
+if TYPE_CHECKING:
+    from linattn.kernels.softmax.contract import BackwardInputs, ForwardInputs
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    q_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The contract of `torch.ops.linattn.softmax_fwd` (ops.py)."""
+def forward(inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
+    """Compute out and the log-sum-exps."""
+    q, k, v, key_mask, cu_seqlens, is_causal, q_offset, scale = inputs
     out, lse = empty_in_storage_order(q, v.shape[3]), empty_row_sums(q)
     for tiles, rows, _ in sequences(Tiles(q, k, v, key_mask, is_causal, q_offset, scale), cu_seqlens):
         length = tiles.tile_length()
@@ -52,29 +48,18 @@ def _rows_forward(tiles: Tiles, i0: int, i1: int, length: int) -> tuple[Tensor, 
     return acc, l, m
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    is_causal: bool,
-    q_offset: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract of `torch.ops.linattn.softmax_bwd` (ops.py)."""
+def backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq, dk, dv."""
+    dout, q, k, v, out, lse, key_mask, cu_seqlens, is_causal, q_offset, scale = inputs
     tiles = Tiles(q, k, v, key_mask, is_causal, q_offset, scale)
-    outputs = Outputs.empty(tiles)
+    outputs = InputGradients.empty(tiles)
     for part, rows, _ in sequences(tiles, cu_seqlens):
         outputs.store(rows, _sequence_backward(part, dout[:, :, rows], out[:, :, rows], lse[:, :, rows]))
     return outputs
 
 
-def _sequence_backward(tiles: Tiles, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-    gradients, length = Gradients.zeros(tiles), tiles.tile_length()
+def _sequence_backward(tiles: Tiles, dout: Tensor, out: Tensor, lse: Tensor) -> TileGradients:
+    gradients, length = TileGradients.zeros(tiles), tiles.tile_length()
     for i0, i1 in spans(0, tiles.Tq, length):
         x, do = tiles.queries(i0, i1), tiles.fold(dout[:, :, i0:i1])
         delta = (do * tiles.fold(out[:, :, i0:i1])).sum(-1, keepdim=True)

@@ -28,11 +28,6 @@ class Inputs(NamedTuple):
     q_offset: int
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """q, k, v, key_mask, cu_seqlens: the order in which every op takes them."""
-        return self[:5]
-
-    @property
     def sequences(self) -> int:
         """Number of states: packed sequences, or the batch size."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1

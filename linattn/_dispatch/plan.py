@@ -5,20 +5,19 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from linattn._dispatch import calibration
 from linattn.errors import BackendError, unknown_name
-from linattn.kernels.common.op.backend import Backend, Call, anything
-from linattn.kernels.common.op.registration import implementation
+from linattn.kernels.common.op.backend import Backend, BackendQuery, anything
 from linattn.kernels.common.op.stateful import Plan
-from linattn.kernels.feature_map.ops import BACKENDS as FEATURE_MAP
-from linattn.kernels.quadratic.ops import BACKENDS as QUADRATIC
-from linattn.kernels.recurrent.ops import BACKENDS as RECURRENT
-from linattn.kernels.softmax.ops import BACKENDS as SOFTMAX
+from linattn.kernels.feature_map import ops as feature_map_ops
+from linattn.kernels.quadratic import ops as quadratic_ops
+from linattn.kernels.recurrent import ops as recurrent_ops
+from linattn.kernels.softmax import ops as softmax_ops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,12 +28,12 @@ if TYPE_CHECKING:
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, dict[str, Backend]] = {
     "softmax": {
-        "torch": Backend("torch.nn.functional", anything, "torch.nn.functional.scaled_dot_product_attention"),
-        **SOFTMAX,
+        "torch": Backend(anything, "torch.nn.functional.scaled_dot_product_attention"),
+        **softmax_ops.BACKENDS,
     },
-    "quadratic": QUADRATIC,
-    "feature_map": FEATURE_MAP,
-    "recurrent": RECURRENT,
+    "quadratic": quadratic_ops.BACKENDS,
+    "feature_map": feature_map_ops.BACKENDS,
+    "recurrent": recurrent_ops.BACKENDS,
 }
 
 
@@ -109,8 +108,8 @@ def backends(op: str) -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     states = {}
     for name, backend in BACKENDS[op].items():
-        call = Call("cpu" if name == "native" else device, torch.float32, 64, 64, "direct", named=True)
-        states[name] = backend.refusal(call) or "available"
+        query = BackendQuery("cpu" if name == "native" else device, torch.float32, 64, 64, "direct", named=True)
+        states[name] = backend.refusal(query) or "available"
     return states
 
 
@@ -127,8 +126,8 @@ def _refusal(op: str, backend: str, inputs: Inputs, form: cost.Form, with_state:
         return _beyond_torch(inputs)
     device = _chosen.device or inputs.q.device.type
     D, M, T = inputs.q.shape[3], inputs.v.shape[3], inputs.q.shape[2]
-    call = Call(device, inputs.q.dtype, D, M, form, named, T, with_state)
-    return BACKENDS[op][backend].refusal(call)
+    query = BackendQuery(device, inputs.q.dtype, D, M, form, named, T, with_state)
+    return BACKENDS[op][backend].refusal(query)
 
 
 def _beyond_torch(inputs: Inputs) -> str:
@@ -193,9 +192,16 @@ def _chunked_pays(op: str, backend: str, inputs: Inputs, with_state: bool) -> bo
 
 
 def describe(op: str, backend: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: cost.Form) -> str:
-    """The kernels that a call runs, and their configuration."""
+    """Return the kernels that a call runs, and their configuration."""
     chosen = BACKENDS[op][backend]
-    return chosen.runs or str(implementation(BACKENDS[op], backend).describe(q, k, v, is_causal, form))
+    if chosen.runs:
+        return chosen.runs
+    implementations: dict[str, Callable[[str], Any]] = {
+        "softmax": softmax_ops.implementation,
+        "quadratic": quadratic_ops.implementation,
+        "feature_map": feature_map_ops.implementation,
+    }
+    return str(implementations[op](backend).describe(q, k, v, is_causal, form))
 
 
 def effective_length(inputs: Inputs) -> float:

@@ -1,4 +1,4 @@
-"""What is known of a backend before its module is imported: where it lives and which calls it can run."""
+"""What is known of a backend before its module is imported: which calls it can run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ LARGEST_HEAD = 256
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Call(NamedTuple):
-    """What decides whether a backend can run a call of an op with a state, or of softmax (form "direct")."""
+class BackendQuery(NamedTuple):
+    """The facts that decide whether a backend can run a call of an op with a state, or of softmax (form "direct").
+
+    Attributes:
+        named: the backend was asked for by name; "auto" is more careful.
+        T: queries.
+        with_state: a state stands before the call or is asked for after it.
+    """
 
     device: str
     dtype: torch.dtype
@@ -28,51 +34,52 @@ class Call(NamedTuple):
     M: int
     form: str
     named: bool
-    """Whether the backend was asked for by name; "auto" is more careful."""
     T: int = 1
-    """Query rows."""
     with_state: bool = False
-    """Whether a state stands before the call or is asked for after it."""
 
 
 class Backend(NamedTuple):
-    """One implementation of an op: a module with `forward` and `backward`, imported when first called."""
+    """One way to compute an op, as far as it is known before its module is imported.
 
-    module: str
-    refusal: Callable[[Call], str]
-    """Why it cannot run a call; "" if it can."""
+    Attributes:
+        refusal: why it cannot run a call; "" if it can.
+        runs: the kernels, in words; "" where they depend on the call, which its module's `describe` then tells.
+    """
+
+    refusal: Callable[[BackendQuery], str]
     runs: str = ""
-    """What it runs, in words; where that depends on the call, the module has a function
-    `describe(q, k, v, is_causal, form) -> str` instead."""
 
 
-def anything(call: Call) -> str:
+def anything(query: BackendQuery) -> str:
+    """Refuse nothing."""
     return ""
 
 
-def native(call: Call) -> str:
-    """The C++ kernels: CPU tensors, every dtype but fp64."""
-    if call.device != "cpu":
-        return f"device {call.device}: the native kernels run on the CPU"
-    return NATIVE_ABSENT or _beyond_fused(call)
+def native(query: BackendQuery) -> str:
+    """Say why the C++ kernels cannot run a call: CPU tensors, every dtype but fp64."""
+    if query.device != "cpu":
+        return f"device {query.device}: the native kernels run on the CPU"
+    return NATIVE_ABSENT or _beyond_fused(query)
 
 
-def triton(call: Call) -> str:
-    """The Triton kernels: CUDA and ROCm devices, or anything Triton's interpreter can hold, if asked for by name."""
+def triton(query: BackendQuery) -> str:
+    """Say why the Triton kernels cannot: CUDA and ROCm devices, or anything Triton's interpreter can hold,
+    if asked for by name.
+    """
     if TRITON_ABSENT:
         return TRITON_ABSENT
-    if call.device != "cuda" and not INTERPRETED:
-        return f"device {call.device}: the Triton kernels run on a GPU, or elsewhere with TRITON_INTERPRET=1"
-    if INTERPRETED and not call.named:
+    if query.device != "cuda" and not INTERPRETED:
+        return f"device {query.device}: the Triton kernels run on a GPU, or elsewhere with TRITON_INTERPRET=1"
+    if INTERPRETED and not query.named:
         return "Triton's interpreter is for tests, and must be asked for by name"
-    return _beyond_fused(call)
+    return _beyond_fused(query)
 
 
-def _beyond_fused(call: Call) -> str:
-    if call.dtype not in FUSED_DTYPES:
-        return f"{call.dtype}: only the reference computes in it"
-    if call.D > LARGEST_HEAD or call.M > LARGEST_HEAD:
-        return f"head sizes beyond {LARGEST_HEAD}: D = {call.D}, M = {call.M}"
+def _beyond_fused(query: BackendQuery) -> str:
+    if query.dtype not in FUSED_DTYPES:
+        return f"{query.dtype}: only the reference computes in it"
+    if query.D > LARGEST_HEAD or query.M > LARGEST_HEAD:
+        return f"head sizes beyond {LARGEST_HEAD}: D = {query.D}, M = {query.M}"
     return ""
 
 

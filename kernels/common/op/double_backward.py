@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 from linattn.errors import DoubleBackwardError
 
 
-def derivative_wanted(*tensors: Tensor) -> bool:
-    """Whether a call has to go through an autograd.Function. If not, the op itself is called, which costs less.
+def needs_autograd(*tensors: Tensor) -> bool:
+    """Return whether a call has to go through an autograd.Function. If not, the op itself is called, which costs less.
 
     In forward mode it has to as well: the Function refuses there, where the op would silently lose the tangent.
     """
@@ -20,7 +20,7 @@ def derivative_wanted(*tensors: Tensor) -> bool:
 
 
 def distinct(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same tensors as separate objects: a compiled autograd.Function refuses one tensor given twice."""
+    """Return the same tensors as separate objects: a compiled autograd.Function refuses one tensor given twice."""
     if torch.compiler.is_compiling():
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v

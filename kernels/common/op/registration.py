@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +10,14 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from linattn.kernels.common.op.backend import Backend
-
 _library = torch.library.Library("linattn", "DEF")
 
 
 def define(schema: str, fake: Callable[..., Any], run: Callable[..., Any]) -> None:
     """Register `linattn::<schema>` for every device.
 
-    `run` picks the backend's module (`implementation`) by the schema's last argument, so a kernel for a new device is a
-    new row in an op's BACKENDS. `define` + `impl` is used instead of `custom_op`, which costs three times as much a
-    call and fails under `torch.func.grad`.
+    `run` picks the backend by the schema's last argument. `define` + `impl` is used instead of `custom_op`, which costs
+    three times as much a call and fails under `torch.func.grad`.
     """
     name = schema.split("(")[0]
 
@@ -41,8 +37,3 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
-
-
-def implementation(backends: dict[str, Backend], backend: str) -> Any:
-    """The module behind a backend's name, imported when first called."""
-    return importlib.import_module(backends[backend].module)

@@ -11,93 +11,52 @@ from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_r
 from linattn.kernels.common.reference import direct, scan
 from linattn.kernels.common.reference.few_keys import FewKeyRows
 from linattn.kernels.common.reference.state import KeySumGradients, KeySums
-from linattn.kernels.common.reference.tiles import Gradients, Outputs, sequences, spans
+from linattn.kernels.common.reference.tiles import InputGradients, TileGradients, sequences, spans
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs, Plan
     from linattn.kernels.common.reference.problem import Problem
 
 State = list[Tensor]
 
 
-class Reference:
-    """The backend "reference" of an op with a state (contract: kernels/common/op/stateful.py); it saves nothing.
+def forward(problem: Problem, inputs: ForwardInputs) -> Outputs:
+    """Compute the results of an op with a state, whose similarity and features `problem` has; nothing is saved."""
+    out, row_sums = empty_in_storage_order(inputs.q, inputs.v.shape[3]), empty_row_sums(inputs.q)
+    states = []
+    for part, rows, i in sequences(problem, inputs.cu_seqlens):
+        before = _of_sequence(inputs.initial_state, i)
+        states.append(
+            _forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, inputs.return_state, inputs.plan)
+        )
+    return out, row_sums, concat_states(states), []
 
-    `problem_of(q, k, v, key_mask, options)` says what similarity the op's options stand for. Where it maps q and k,
-    `pullback(options, dphi, x)` takes a gradient to what it made of x on to x.
-    """
 
-    def __init__(self, problem_of: Callable[..., Problem], pullback: Callable[..., Tensor] | None = None) -> None:
-        self.problem_of, self.pullback = problem_of, pullback
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        initial_state: State,
-        options: tuple,
-        return_state: bool,
-        save: bool,
-        plan: Plan,
-    ) -> tuple[Tensor, Tensor, State, State]:
-        problem = self.problem_of(q, k, v, key_mask, options)
-        out, row_sums = empty_in_storage_order(q, v.shape[3]), empty_row_sums(q)
-        states = []
-        for part, rows, i in sequences(problem, cu_seqlens):
-            before = _of_sequence(initial_state, i)
-            states.append(_forward_one(part, out[:, :, rows], row_sums[:, :, rows], before, return_state, plan))
-        return out, row_sums, joined(states), []
-
-    def backward(
-        self,
-        dout: Tensor,
-        dstate: State,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        l: Tensor,
-        saved: State,
-        key_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        initial_state: State,
-        options: tuple,
-        wanted: list[bool],
-        plan: Plan,
-    ) -> tuple[Tensor, Tensor, Tensor, State]:
-        problem = self.problem_of(q, k, v, key_mask, options)
-        outputs, want_initial = Outputs.empty(problem), wanted[3] and bool(initial_state)
-        dinitial = []
-        for part, rows, i in sequences(problem, cu_seqlens):
-            states = (_of_sequence(initial_state, i), _of_sequence(dstate, i))
-            whole = (dout[:, :, rows], out[:, :, rows], l[:, :, rows])
-            gradients, dbefore = _backward_one(part, *states, *whole, want_initial, plan)
-            dinitial.append(dbefore)
-            outputs.store(rows, gradients)
-        dq, dk, dv = outputs
-        if self.pullback is not None:
-            dq, dk = self.pullback(options, dq, q), self.pullback(options, dk, k)
-            if key_mask is not None:  # padding may hold NaN, where a map has no slope
-                dk.masked_fill_(~key_mask[:, None, :, None], 0)
-        return dq, dk, dv, joined(dinitial)
+def backward(problem: Problem, inputs: BackwardInputs) -> Gradients:
+    """Compute the gradients of an op with a state; those of q and k are of the features that `problem` holds."""
+    dout, out, l = inputs.dout, inputs.out, inputs.l
+    gradients, wants_initial = InputGradients.empty(problem), inputs.needs_grad[3] and bool(inputs.initial_state)
+    dinitial = []
+    for part, rows, i in sequences(problem, inputs.cu_seqlens):
+        states = (_of_sequence(inputs.initial_state, i), _of_sequence(inputs.dstate, i))
+        whole = (dout[:, :, rows], out[:, :, rows], l[:, :, rows])
+        accumulated, dbefore = _backward_one(part, *states, *whole, wants_initial, inputs.plan)
+        dinitial.append(dbefore)
+        gradients.store(rows, accumulated)
+    return *gradients, concat_states(dinitial)
 
 
 def _of_sequence(state: State, i: int | None) -> State:
     return state if i is None else [x[i : i + 1] for x in state]
 
 
-def joined(states: list[State]) -> State:
-    """The states of all sequences as one."""
+def concat_states(states: list[State]) -> State:
+    """Return the states of all sequences as one."""
     return states[0] if len(states) == 1 else [torch.cat(tensors) for tensors in zip(*states, strict=True)]
 
 
 def runs_direct(problem: Problem, form: str, initial_state: State) -> bool:
-    """Whether scores are computed for all pairs: on request, or because no row sees enough keys for the sums."""
+    """Return whether scores are computed for all pairs: on request, or because no row sees enough keys for the sums."""
     too_few = problem.degree == 2 and problem.Tk < scan.DIRECT_KEYS and not initial_state
     return form == "direct" or too_few
 
@@ -132,7 +91,7 @@ def _backward_one(
     row_sums: Tensor,
     want_initial: bool,
     plan: Plan,
-) -> tuple[Gradients, State]:
+) -> tuple[TileGradients, State]:
     sums, dsums = KeySums(problem, before), KeySumGradients(problem, dafter)
     if runs_direct(problem, plan.form, before):
         gradients = direct.backward(problem, dout, out, row_sums, sums, dsums, want_initial)

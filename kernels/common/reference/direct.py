@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.kernels.common.reference.tiles import Gradients, spans
+from linattn.kernels.common.reference.tiles import TileGradients, spans
 
 if TYPE_CHECKING:
     from linattn.kernels.common.reference.problem import Problem
@@ -47,12 +47,12 @@ def backward(
     sums: KeySums,
     dsums: KeySumGradients,
     want_initial: bool,
-) -> Gradients:
+) -> TileGradients:
     """Return dq, dk, dv. `sums` holds keys before this call's; `dsums` starts as the gradients to the sums after it
     and ends as those to the sums before it.
     """
     length = problem.tile_length()
-    gradients = Gradients.zeros(problem)
+    gradients = TileGradients.zeros(problem)
     if dsums.any:
         for j0, j1 in spans(0, problem.Tk, length):
             gradients.add_key(j0, j1, *dsums.key_gradient(j0, j1))
@@ -77,7 +77,7 @@ def add_tile(problem: Problem, x: Tensor, i0: int, i1: int, j0: int, j1: int, ac
     acc.baddbmm_(p, problem.values(j0, j1))
 
 
-def add_tile_gradients(problem: Problem, rows: Rows, j0: int, j1: int, dx: Tensor, gradients: Gradients) -> None:
+def add_tile_gradients(problem: Problem, rows: Rows, j0: int, j1: int, dx: Tensor, gradients: TileGradients) -> None:
     """Add the gradients of one score tile: dS = p'(s) (dO' V^T - delta), dx = dS K, dK = dS^T x, dV = P^T dO'."""
     k, v = problem.keys(j0, j1), problem.values(j0, j1)
     hidden = problem.hidden(rows.i0, rows.i1, j0, j1)

@@ -20,7 +20,7 @@ from linattn.kernels.common.reference.state import KeySumGradients, KeySums
 
 if TYPE_CHECKING:
     from linattn.kernels.common.reference.problem import Problem
-    from linattn.kernels.common.reference.tiles import Gradients
+    from linattn.kernels.common.reference.tiles import TileGradients
 
 
 class FewKeyRows:
@@ -75,7 +75,7 @@ class FewKeyRows:
         return dout.masked_fill(self.few[..., None], 0)
 
     def backward(
-        self, dout: Tensor, out: Tensor, row_sums: Tensor, gradients: Gradients, dsums: KeySumGradients
+        self, dout: Tensor, out: Tensor, row_sums: Tensor, gradients: TileGradients, dsums: KeySumGradients
     ) -> None:
         """Add the gradients of the rows concerned; `dsums` are those to the sums before this call."""
         dout = dout[:, :, : self.Tq].masked_fill(~self.few[:, :, : self.Tq, None], 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linattn.kernels.common.reference.direct import Rows, add_tile, add_tile_gradients, load_rows
 from linattn.kernels.common.reference.features import features_for
-from linattn.kernels.common.reference.tiles import Gradients, spans
+from linattn.kernels.common.reference.tiles import TileGradients, spans
 
 if TYPE_CHECKING:
     from linattn.kernels.common.reference.problem import Problem
@@ -88,13 +88,13 @@ def backward(
     dsums: KeySumGradients,
     chunk: int,
     want_initial: bool,
-) -> Gradients:
+) -> TileGradients:
     """Return dq, dk, dv. `sums` starts as before the call; `dsums` starts as the gradients to the sums after it and,
     if these are wanted, ends as those to the sums before it.
     """
     steps = schedule(problem, chunk)
     last_read = read_by_later_rows(steps)
-    gradients = Gradients.zeros(problem)
+    gradients = TileGradients.zeros(problem)
     for index, (i0, i1, j0, j1) in enumerate(steps[: last_read + 1]):  # downhill: rows read the sums again
         if i1 > i0 and sums.any:
             rows = load_rows(problem, dout, out, row_sums, i0, i1)
@@ -114,7 +114,7 @@ def backward(
     return gradients
 
 
-def add_chunk_gradients(problem: Problem, rows: Rows, j0: int, j1: int, gradients: Gradients) -> None:
+def add_chunk_gradients(problem: Problem, rows: Rows, j0: int, j1: int, gradients: TileGradients) -> None:
     dx = torch.zeros_like(rows.x)
     add_tile_gradients(problem, rows, j0, j1, dx, gradients)
     gradients.add_query(rows.i0, rows.i1, dx, problem.scale)

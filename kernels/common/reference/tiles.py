@@ -151,7 +151,7 @@ class Tiles:
         return tile
 
 
-class Gradients(NamedTuple):
+class TileGradients(NamedTuple):
     """What a backward pass fills, in the accumulation dtype.
 
     dq `[B*Hkv, G, Tq, D]`, dk `[B*Hkv, Tk, D]`, dv `[B*Hkv, Tk, M]`.
@@ -162,9 +162,11 @@ class Gradients(NamedTuple):
     dv: Tensor
 
     @staticmethod
-    def zeros(tiles: Tiles) -> Gradients:
+    def zeros(tiles: Tiles) -> TileGradients:
         dq = tiles.zeros(tiles.batch, tiles.groups, tiles.Tq, tiles.D)
-        return Gradients(dq, tiles.zeros(tiles.batch, tiles.Tk, tiles.D), tiles.zeros(tiles.batch, tiles.Tk, tiles.M))
+        return TileGradients(
+            dq, tiles.zeros(tiles.batch, tiles.Tk, tiles.D), tiles.zeros(tiles.batch, tiles.Tk, tiles.M)
+        )
 
     def add_query(self, i0: int, i1: int, dx: Tensor, scale: float) -> None:
         """Add the gradient to scaled query rows `[B*Hkv, G*r, D]`."""
@@ -175,7 +177,7 @@ class Gradients(NamedTuple):
         self.dv[:, j0:j1] += dv
 
 
-class Outputs(NamedTuple):
+class InputGradients(NamedTuple):
     """The gradients in the layout and dtype of the inputs."""
 
     dq: Tensor
@@ -183,10 +185,10 @@ class Outputs(NamedTuple):
     dv: Tensor
 
     @staticmethod
-    def empty(tiles: Tiles) -> Outputs:
-        return Outputs(*(empty_in_storage_order(x, x.shape[3]) for x in (tiles.q, tiles.k, tiles.v)))
+    def empty(tiles: Tiles) -> InputGradients:
+        return InputGradients(*(empty_in_storage_order(x, x.shape[3]) for x in (tiles.q, tiles.k, tiles.v)))
 
-    def store(self, rows: slice, gradients: Gradients) -> None:
+    def store(self, rows: slice, gradients: TileGradients) -> None:
         for whole, part in zip(self, gradients, strict=True):
             target = whole[:, :, rows]
             target.copy_(part.view(target.shape))

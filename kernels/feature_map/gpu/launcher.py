@@ -16,27 +16,18 @@ from linattn.kernels.common.gpu.launch import with_unit_stride
 from linattn.kernels.common.gpu.similarity import linear
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
 from linattn.kernels.common.op.varlen import check_sequences
-from linattn.kernels.feature_map.gpu.call import Call, State
+from linattn.kernels.feature_map.gpu.call import Call
 from linattn.kernels.feature_map.gpu.config import DECODED, configuration
 from linattn.kernels.feature_map.gpu.launches import Rows, Sums, gradients_of_chunks, mapped, read, scan, walked
 
 if TYPE_CHECKING:
-    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs
     from linattn.kernels.feature_map.contract import Options
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    return_state: bool,
-    save: bool,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, State, State]:
+def forward(inputs: ForwardInputs) -> Outputs:
+    """Compute the op's results."""
+    q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, _, plan = inputs
     before = [x.contiguous() for x in initial_state[1:]]
     with_state = return_state or bool(before)
     if runs_direct(plan.form, q.dtype, with_state):
@@ -66,36 +57,23 @@ def _direct(
     return direct.forward(problem)
 
 
-def backward(
-    dout: Tensor,
-    dstate: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    l: Tensor,
-    saved: State,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    wanted: list[bool],
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, State]:
+def backward(inputs: BackwardInputs) -> Gradients:
+    """Compute the op's gradients."""
+    dout, dstate, q, k, v, out, l, _, key_mask, cu_seqlens, initial_state, options, needs_grad, _ = inputs
     call = Call(q, k, v, key_mask, cu_seqlens, options)
     dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
-    want_initial = wanted[3] and bool(initial_state)
+    want_initial = needs_grad[3] and bool(initial_state)
     before = [x.contiguous() for x in initial_state[1:]]
     after = [x.contiguous() for x in dstate]
     rows = Rows(with_unit_stride(dout), with_unit_stride(out), l.contiguous())
     chunk = call.config.backward_chunk
     keys, dinitial = Sums.none(), Sums.none()
-    if wanted[0]:
+    if needs_grad[0]:
         keys = scan(call, chunk, before, keep_last=False)
-    if wanted[1] or wanted[2] or want_initial:
+    if needs_grad[1] or needs_grad[2] or want_initial:
         dinitial = scan(call, chunk, after, keep_last=want_initial, rows=rows)
-    if any(wanted[:3]):
-        gradients_of_chunks(call, rows, keys, dinitial, (dq, dk, dv), wanted)
+    if any(needs_grad[:3]):
+        gradients_of_chunks(call, rows, keys, dinitial, (dq, dk, dv), needs_grad)
     return dq, dk, dv, dinitial.last if want_initial else []
 
 

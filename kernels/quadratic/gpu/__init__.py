@@ -6,82 +6,47 @@ state: `step`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from linattn.kernels.quadratic.gpu import chunked, direct, step
 
 if TYPE_CHECKING:
-    from linattn.kernels.common.op.stateful import Plan
-    from linattn.kernels.quadratic.contract import Options
+    import torch
+    from torch import Tensor
 
-State = list[Tensor]
+    from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs
 
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    return_state: bool,
-    save: bool,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, State, State]:
-    if step.runs(q, k, cu_seqlens, initial_state):
-        return step.forward(q, k, v, key_mask, initial_state, options, return_state, plan)
-    if plan.form == "chunked" or initial_state:
-        plan = _scores_unless_chunked(plan)
-        return chunked.forward(q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, save, plan)
-    out, l = direct.forward(q, k, v, key_mask, cu_seqlens, options)
-    state = chunked.state_after(q, k, v, key_mask, cu_seqlens, options) if return_state else []
-    return out, l, state, []
+AnyInputs = TypeVar("AnyInputs", "ForwardInputs", "BackwardInputs")
 
 
-def saved_like(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    plan: Plan,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what `forward` saves."""
-    if step.runs(q, k, cu_seqlens, initial_state) or (plan.form != "chunked" and not initial_state):
+def forward(inputs: ForwardInputs) -> Outputs:
+    """Run the kernels of the form that `inputs.plan` names, or those of a few tokens beside a state."""
+    if step.runs(inputs.q, inputs.k, inputs.cu_seqlens, inputs.initial_state):
+        return step.forward(inputs)
+    if inputs.plan.form == "chunked" or inputs.initial_state:
+        return chunked.forward(_direct_unless_chunked(inputs))
+    out, l = direct.forward(inputs)
+    return out, l, chunked.state_after(inputs) if inputs.return_state else [], []
+
+
+def saved_like(inputs: ForwardInputs) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shapes and dtypes of what `forward` saves."""
+    is_step = step.runs(inputs.q, inputs.k, inputs.cu_seqlens, inputs.initial_state)
+    if is_step or (inputs.plan.form != "chunked" and not inputs.initial_state):
         return []
-    return chunked.saved_like(q, k, v, cu_seqlens, initial_state, options, _scores_unless_chunked(plan))
+    return chunked.saved_like(_direct_unless_chunked(inputs))
 
 
-def backward(
-    dout: Tensor,
-    dstate: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    l: Tensor,
-    saved: State,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    wanted: list[bool],
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, State]:
-    if plan.form == "chunked" or initial_state or dstate:
-        inputs = (dout, dstate, q, k, v, out, l, saved, key_mask, cu_seqlens, initial_state)
-        return chunked.backward(*inputs, options, wanted, _scores_unless_chunked(plan))
-    return *direct.backward(dout, q, k, v, out, l, key_mask, cu_seqlens, options, wanted), []
+def backward(inputs: BackwardInputs) -> Gradients:
+    """Run the backward kernels of the form that `inputs.plan` names."""
+    if inputs.plan.form == "chunked" or inputs.initial_state or inputs.dstate:
+        return chunked.backward(_direct_unless_chunked(inputs))
+    return *direct.backward(inputs), []
 
 
-def _scores_unless_chunked(plan: Plan) -> Plan:
-    """The recurrent form of one token is the direct form."""
-    return plan if plan.form == "chunked" else plan._replace(form="direct")
+def _direct_unless_chunked(inputs: AnyInputs) -> AnyInputs:
+    """Turn the recurrent form of one token into the direct form, which it is."""
+    return inputs if inputs.plan.form == "chunked" else inputs._replace(plan=inputs.plan._replace(form="direct"))
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str:

@@ -19,7 +19,7 @@ from linattn.kernels.common.gpu.architecture import architecture
 from linattn.kernels.common.gpu.launch import strides, with_unit_stride
 from linattn.kernels.common.gpu.numerics import TRITON_DTYPE, precision
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs, Plan
 from linattn.kernels.common.op.varlen import check_sequences
 from linattn.kernels.quadratic.contract import Options
 from linattn.kernels.quadratic.gpu import config, layout, sums
@@ -34,18 +34,9 @@ if TYPE_CHECKING:
 SHARE = config.Fold(32, 4, 2)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    return_state: bool,
-    save: bool,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, State, State]:
+def forward(inputs: ForwardInputs) -> Outputs:
+    """Compute the op's results."""
+    q, k, v, key_mask, cu_seqlens, initial_state, options, return_state, save, plan = inputs
     cu_seqlens = _checked(cu_seqlens, q.shape[2])
     call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
     out, l = empty_in_storage_order(call.q, v.shape[3]), empty_row_sums(call.q)
@@ -65,16 +56,9 @@ def forward(
     return out, l, state, [lost, *kept] if save and lost is not None else kept
 
 
-def saved_like(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    plan: Plan,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def saved_like(inputs: ForwardInputs) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what `forward` saves: which rows are lost to the sums, and sums if they are kept."""
+    q, k, v, _, cu_seqlens, initial_state, options, _, _, plan = inputs
     call = Call.of(q, k, v, None, cu_seqlens, initial_state, options, plan)
     found = [(tuple(q.shape[:3]), torch.uint8)] if call.guarded else []
     if keeps_sums(call):
@@ -84,29 +68,16 @@ def saved_like(
     return found
 
 
-def backward(
-    dout: Tensor,
-    dstate: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    l: Tensor,
-    saved: State,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    wanted: list[bool],
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, State]:
+def backward(inputs: BackwardInputs) -> Gradients:
+    """Compute the op's gradients."""
+    (dout, dstate, q, k, v, out, l, saved, key_mask, cu_seqlens, initial_state, options, needs_grad, plan) = inputs
     cu_seqlens = _checked(cu_seqlens, q.shape[2])
     call = Call.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
     dout = with_unit_stride(dout)
     lost, kept = (saved[0], saved[1:]) if call.guarded else (None, saved)
     rows = _share(call, dout, out, l, lost)
     dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
-    want_initial = wanted[3] and bool(initial_state)
+    want_initial = needs_grad[3] and bool(initial_state)
 
     def pull_queries(part: Part) -> None:
         some = part.its_call()
@@ -120,26 +91,25 @@ def backward(
         some, mine = part.its_call(), rows.of(part) | strides("dout", part.of(dout), "g")
         delta, after = mine["folded_delta_ptr"] if options.normalize else None, part.of_all(dstate)
         of_rows = sums.of_rows(some, mine["shared_ptr"], delta, after, keep=want_initial)
-        if wanted[1]:
+        if needs_grad[1]:
             _pull_keys(some, of_rows, mine, part.of(dk), of_values=False)
-        if wanted[2]:
+        if needs_grad[2]:
             _pull_keys(some, of_rows, mine, part.of(dv), of_values=True)
-        if call.guarded and (wanted[1] or wanted[2]):
-            _pull_lost_rows(some, mine, part.of(dk), part.of(dv), wanted)
+        if call.guarded and (needs_grad[1] or needs_grad[2]):
+            _pull_lost_rows(some, mine, part.of(dk), part.of(dv), needs_grad)
         return sums.state_gradients(some, of_rows, after) if want_initial else []
 
     def pull(part: Part) -> State:
-        if wanted[0]:
+        if needs_grad[0]:
             pull_queries(part)  # its sums are gone before the others are made
-        return pull_keys(part) if wanted[1] or wanted[2] or want_initial else []
+        return pull_keys(part) if needs_grad[1] or needs_grad[2] or want_initial else []
 
     return dq, dk, dv, joined((part, pull(part)) for part in parts(call))
 
 
-def state_after(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
-) -> State:
+def state_after(inputs: ForwardInputs) -> State:
     """The state of a call that began without one."""
+    q, k, v, key_mask, cu_seqlens, _, options, *_ = inputs
     call = Call.of(q, k, v, key_mask, cu_seqlens, [], options._replace(is_causal=False), Plan("direct", "triton"))
     return sums.state_after(call, sums.of_keys(call, [], keep=True), [])
 
@@ -207,13 +177,13 @@ def _pull_keys(call: Call, of_rows: sums.Sums, rows: dict[str, Any], gradient: T
     run_kernel(pull_folded_keys, (call.pieces(tiles, read.rows), call.Hkv), read, arguments)
 
 
-def _pull_lost_rows(call: Call, rows: dict[str, Any], dk: Tensor, dv: Tensor, wanted: list[bool]) -> None:
+def _pull_lost_rows(call: Call, rows: dict[str, Any], dk: Tensor, dv: Tensor, needs_grad: list[bool]) -> None:
     """Rows in steps of a tile of `_share`, which says where some are."""
     tile = call.row.lost
     tiles = triton.cdiv(call.k.shape[2], tile.BLOCK_T)
     arguments = call.constants() | call.pairs() | rows | dict(
         H=call.Hkv, tiles=tiles, lost_tiles=triton.cdiv(call.q.shape[2], SHARE.BLOCK_T), BLOCK_Q=SHARE.BLOCK_T,
-        BLOCK_K=tile.BLOCK_T, WANT_DK=wanted[1], WANT_DV=wanted[2], **strides("dk", dk), **strides("dv", dv),
+        BLOCK_K=tile.BLOCK_T, WANT_DK=needs_grad[1], WANT_DV=needs_grad[2], **strides("dk", dk), **strides("dv", dv),
         PRECISION=precision(call.q.dtype),
     )  # fmt: skip
     run_kernel(pull_lost_rows, (call.pieces(tiles, tile.BLOCK_T), call.Hkv), tile, arguments)

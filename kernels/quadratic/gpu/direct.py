@@ -10,39 +10,25 @@ from linattn.kernels.common.gpu.similarity import quadratic
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from linattn.kernels.quadratic.contract import Options
+    from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs
 
 
-def _problem(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
-) -> direct.DirectProblem:
-    is_causal, q_offset, scale, c0, c1, c2, normalize = options
+def _problem(inputs: ForwardInputs | BackwardInputs) -> direct.DirectProblem:
+    is_causal, q_offset, scale, c0, c1, c2, normalize = inputs.options
     similarity = quadratic(scale, (c0, c1, c2), normalize)
-    return direct.DirectProblem(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, similarity, normalize)
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.key_mask, inputs.cu_seqlens)
+    return direct.DirectProblem(*tensors, is_causal, q_offset, similarity, normalize)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    """Out and the row sums, without a state."""
-    return direct.forward(_problem(q, k, v, key_mask, cu_seqlens, options))
+def forward(inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
+    """Compute out and the row sums, without a state."""
+    return direct.forward(_problem(inputs))
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    l: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; those not wanted hold anything."""
-    problem = _problem(q, k, v, key_mask, cu_seqlens, options)
-    return direct.backward(problem, dout, out, l, (wanted[0], wanted[1], wanted[2]))
+def backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dq, dk, dv; those that are not needed hold anything."""
+    needs_dq, needs_dk, needs_dv, _ = inputs.needs_grad
+    return direct.backward(_problem(inputs), inputs.dout, inputs.out, inputs.l, (needs_dq, needs_dk, needs_dv))
 
 
 def describe(q: Tensor, v: Tensor) -> str:

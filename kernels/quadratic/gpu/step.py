@@ -18,14 +18,14 @@ from linattn.kernels.common.gpu.launch import block_size, strides
 from linattn.kernels.common.gpu.mainloop import weigh
 from linattn.kernels.common.gpu.numerics import round_to
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.quadratic.contract import Options, state_shapes
+from linattn.kernels.quadratic.contract import state_shapes
 from linattn.kernels.quadratic.gpu import config
 from linattn.kernels.quadratic.gpu.call import Call, run_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.common.op.stateful import ForwardInputs, Outputs
     from linattn.kernels.quadratic.gpu.layout import State
 
 STATE = ("n", "k_sum", "kk", "v_sum", "kv", "kkv")
@@ -39,16 +39,9 @@ def runs(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, initial_state: State) 
     return bool(initial_state) and cu_seqlens is None and few and queries <= config.STEP_QUERIES
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    initial_state: State,
-    options: Options,
-    return_state: bool,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, State, State]:
+def forward(inputs: ForwardInputs) -> Outputs:
+    """Compute the op's results in one pass over the state."""
+    q, k, v, key_mask, _, initial_state, options, return_state, _, plan = inputs
     call = Call.of(q, k, v, key_mask, None, initial_state, options, plan)
     B, H, Tq, D = call.q.shape
     Hkv, M, tile = call.Hkv, v.shape[3], call.row.step

@@ -14,7 +14,7 @@ import torch
 from linattn.bench.codegen import cases, command
 from linattn.cli.main import main
 from linattn.kernels.common.op.backend import INTERPRETED
-from linattn.kernels.recurrent.contract import CELLS, Arriving, Inputs, Walked, gates
+from linattn.kernels.recurrent.contract import CELLS, GradOutputs, ForwardInputs, Saved, gates
 
 if INTERPRETED:
     pytest.skip("kernels are interpreted here, not compiled: TRITON_INTERPRET=1", allow_module_level=True)
@@ -177,10 +177,10 @@ def test_steps_of_recurrence_compile_and_spill_nothing(cell: str, architecture: 
     B, H, G = 8, 256, gates(cell)
     h0, weight_h, c0 = meta(B, H), meta(G * H, H), meta(B, H) if cell == "lstm" else None
     lengths = torch.empty(B, device="meta", dtype=torch.int64)
-    given = Inputs(meta(B, 1, G * H), weight_h, h0, c0, lengths, cell)
+    given = ForwardInputs(meta(B, 1, G * H), weight_h, h0, c0, lengths, cell)
     with recording() as launches:
         all_h, last_h, _, *saved = gpu.forward(given, True)
-        gpu.backward(Arriving(all_h, last_h, c0), Walked(*given[1:5], all_h, *saved, cell))
+        gpu.backward(GradOutputs(all_h, last_h, c0), Saved(*given[1:5], all_h, *saved, cell))
     assert [each.kernel for each in launches] == [gpu.step, gpu.step_back]
     for each in launches:
         assert read(each, architecture).spill_bytes == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import linattn
 from linattn.kernels.common.op.backend import TRITON_ABSENT
-from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Plan
 from linattn.kernels.feature_map.contract import Options, state_shapes
 from linattn.testing import (
     LAYOUTS,
@@ -341,18 +341,19 @@ def test_every_configuration(architecture, wide, size):
 def test_number_of_launches(form, is_causal, with_state, packed, masked):
     """Two forward and three backward at most, with nothing but shapes to go by."""
     q, k, v = (x.to("meta") for x in inputs(keys=4096, heads=8, kv_heads=8))
-    state, wanted = [], [True, True, True, with_state]
+    state, needs_grad = [], [True, True, True, with_state]
     if with_state:
         sequences = len(PACKED) - 1 if packed else 1
         state = [torch.empty(shape, device="meta") for shape in state_shapes(sequences, 8, 18, 24)]
     masks = (torch.ones(1, 4096, dtype=bool, device="meta") if masked else None, PACKED.to("meta") if packed else None)
     options, plan = Options(is_causal, 0, 1.0, "elu+1", True), Plan(form, "triton")
     with recording() as forward, as_architecture("sm_90"):
-        out, row_sums, after, _ = launcher.forward(q, k, v, *masks, state, options, with_state, True, plan)
-    with recording() as backward, as_architecture("sm_90"):
-        launcher.backward(
-            torch.empty_like(out), after[1:], q, k, v, out, row_sums, [], *masks, state, options, wanted, plan
+        out, row_sums, after, _ = launcher.forward(
+            ForwardInputs(q, k, v, *masks, state, options, with_state, True, plan)
         )
+    with recording() as backward, as_architecture("sm_90"):
+        tensors = (torch.empty_like(out), after[1:], q, k, v, out, row_sums, [])
+        launcher.backward(BackwardInputs(*tensors, *masks, state, options, needs_grad, plan))
     assert 1 <= len(forward) <= 2
     assert 1 <= len(backward) <= 3
 

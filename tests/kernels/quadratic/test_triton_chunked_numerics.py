@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.stateful import ForwardInputs, Plan
 from linattn.kernels.quadratic.contract import Options
 from linattn.testing import assert_matches_truth, condition_number, make_key_mask, row_errors, truth_quadratic
 from tests.support.quadratic_calls import DTYPES, chunked, inputs, state_of, truth
@@ -29,7 +29,9 @@ def lost_rows(*arguments: Any, **options: Any) -> int:
     from linattn.kernels.quadratic.gpu import chunked as kernels
 
     how = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True)._replace(**options)
-    _, _, _, saved = kernels.forward(*arguments, None, None, [], how, False, True, Plan("chunked", "triton"))
+    _, _, _, saved = kernels.forward(
+        ForwardInputs(*arguments, None, None, [], how, False, True, Plan("chunked", "triton"))
+    )
     return int(saved[0].sum())
 
 

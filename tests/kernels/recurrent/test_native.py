@@ -118,8 +118,8 @@ def test_opcheck(cell: str, lengths: Tensor | None) -> None:
     inputs = (projected, weight, h0, c0[0] if c0 else None, lengths, cell)
     torch.library.opcheck(torch.ops.linattn.recurrent_fwd.default, (*inputs, True, "native"))
     all_h, last_h, last_c, *kept = torch.ops.linattn.recurrent_fwd(*inputs, True, "native")
-    arriving = (None, last_h, last_c if c0 else None)
-    backward = (*arriving, *inputs[1:5], all_h, *kept, cell, "native")
+    grad_outputs = (None, last_h, last_c if c0 else None)
+    backward = (*grad_outputs, *inputs[1:5], all_h, *kept, cell, "native")
     torch.library.opcheck(torch.ops.linattn.recurrent_bwd.default, backward)
 
 
