@@ -146,6 +146,7 @@ def test_without_labels_the_encoder_trains_and_the_probe_refuses(
     assert "the set 'file' has no labels" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_figures_of_a_run_of_images(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     pytest.importorskip("sklearn", reason="the handwritten digits need scikit-learn")
@@ -234,6 +235,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_the_same(
     assert "cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pinned_table_of_the_synthetic_set(tmp_path: Path) -> None:
     """The whole set and training, one repeat. At k = 5 chance decides which of the equal directions are found."""
     words = ("--k", 5, 20, 100, 500, "--models", "linear", "--objectives", "vanilla", "--repeats", 1, "--workers", 2)

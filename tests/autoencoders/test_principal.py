@@ -105,6 +105,7 @@ def course(k: int) -> tuple[Tensor, Tensor, float, float]:
     return decoder, x, model.loss(x).item(), principal_components(x, k).variances[k:].sum().item()
 
 
+@pytest.mark.slow
 def test_equal_variances_have_one_loss_and_no_directions() -> None:
     """At k = 5 of 20 equal variances the loss agrees while the angle says nothing; at k = 20 both agree."""
     decoder, x, loss, bound = course(5)

@@ -41,6 +41,7 @@ def squares(q_ptr, k_ptr, v_ptr, out_ptr, N, BLOCK_Q: tl.constexpr, BLOCK_K: tl.
     tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], acc)
 
 
+@pytest.mark.slow
 def test_required_kernels_stay_within_their_limits() -> None:
     report = command.collect(command.ARCHITECTURES, command.OPERATIONS, required_only=True)
     assert len(report["rows"]) >= 25
@@ -166,6 +167,7 @@ def test_command_refuses_what_it_does_not_know(words: list[str], capsys: pytest.
     assert capsys.readouterr().err.startswith("linattn: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_steps_of_recurrence_compile_and_spill_nothing(cell: str, architecture: str) -> None:

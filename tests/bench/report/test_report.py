@@ -182,6 +182,7 @@ def test_bad_marks_are_named(text: str, error: type[Exception], message: str, tm
         marked_tables.updated(text, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_tables_of_this_repository_equal_the_files(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

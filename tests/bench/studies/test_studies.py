@@ -43,6 +43,7 @@ def claims_in(out: Path) -> list[dict[str, object]]:
     return claims
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_study_holds_what_it_claims(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = run_study(name, tmp_path / "out", *SMALL[name])

@@ -87,6 +87,7 @@ def test_the_state_of_a_recall_model_is_what_decoding_keeps() -> None:
     assert held("softmax", 64) < held("quadratic,softmax", 256) < held("softmax", 256)
 
 
+@pytest.mark.slow
 def test_the_recall_study_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def test_the_recall_study_goes_on_where_it_was_interrupted(
     assert all(0 <= share <= 1 for share in results["accuracy"].values())
 
 
+@pytest.mark.slow
 def test_recall_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["study", "recall", "--out", str(tmp_path), "--kernels", "elu+1", "--sizes", "8", "--steps", "2"]
     assert main([*words, "--device", "cpu", "--workers", "2"]) == 0
@@ -140,6 +142,7 @@ def test_a_run_that_never_left_the_plateau_is_named_and_does_not_count_as_forget
     assert [list(line.get_ydata()) for line in lines] == [[50, 90], [50], [45], [90], [4]]
 
 
+@pytest.mark.slow
 def test_recall_is_learned_by_softmax(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Four pairs among eight symbols, in a few seconds."""
     monkeypatch.setattr(recall, "CELLS", (Cell(4, 16),))

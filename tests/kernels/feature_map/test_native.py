@@ -152,6 +152,7 @@ def test_direct_is_refused_by_name_and_found_elsewhere_by_auto() -> None:
     assert linattn.explain(q, k, v, kernel="elu+1", form="direct").backend == "reference"
 
 
+@pytest.mark.slow
 def test_every_instruction_set(again_on_an_instruction_set: Any) -> None:
     again = again_on_an_instruction_set("(test_outputs and 49) or test_every_map or test_every_layout or test_queries")
     assert again.status == 0 and again.passed > 0, again.printed

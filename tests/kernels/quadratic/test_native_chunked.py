@@ -153,6 +153,7 @@ def test_threads_and_concurrent_callers_give_the_same_bits(count, threads, concu
             assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_every_instruction_set(again_on_an_instruction_set):
     again = again_on_an_instruction_set(
         "test_head_sizes or test_unequal_lengths or test_states or (test_dtypes and transposed)"

@@ -184,6 +184,7 @@ def test_threads_and_concurrent_callers(batch, heads, count, threads, concurrent
             assert all(torch.equal(a, b) for a, b in zip(state_again, after, strict=True))
 
 
+@pytest.mark.slow
 def test_every_instruction_set(again_on_an_instruction_set):
     again = again_on_an_instruction_set(
         "test_head_sizes or test_lengths or test_packed or (test_dtypes and transposed)"

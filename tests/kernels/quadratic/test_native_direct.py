@@ -230,6 +230,7 @@ print(json.dumps([here, there]))
     assert here == there
 
 
+@pytest.mark.slow
 def test_every_instruction_set(again_on_an_instruction_set: Any) -> None:
     """Sizes at the edges of vectors, panels and strips."""
     again = again_on_an_instruction_set(

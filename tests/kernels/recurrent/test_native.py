@@ -178,6 +178,7 @@ def _capabilities() -> list[str]:
     return capabilities()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("LINATTN_CPU_CAPABILITY" in os.environ, reason="this is the inner run")
 @pytest.mark.parametrize("capability", [c for c in _capabilities() if c != "amx"])
 def test_every_instruction_set(capability: str) -> None:

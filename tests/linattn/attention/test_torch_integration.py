@@ -169,6 +169,7 @@ def test_compiles_in_one_graph_forward_and_backward(name: str, layout: Layout) -
         assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor() -> None:
     """Neighbouring code is fused around the op; a fused projection gives it strided views."""
     weight = torch.randn(16, 3 * 16) / 4

@@ -47,6 +47,7 @@ def loss_and_gradients(call: Any, model: CausalLM, tokens: Tensor) -> list[Tenso
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_language_model_is_one_graph_compiled_once_for_all_lengths(name: str) -> None:
     model = make_model(**KERNELS[name])
@@ -71,6 +72,7 @@ def test_a_length_marked_dynamic_is_compiled_once() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_the_language_model_compiles_to_machine_code() -> None:
     model = make_model(kernel="quadratic", form="chunked")
     compiled = torch.compile(model.loss, fullgraph=True, dynamic=True)

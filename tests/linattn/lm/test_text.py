@@ -138,6 +138,7 @@ def test_trigram_refuses_bad_input() -> None:
         trigram_loss(torch.arange(5), torch.arange(3))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="the data folder is not here")
 def test_trigram_of_the_real_text() -> None:
     text = Characters.from_file(SHAKESPEARE)

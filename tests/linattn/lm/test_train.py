@@ -136,6 +136,7 @@ def test_ctrl_c_from_outside_saves_and_exits_130(text: Path, tmp_path: Path) -> 
     assert read_checkpoint(out / "checkpoint.pt")["step"] >= 15
 
 
+@pytest.mark.slow
 def test_a_resumed_run_can_be_made_longer_but_not_other(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,6 +53,7 @@ def test_digits_are_normalised() -> None:
     assert digits.labels.bincount().min() > 170
 
 
+@pytest.mark.slow
 def test_the_deeper_plain_network_trains_worse_and_the_deeper_residual_one_does_not() -> None:
     pytest.importorskip("sklearn", reason="the handwritten digits need scikit-learn")
     digits = load_digits()
