@@ -1,5 +1,7 @@
 # make demo     from nothing to the measured crossover: set-up, then bench/crossover/command.py --quick
-# make test     set-up, then every test that this machine can run
+# make test     set-up, then the first tier of the tests: under 8 minutes on two cores
+# make test-all the first tier, then what it leaves out: test-slow (second looks, minutes of training, installs, several
+#               processes) and interpreter (the Triton kernels, interpreted)
 # make bench    time the kernels (pytest --benchmark)
 # make gpu      every test and measurement for a CUDA device, under 9 minutes (REHEARSE=1: the same on the CPU, tiny)
 # make triton36 the kernels' gate and their tests in the interpreter, with Triton 3.6.0 instead of the one that is there
@@ -30,14 +32,29 @@ NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/*,kernels/$(depth)
 CXX_FILES := $(filter %.cpp %.hpp,$(NATIVE)) $(wildcard tests/kernels/native/*.?pp)
 ROOMS := kernels autoencoders rnn bench
 
-.PHONY: demo test bench gpu triton36 transformers4 lint lint-cpp contract types docs clean setup tree
+.PHONY: demo test test-slow test-all interpreter bench gpu triton36 transformers4 lint lint-cpp contract types docs
+.PHONY: clean setup tree
 .DEFAULT_GOAL := test
 
 demo: $(READY)
 	$(PY) bench/crossover/command.py --quick $(ARGS)
 
+# One worker a core, two at least, where pytest-xdist is there. ARGS come last and win: make test ARGS="-n 0 -k names".
+TEST = $(PY) -m pytest $(if $(shell $(PY) -c 'import xdist' 2>&1),,-n auto --dist $(DIST)) --durations=20
+DIST := worksteal
+
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	$(TEST) $(ARGS)
+
+# A file stays with one worker, which then builds the distributions, and the like, once.
+test-slow: DIST := loadfile
+test-slow: $(READY)
+	$(TEST) -m 'slow or install or torchrun' $(ARGS)
+
+interpreter: $(READY)
+	TRITON_INTERPRET=1 $(TEST) tests/kernels -k triton $(ARGS)
+
+test-all: test test-slow interpreter
 
 bench: $(READY)
 	$(PY) -m pytest --benchmark $(ARGS)
