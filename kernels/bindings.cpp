@@ -161,7 +161,7 @@ NB_MODULE(_native, module) {
         "capability", [] { return linattn::isa_name(linattn::selected_isa()); },
         "The instruction set that kernels run on: LINATTN_CPU_CAPABILITY, or the best that this machine has.");
     module.def("capabilities", &linattn::supported_isas, "What LINATTN_CPU_CAPABILITY accepts on this machine.");
-    nb::class_<linattn::AttentionProblem>(module, "Problem", "An attention call, as every op takes it.")
+    nb::class_<linattn::AttentionProblem>(module, "AttentionProblem", "An attention call, as every op takes it.")
         .def("__init__", &make_problem);
     nb::class_<linattn::quadratic::Options>(module, "QuadraticOptions").def("__init__", &make_quadratic_options);
     nb::class_<linattn::feature_map::Options>(module, "FeatureMapOptions").def("__init__", &make_feature_map_options);

@@ -13,7 +13,7 @@ class BuildInfo(TypedDict):
 _Strided = tuple[int, ...]
 _Addresses = list[int]
 
-class Problem:
+class AttentionProblem:
     def __init__(
         self,
         dtype: int,
@@ -41,7 +41,7 @@ class FeatureMapOptions:
 class _Forward(Protocol[_Options]):
     def __call__(
         self,
-        problem: Problem,
+        problem: AttentionProblem,
         options: _Options,
         out: _Strided,
         l: int,
@@ -53,7 +53,7 @@ class _Forward(Protocol[_Options]):
 class _Backward(Protocol[_Options]):
     def __call__(
         self,
-        problem: Problem,
+        problem: AttentionProblem,
         options: _Options,
         out: _Strided,
         l: int,
@@ -86,8 +86,8 @@ def recurrent_backward(
     sizes: tuple[int, ...],
     shared: _Addresses,
     threads: int,
-    arriving: _Addresses,
-    wanted: _Addresses,
+    grad_outputs: _Addresses,
+    grad_inputs: _Addresses,
     /,
 ) -> None: ...
 def capability() -> str: ...

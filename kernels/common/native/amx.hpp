@@ -145,13 +145,15 @@ struct StripView {
 };
 
 // Rows as A tiles of X: [columns / 32][2][tile].
-LINATTN_INLINE void pack_rows(const StripView& x, int columns, Bf16* to) {
+LINATTN_INLINE void pack_rows(const StripView& x, int columns, Bf16* __restrict to) {
+    LINATTN_ASSERT(columns % 32 == 0 && columns >= x.width);
     for (int c = 0; c < columns; c += 32)
         for (int r = 0; r < 32; ++r, to += 32) store_words(to, x.row(r, c));
 }
 
 // Rows as B tiles of X^T: [2][columns / 32][tile].
-LINATTN_INLINE void pack_transposed(const StripView& x, int columns, Bf16* to) {
+LINATTN_INLINE void pack_transposed(const StripView& x, int columns, Bf16* __restrict to) {
+    LINATTN_ASSERT(columns % 32 == 0 && columns >= x.width);
     for (int r0 = 0; r0 < 32; r0 += 16)
         for (int c = 0; c < columns; c += 32, to += tile) {
             __m512i words[16];
@@ -164,7 +166,8 @@ LINATTN_INLINE void pack_transposed(const StripView& x, int columns, Bf16* to) {
 }
 
 // Rows as B tiles of X: [columns / 16][tile].
-LINATTN_INLINE void pack_pairs(const StripView& x, int columns, Bf16* to) {
+LINATTN_INLINE void pack_pairs(const StripView& x, int columns, Bf16* __restrict to) {
+    LINATTN_ASSERT(columns % 32 == 0 && columns >= x.width);
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));

@@ -26,4 +26,26 @@ struct AttentionBackwardCall : AttentionCall<Options, State> {
     const State* dbefore = nullptr;  // n is null; null: not asked for
 };
 
+// Preconditions, checked where a call enters: in <op>.cpp, which is compiled once.
+
+inline void check(const AttentionProblem& p) {
+    LINATTN_ASSERT(p.H >= 1 && p.Hkv >= 1 && p.H % p.Hkv == 0 && p.D >= 1 && p.M >= 1 && p.threads >= 1);
+    LINATTN_ASSERT(p.q.data != nullptr && p.k.data != nullptr && p.v.data != nullptr);
+    LINATTN_ASSERT(p.cu_seqlens == nullptr ? p.sequences == p.B : p.B == 1 && p.Tq == p.Tk);
+    for (Index s = 0; p.cu_seqlens != nullptr && s < p.sequences; ++s)
+        LINATTN_ASSERT(0 <= p.cu_seqlens[s] && p.cu_seqlens[s] <= p.cu_seqlens[s + 1] && p.cu_seqlens[s + 1] <= p.Tk);
+}
+
+template <class Options, class State>
+void check(const AttentionForwardCall<Options, State>& call) {
+    check(call.problem);
+    LINATTN_ASSERT(call.out.data != nullptr && call.l != nullptr && call.chunk >= 0);
+}
+
+template <class Options, class State>
+void check(const AttentionBackwardCall<Options, State>& call) {
+    check(call.problem);
+    LINATTN_ASSERT(call.out.data != nullptr && call.l != nullptr && call.dout.data != nullptr && call.chunk >= 0);
+}
+
 }  // namespace linattn

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linattn._native import Problem, capability
+from linattn._native import AttentionProblem, capability
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
 from linattn.kernels.common.op.stateful import sequence_count
 from linattn.kernels.common.op.varlen import sequence_bounds
@@ -23,9 +23,9 @@ NOT_NEEDED = (0,) * 5
 
 
 class NativeCall(NamedTuple):
-    """A call's `_native.Problem`, and the tensors that must outlive it."""
+    """A call's `_native.AttentionProblem`, and the tensors that must outlive it."""
 
-    problem: Problem
+    problem: AttentionProblem
     tensors: tuple[Tensor | None, ...]
 
 
@@ -41,7 +41,7 @@ def prepare(
         sequences = cu_seqlens.shape[0] - 1
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     key_mask = None if key_mask is None else key_mask.contiguous()
-    problem = Problem(
+    problem = AttentionProblem(
         DTYPES[q.dtype], (B, H, Hkv, Tq, Tk, D, M), strided(q), strided(k), strided(v), address(key_mask),
         address(cu_seqlens), sequences, options.is_causal, options.q_offset, options.scale, options.normalize,
         torch.get_num_threads(),

@@ -14,5 +14,5 @@ namespace linattn {
 #define LINATTN_ASSERT(condition) \
     (static_cast<bool>(condition) ? void() : ::linattn::fail_assertion(#condition, __FILE__, __LINE__))
 #else
-#define LINATTN_ASSERT(condition) void()
+#define LINATTN_ASSERT(condition) static_cast<void>(true || (condition))
 #endif

@@ -7,8 +7,8 @@ namespace linattn::LINATTN_ISA {
 
 // acc[r][w] += sum over i < n of a[r * row + i * step] * b[i * stride + w * width].
 template <int R, int W>
-LINATTN_INLINE void multiply_add(Vec (&acc)[R][W], const float* a, Index row, Index step, const float* b, Index stride,
-                                 int n) {
+LINATTN_INLINE void multiply_add(Vec (&acc)[R][W], const float* __restrict a, Index row, Index step,
+                                 const float* __restrict b, Index stride, int n) {
     for (int i = 0; i < n; ++i) {
         Vec right[W];
 #pragma GCC unroll 8
@@ -91,16 +91,20 @@ LINATTN_INLINE void compute_panels(const Product (&products)[terms], int rows, I
     }
 }
 
-// c [rows][columns] = (or, to add, +=) the sum of the products. columns is a multiple of width, and rows of 2.
+// c [rows][columns] = (or, to add, +=) the sum of the products. columns is a multiple of width, and rows of 2; c is no
+// part of a or b.
 template <int terms>
-void multiply(const Product (&products)[terms], int rows, Index columns, float* c, Index c_stride, bool add) {
+void multiply(const Product (&products)[terms], int rows, Index columns, float* __restrict c, Index c_stride,
+              bool add) {
+    LINATTN_ASSERT(rows >= 0 && rows % 2 == 0 && columns >= 0 && columns % width == 0 && c_stride >= columns);
     compute_panels(products, rows, columns, c, c_stride, add);
 }
 
 // c += one product whose row and step the compiler knows, which makes every address in the inner loop a constant.
 template <Index row, Index step>
-void add_product(const float* a, const float* b, Index stride, Index n, Index seen, int rows, float* c, Index c_stride,
-                 Index columns) {
+void add_product(const float* __restrict a, const float* __restrict b, Index stride, Index n, Index seen, int rows,
+                 float* __restrict c, Index c_stride, Index columns) {
+    LINATTN_ASSERT(rows >= 0 && rows % 2 == 0 && n >= 0 && columns >= 0 && columns % width == 0);
     compute_panels<1>({{a, row, step, b, stride, n, seen}}, rows, columns, c, c_stride, true);
 }
 

@@ -47,7 +47,7 @@ LINATTN_INLINE void prefetch_row(const RowView& from, Index r, Index n) {
 
 // to[0 .. round_up<width>(n)) = factor * from[0 .. n), then zeros.
 template <class T>
-LINATTN_INLINE void load_row(const T* from, Index n, float factor, float* to) {
+LINATTN_INLINE void load_row(const T* __restrict from, Index n, float factor, float* __restrict to) {
     Index i = 0;
     for (; i + width <= n; i += width) store(to + i, factor * load(from + i));
     if (i < n) store(to + i, factor * load_first(from + i, static_cast<int>(n - i)));
@@ -58,7 +58,8 @@ LINATTN_INLINE void clear(float* to, Index n) { __builtin_memset(to, 0, static_c
 // to[r][0 .. round_up<width>(n)) = factor * row r for r < count, zeros up to row `rows` and where keep[r] is false:
 // whatever a row that does not count holds, NaN included, goes no further. keep may be null.
 inline void pack_rows(const RowView& from, Index count, Index n, float factor, const bool* keep, Index rows,
-                      float* to) {
+                      float* __restrict to) {
+    LINATTN_ASSERT(count >= 0 && rows >= count && (count == 0 || from.data != nullptr));
     const Index stride = round_up<width>(n);
     dispatch_dtype(from.dtype, [&]<class T>(T) {
         for (Index r = 0; r < count; ++r) {
@@ -95,7 +96,9 @@ LINATTN_INLINE void transpose(Vec (&square)[width]) {
 
 // to[i][c] = factor * row c at i, for i < n and c < key_block; zeros from row `count` <= key_block on and where keep[c]
 // is false. keep may be null.
-inline void pack_transposed(const RowView& from, Index count, Index n, float factor, const bool* keep, float* to) {
+inline void pack_transposed(const RowView& from, Index count, Index n, float factor, const bool* keep,
+                            float* __restrict to) {
+    LINATTN_ASSERT(count >= 0 && count <= key_block && (count == 0 || from.data != nullptr));
     dispatch_dtype(from.dtype, [&]<class T>(T) {
         const T* rows = static_cast<const T*>(from.data);
         for (Index c = 0; c < key_block; c += width) {
@@ -118,7 +121,8 @@ inline void pack_transposed(const RowView& from, Index count, Index n, float fac
 }
 
 // Row r of `to` = factor * from[0 .. n).
-LINATTN_INLINE void store_row(const float* from, Index n, float factor, const RowView& to, Index r) {
+LINATTN_INLINE void store_row(const float* __restrict from, Index n, float factor, const RowView& to, Index r) {
+    LINATTN_ASSERT(to.data != nullptr);
     dispatch_dtype(to.dtype, [&]<class T>(T) {
         T* row = static_cast<T*>(to.data) + r * to.stride;
         Index i = 0;
@@ -130,7 +134,8 @@ LINATTN_INLINE void store_row(const float* from, Index n, float factor, const Ro
 // Row r of `to` = from[0 .. n) / l, and 0 where l <= 0: such a row saw no key, or lost its sum to cancellation.
 // Divided by one reciprocal and corrected by the remainder, which is as exact as a division and far from as slow;
 // divided indeed where the reciprocal leaves the normal numbers.
-LINATTN_INLINE void store_quotient(const float* from, Index n, float l, const RowView& to, Index r) {
+LINATTN_INLINE void store_quotient(const float* __restrict from, Index n, float l, const RowView& to, Index r) {
+    LINATTN_ASSERT(to.data != nullptr);
     const bool ordinary = l > 1e-30f && l < 1e30f;
     const float divisor = l <= 0 ? __builtin_inff() : l, reciprocal = 1 / divisor;
     const auto divided = [&](Vec x) {

@@ -7,7 +7,14 @@ LINATTN_DECLARE_FOR_EACH_ISA(feature_map, void backward(const linattn::feature_m
 
 namespace linattn::feature_map {
 
-void forward(const ForwardCall& call) { LINATTN_DISPATCH_ISA(feature_map::forward, call); }
-void backward(const BackwardCall& call) { LINATTN_DISPATCH_ISA(feature_map::backward, call); }
+void forward(const ForwardCall& call) {
+    check(call);
+    LINATTN_DISPATCH_ISA(feature_map::forward, call);
+}
+
+void backward(const BackwardCall& call) {
+    check(call);
+    LINATTN_DISPATCH_ISA(feature_map::backward, call);
+}
 
 }  // namespace linattn::feature_map

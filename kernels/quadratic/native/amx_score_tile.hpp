@@ -122,6 +122,7 @@ LINATTN_INLINE void make_similarities(const ScorePolynomial& w, const float* y, 
 template <bool Completed>
 inline void attend(const ScorePolynomial& w, const TileSizes& size, const Bf16* q, const PackedKeys& keys, Index count,
                    Index seen, float* acc, float* sums) {
+    LINATTN_ASSERT(size.D % 32 == 0 && size.M % 32 == 0 && count >= 0 && count <= keys_at_once);
     const Index visible = min(count, seen + 31);
     if (visible <= 0) return;
     alignas(64) float start[16], y[2][32 * 64];

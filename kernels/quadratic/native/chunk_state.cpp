@@ -89,6 +89,7 @@ void ChunkState::store_state(Index part, const State& state, Index index, const 
 }
 
 void ChunkState::update(Index part, const StateUpdate& rows, const FeatureWeights& weights) {
+    LINATTN_ASSERT(0 <= part && part < parts() && rows.rows <= tile_width);
     if (is_moments(part))
         return add_outer(rows.moment_x, rows.moment, round_up<width>(D_), rows.rows, moment_rows(), round_up<width>(D_),
                          block(part), moment_rows());

@@ -43,7 +43,9 @@ LINATTN_INLINE void for_features(Index f0, Index f1, const FeatureWeights& weigh
 }
 
 // phi[f - f0] = weighted feature f of the tile x.
-inline void make_features(const float* x, Index f0, Index f1, const FeatureWeights& weights, float* phi) {
+inline void make_features(const float* __restrict x, Index f0, Index f1, const FeatureWeights& weights,
+                          float* __restrict phi) {
+    LINATTN_ASSERT(0 <= f0 && f0 <= f1);
     for_features(f0, f1, weights, [&](Index f, Index a, Index b0, Index b1, float weight) {
         float* to = phi + (f - f0) * tile_width;
         for (int c = 0; c < tile_width; c += lane_group) {
@@ -60,8 +62,9 @@ inline void make_features(const float* x, Index f0, Index f1, const FeatureWeigh
 }
 
 // dx' += the gradient to x' of the sum over f of t[f - f0] times weighted feature f. Line 0 of dx' is not kept.
-inline void accumulate_feature_dx(const float* x, const float* t, Index f0, Index f1, const FeatureWeights& weights,
-                                  float* dx) {
+inline void accumulate_feature_dx(const float* __restrict x, const float* __restrict t, Index f0, Index f1,
+                                  const FeatureWeights& weights, float* __restrict dx) {
+    LINATTN_ASSERT(0 <= f0 && f0 <= f1);
     for_features(f0, f1, weights, [&](Index f, Index a, Index b0, Index b1, float weight) {
         if (a == 0) return;
         const float *from = t + (f - f0) * tile_width, both = b0 == a ? 2 * weight : weight;

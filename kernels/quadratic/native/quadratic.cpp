@@ -11,6 +11,7 @@ LINATTN_DECLARE_FOR_EACH_ISA(quadratic, void backward(const linattn::quadratic::
 namespace linattn::quadratic {
 
 void forward(const ForwardCall& call) {
+    check(call);
 #if defined(LINATTN_X86)
     if (selected_isa() >= Isa::amx && isa_amx::quadratic::supports(call)) return isa_amx::quadratic::forward(call);
 #endif
@@ -18,6 +19,7 @@ void forward(const ForwardCall& call) {
 }
 
 void backward(const BackwardCall& call) {
+    check(call);
 #if defined(LINATTN_X86)
     if (selected_isa() >= Isa::amx && isa_amx::quadratic::supports(call)) return isa_amx::quadratic::backward(call);
 #endif

@@ -146,6 +146,7 @@ void load_key_mask(const bool* keep, Index count, std::int32_t* key_mask) {
 
 void accumulate_out(const ScorePolynomial& f, const float* x, Index D, Index M, const KeyBlock& keys, Index last,
                     int rows, float* acc, float* l) {
+    LINATTN_ASSERT(rows % strip_rows == 0 && keys.count >= 0 && keys.count <= key_block);
     const bool plain = is_plain(f), whole = all_set(keys.key_mask);
     for (int r = 0; r < rows; r += strip_rows) {
         if (last + r + strip_rows <= 0) continue;
@@ -160,6 +161,7 @@ void accumulate_out(const ScorePolynomial& f, const float* x, Index D, Index M, 
 
 void accumulate_gradients(const ScorePolynomial& f, const QueryTile& queries, int count, Index D, Index M,
                           const KeyGradientBlock& keys, Index last) {
+    LINATTN_ASSERT(count % strip_rows == 0 && count <= gradient_rows && keys.count <= key_block);
     if (last + count <= 0) return;
     const int blind = last < 0 ? static_cast<int>(-last) / strip_rows * strip_rows : 0;
     const int near = static_cast<int>(min<Index>(last + blind, key_block));
