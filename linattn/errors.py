@@ -6,7 +6,7 @@ All inherit `LinattnError` and the builtin that a PyTorch user would expect to c
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,10 +61,36 @@ class CheckpointError(LinattnError, RuntimeError):
     """A checkpoint cannot be read or written. An earlier checkpoint is never damaged by a failed write."""
 
 
+ErrorType = TypeVar("ErrorType", bound=LinattnError)
+
+
+def refusal(error: type[ErrorType], failed: str, *, given: object, accepted: object) -> ErrorType:
+    """Build an error in the one grammar of this library: what failed; given: ...; accepted: ...
+
+    Args:
+        error: its type.
+        failed: what cannot be, without a full stop.
+        given: the values that were given, as they are to be read.
+        accepted: what would have been accepted, or the way out.
+
+    Example:
+        >>> str(refusal(ArgumentError, "chunk is too small", given=0, accepted="an int of at least 1"))
+        'chunk is too small; given: 0; accepted: an int of at least 1'
+    """
+    return error(f"{failed}; given: {given}; accepted: {accepted}")
+
+
 def unknown_name(
     what: str, given: object, accepted: Iterable[str], error: type[LinattnError] = ArgumentError
 ) -> LinattnError:
-    """Build the error for a name that is not in a list, suggesting the nearest one."""
+    """Build the error for a name that is not in a list, suggesting the nearest one.
+
+    Args:
+        what: the kind of name, such as "kernel".
+        given: the name that was given.
+        accepted: the names that exist.
+        error: the type of the error.
+    """
     names = sorted(accepted)
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
