@@ -18,9 +18,9 @@ SUITE = BENCH / "suite"
 # An installed linattn comes first.
 sys.path.append(str(ROOT))
 
-# Workers of `-n` share the cores. Threads that wait by spinning take them from another worker's: with two workers of two
-# threads on two busy cores the same tests took 108 s of CPU time, and 40 s once they sleep. Two threads, since that is
-# what teams are tested with. It stands here because OpenMP reads it when a worker loads torch.
+# Workers of `-n` share the cores. Threads that wait by spinning take them from another worker's: with two workers of
+# two threads on two busy cores, some tests took 108 s of CPU time, and 40 s once they slept. Two threads, since that
+# is what teams are tested with. It stands here because OpenMP reads it when a worker loads torch.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,6 +33,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the benchmarks."""
     group = parser.getgroup("linattn benchmarks")
     group.addoption("--benchmark", action="store_true", help="measure bench/suite/ instead of running the tests")
     group.addoption(
@@ -51,6 +52,7 @@ def _measuring(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Let the benchmark plugin in when something is to be measured."""
     if not _measuring(config):
         return
     if config.getoption("numprocesses", None):
@@ -64,12 +66,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out bench/ for tests, and tests/ for benchmarks."""
     if _measuring(config):
         return True if collection_path == ROOT / "tests" else None
     return True if collection_path == BENCH or BENCH in collection_path.parents else None
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collect the files of the suite, whose names are not those of tests."""
     # A file that was named on the command line is collected by pytest itself.
     named = parent.session.isinitpath(file_path)
     if _measuring(parent.config) and not named and file_path.parent == SUITE and file_path.match("bench_*.py"):
@@ -79,6 +83,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip benchmarks that were named on the command line without the option."""
     if _measuring(config):
         return
     for item in items:

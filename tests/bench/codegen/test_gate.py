@@ -14,7 +14,7 @@ import torch
 from linattn.bench.codegen import cases, command
 from linattn.cli.main import main
 from linattn.kernels.common.op.backend import INTERPRETED
-from linattn.kernels.recurrent.contract import CELLS, GradOutputs, ForwardInputs, Saved, gates
+from linattn.kernels.recurrent.contract import CELLS, ForwardInputs, GradOutputs, Saved, gates
 
 if INTERPRETED:
     pytest.skip("kernels are interpreted here, not compiled: TRITON_INTERPRET=1", allow_module_level=True)

@@ -158,5 +158,6 @@ def test_every_instruction_set(again_on_an_instruction_set):
     again = again_on_an_instruction_set(
         "test_head_sizes or test_unequal_lengths or test_states or (test_dtypes and transposed)"
     )
-    assert again.status == 0 and again.passed > 0, again.printed
+    assert again.status == 0, again.printed
+    assert again.passed > 0, again.printed
     assert again.used == again.wanted

@@ -139,13 +139,13 @@ def test_compiles_in_one_graph() -> None:
 
 def test_what_the_native_recurrence_refuses() -> None:
     tensors = drawn("tanh", 2, 3, 4)
-    with pytest.raises(BackendError, match="float64.*backend='auto' can"):
+    with pytest.raises(BackendError, match=r"float64.*backend='auto' can"):
         recur(*(t.double() for t in tensors[:2]), backend="native")
     with pytest.raises(BackendError, match="function"):
         recur(*tensors[:2], cell=torch.sin, backend="native")
     with pytest.raises(BackendError, match="kept"):
         recur(*tensors[:2], kept=[], backend="native")
-    with pytest.raises(BackendError, match="'cuda'.*accepted: .*'native', 'reference', 'triton'"):
+    with pytest.raises(BackendError, match=r"'cuda'.*accepted: .*'native', 'reference', 'triton'"):
         recur(*tensors[:2], backend="cuda")
     leaf = tensors[0].clone().requires_grad_()
     all_h, _ = recur(leaf, tensors[1], backend="native")

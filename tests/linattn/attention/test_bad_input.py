@@ -238,7 +238,7 @@ def test_unknown_names_suggest_the_nearest() -> None:
     )
     _assert_refuses(ArgumentError, lambda: linattn.explain(Q, K, V, kernel="sofmax"), "sofmax", "mean 'softmax'")
     with (
-        pytest.raises((BackendError, ArgumentError), match="refrence.*mean 'reference'"),
+        pytest.raises((BackendError, ArgumentError), match=r"refrence.*mean 'reference'"),
         linattn.use_backend("refrence"),
     ):
         pass

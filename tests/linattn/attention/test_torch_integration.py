@@ -251,10 +251,13 @@ def test_a_second_derivative_is_right_or_refused(name: str) -> None:
     first = gradient(q, k, v)
     try:
         second = torch.autograd.grad(first.square().sum(), k)[0]
+    except DoubleBackwardError:
+        return
     except RuntimeError as error:
         # PyTorch's own attention says in its own words that it has none.
-        assert isinstance(error, DoubleBackwardError) or (name == "softmax torch" and "not implemented" in str(error))
-        return
+        if name == "softmax torch" and "not implemented" in str(error):
+            return
+        raise
     step = 1e-6 * torch.randn_like(k)
     ahead, behind = (gradient(q, k.detach() + sign * step, v).square().sum() for sign in (1, -1))
     assert ((ahead - behind) / 2).item() == pytest.approx((second * step).sum().item(), rel=1e-5)
@@ -269,8 +272,9 @@ def test_a_forward_mode_derivative_is_right_or_refused(name: str, needs_gradient
     try:
         _, tangent = torch.func.jvp(lambda k: CALLS[name](q, k, v), (k,), (direction,))
     except RuntimeError as error:
-        assert isinstance(error, LinattnError) or "jvp" in str(error) or "forward" in str(error).lower()
-        return
+        if isinstance(error, LinattnError) or "jvp" in str(error) or "forward" in str(error).lower():
+            return
+        raise
     ahead, behind = (CALLS[name](q, k + sign * 1e-6 * direction, v) for sign in (1, -1))
     assert torch.allclose(tangent, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-8)
 
