@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from linattn._util import figures as drawing
+from linattn._util.figures import BLACK, BLUE, DARK_GREY, GREEN, GREY, VERMILION, add_grid, new_figure, save
+from linattn._util.figures import require_matplotlib as require_extra
 from linattn.bench.crossover.tables import Group, crossing_of, grouped
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
 
@@ -33,12 +34,11 @@ class Style:
 
 
 STYLES = {
-    SDPA: Style("softmax (SDPA)", "#444444", "--", "o"),
-    QUADRATIC_DIRECT: Style("quadratic, direct form", "#D55E00", "-.", "D"),
-    QUADRATIC_CHUNKED: Style("quadratic, chunked form (linear)", "#0072B2", "-", "s"),
+    SDPA: Style("softmax (SDPA)", DARK_GREY, "--", "o"),
+    QUADRATIC_DIRECT: Style("quadratic, direct form", VERMILION, "-.", "D"),
+    QUADRATIC_CHUNKED: Style("quadratic, chunked form (linear)", BLUE, "-", "s"),
 }
 RIVALS = (SDPA, QUADRATIC_DIRECT)
-DPI = 160
 LEAST_MIB = 0.25
 
 
@@ -64,7 +64,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
             ):
                 continue
             path = folder / (f"{stem}.png" if len(parts) == 1 else f"{stem}-{part}.png")
-            drawing.save(draw(groups, results.environment), path)
+            save(draw(groups, results.environment), path)
             written.append(path)
     return written
 
@@ -79,7 +79,7 @@ def parts_of(measurements: Iterable[Measurement]) -> dict[str, dict[Group, list[
 
 def require_matplotlib() -> None:
     """Raise MissingExtraError now rather than after the measurement."""
-    drawing.require_matplotlib("bench", "drawing figures")
+    require_extra("bench", "drawing figures")
 
 
 def draw_time(groups: Mapping[Group, Sequence[Measurement]], environment: Environment) -> Figure:
@@ -96,7 +96,7 @@ def draw_time(groups: Mapping[Group, Sequence[Measurement]], environment: Enviro
                     if measurement.method == method and measurement.median_ms is not None
                 ],
             )
-        axes.axvline(group.D**2, color="#000000", linestyle=":", linewidth=1.2)
+        axes.axvline(group.D**2, color=BLACK, linestyle=":", linewidth=1.2)
         for rival in RIVALS:
             _mark_crossing(axes, measurements, rival)
 
@@ -161,9 +161,9 @@ def draw_crossover(groups: Mapping[Group, Sequence[Measurement]], environment: E
     heads = sorted({group.D for group in groups})
     for axes, is_causal in zip(panels, masks, strict=True):
         dense = [heads[0] * 2 ** (i / 8) for i in range(-4, 8 * round(math.log2(heads[-1] / heads[0])) + 5)]
-        axes.plot(dense, [D * D for D in dense], color="#000000", linestyle=":", linewidth=1.4)
+        axes.plot(dense, [D * D for D in dense], color=BLACK, linestyle=":", linewidth=1.4)
         flops = [(D + 1) * (D + 2) / 2 * (2 if is_causal else 1) for D in dense]
-        axes.plot(dense, flops, color="#009E73", linestyle="--", linewidth=1.4)
+        axes.plot(dense, flops, color=GREEN, linestyle="--", linewidth=1.4)
         for offset, rival in ((0.97, SDPA), (1.03, QUADRATIC_DIRECT)):
             for group, measurements in groups.items():
                 crossing = crossing_of(measurements, rival)
@@ -174,7 +174,7 @@ def draw_crossover(groups: Mapping[Group, Sequence[Measurement]], environment: E
         axes.set_xticks(heads, [str(D) for D in heads])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
-        axes.grid(True, color="#DDDDDD", linewidth=0.6)
+        add_grid(axes)
         axes.set_title("causal" if is_causal else "non-causal", fontsize=10)
         axes.set_xlabel("head size D")
     panels[0].set_ylabel("N* (tokens)")
@@ -253,22 +253,15 @@ def log_axes(axes: Axes, sizes: Sequence[int]) -> None:
     ticks = [2**p for p in powers if (p - powers[-1]) % 2 == 0]
     axes.set_xticks(ticks, [f"{N // 1024}k" if N >= 1024 else str(N) for N in ticks])
     axes.minorticks_off()
-    axes.grid(True, color="#DDDDDD", linewidth=0.6)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    add_grid(axes)
 
 
 def _time_legend() -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    band = Patch(color="#888888", alpha=0.35, linewidth=0, label="20-80 % of the repeats")
-    bound = Line2D([], [], color="#000000", linestyle=":", linewidth=1.2, label="N = D²")
+    band = Patch(color=GREY, alpha=0.35, linewidth=0, label="20-80 % of the repeats")
+    bound = Line2D([], [], color=BLACK, linestyle=":", linewidth=1.2, label="N = D²")
     return [*_method_legend(), *_marker_legend(), band, bound]
 
 
@@ -282,11 +275,11 @@ def _crossover_legend(masks: Sequence[bool]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     beyond = {"^": "above the longest N measured", "v": "below the shortest N measured"}
-    hollow: dict[str, Any] = {"color": "#444444", "markerfacecolor": "white", "markersize": 8, "linestyle": ""}
+    hollow: dict[str, Any] = {"color": DARK_GREY, "markerfacecolor": "white", "markersize": 8, "linestyle": ""}
     features = {(False,): "C = (D+1)(D+2)/2", (True,): "2C", (False, True): "C (non-causal), 2C (causal)"}[tuple(masks)]
     return [
-        Line2D([], [], color="#000000", linestyle=":", linewidth=1.4, label="D², the textbook bound"),
-        Line2D([], [], color="#009E73", linestyle="--", linewidth=1.4, label=f"equal flops: {features}"),
+        Line2D([], [], color=BLACK, linestyle=":", linewidth=1.4, label="D², the textbook bound"),
+        Line2D([], [], color=GREEN, linestyle="--", linewidth=1.4, label=f"equal flops: {features}"),
         *_marker_legend(),
         *(Line2D([], [], marker=mark, label=label, **hollow) for mark, label in beyond.items()),
     ]
@@ -303,7 +296,7 @@ def _marker_legend() -> list[Any]:
     hollow = Line2D(
         [],
         [],
-        color="#444444",
+        color=DARK_GREY,
         marker="o",
         markersize=7,
         markerfacecolor="white",
@@ -328,7 +321,7 @@ def title(figure: Figure, text: str, details: str) -> None:
     """A heading, and below it, smaller, what has to be known of the measurement."""
     # The empty lines keep room for the details below the title, whose place is fixed in inches.
     figure.suptitle(f"{text}\n\n", fontsize=13)
-    figure.text(0.5, 1 - 0.42 / figure.get_figheight(), details, ha="center", va="top", fontsize=9, color="#444444")
+    figure.text(0.5, 1 - 0.42 / figure.get_figheight(), details, ha="center", va="top", fontsize=9, color=DARK_GREY)
 
 
 def machine_of(environment: Environment) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from linattn._util.figures import save
-from linattn.bench.crossover.figures import STYLES, machine_of, new_figure, parts_of, title
+from linattn._util.figures import BLACK, DARK_GREEN, LIGHT_GREY, PALE_BLUE, PALE_ORANGE, new_figure, save
+from linattn.bench.crossover.figures import STYLES, machine_of, parts_of, title
 from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from linattn.bench.measuring.results import Measurement, Results
 
 METHODS = (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED)
-FILL = {SDPA: "#BBBBBB", QUADRATIC_DIRECT: "#F2B58B", QUADRATIC_CHUNKED: "#8FC1E3"}
+FILL = {SDPA: LIGHT_GREY, QUADRATIC_DIRECT: PALE_ORANGE, QUADRATIC_CHUNKED: PALE_BLUE}
 """Lighter than the lines of the same methods, so that black numbers can be read on them."""
 
 
@@ -103,11 +103,11 @@ def _panel(
             # The number stands on its own ground, so that a curve may pass behind it.
             ground = {"facecolor": FILL[method], "edgecolor": "none", "pad": 0.8}
             axes.text(column, line, text, ha="center", va="center", fontsize=7.5, bbox=ground, zorder=4)
-    _curve(axes, heads, sizes, [D * D for D in heads], "#000000", ":")
+    _curve(axes, heads, sizes, [D * D for D in heads], BLACK, ":")
     C = [(D + 1) * (D + 2) // 2 for D in heads]
-    _curve(axes, heads, sizes, C, "#006B4F", "--")
+    _curve(axes, heads, sizes, C, DARK_GREEN, "--")
     if is_causal:
-        _curve(axes, heads, sizes, [2 * c for c in C], "#006B4F", "-")
+        _curve(axes, heads, sizes, [2 * c for c in C], DARK_GREEN, "-")
     axes.set_xlim(-0.5, len(heads) - 0.5)
     axes.set_ylim(-0.5, len(sizes) - 0.5)
     axes.set_xticks(range(len(heads)), [str(D) for D in heads])
@@ -134,8 +134,8 @@ def _legend() -> list[Any]:
 
     return [
         *(Patch(facecolor=FILL[method], label=f"fastest: {STYLES[method].label}") for method in METHODS),
-        Patch(facecolor="white", edgecolor="#BBBBBB", label="fewer than two methods measured"),
-        Line2D([], [], color="#000000", linestyle=":", label="N = D²"),
-        Line2D([], [], color="#006B4F", linestyle="--", label="N = C = (D+1)(D+2)/2"),
-        Line2D([], [], color="#006B4F", linestyle="-", label="N = 2C, equal flops when causal"),
+        Patch(facecolor="white", edgecolor=LIGHT_GREY, label="fewer than two methods measured"),
+        Line2D([], [], color=BLACK, linestyle=":", label="N = D²"),
+        Line2D([], [], color=DARK_GREEN, linestyle="--", label="N = C = (D+1)(D+2)/2"),
+        Line2D([], [], color=DARK_GREEN, linestyle="-", label="N = 2C, equal flops when causal"),
     ]

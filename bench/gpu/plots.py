@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from linattn._util.figures import save
-from linattn.bench.crossover.figures import new_figure
+from linattn._util.figures import BLUE, DARK_GREY, VERMILION, add_grid, new_figure, save
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from linattn.bench.gpu.stages import Record
-
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#444444"
 
 
 def draw_all(record: Record, folder: Path) -> list[Path]:
@@ -45,8 +42,8 @@ def draw_goals(goals: dict[str, Any], device: str) -> Figure:
         for goal in goals.values()
     ]
     places = range(len(goals))
-    axes.barh(places, ratios, color=[BLUE if ratio >= 1 else ORANGE for ratio in ratios])
-    axes.axvline(1.0, color=GREY, linestyle="--", linewidth=1.2)
+    axes.barh(places, ratios, color=[BLUE if ratio >= 1 else VERMILION for ratio in ratios])
+    axes.axvline(1.0, color=DARK_GREY, linestyle="--", linewidth=1.2)
     axes.set_yticks(places, list(goals), fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -64,8 +61,8 @@ def draw_sweeps(sweeps: dict[str, Any], device: str) -> Figure:
     for axes, (key, found) in zip(grid.flat, sweeps.items(), strict=False):
         for name, label, color, style in (
             ("chunked", "quadratic, chunked", BLUE, "s-"),
-            ("direct", "quadratic, direct", ORANGE, "D-."),
-            ("softmax", "fastest softmax", GREY, "o--"),
+            ("direct", "quadratic, direct", VERMILION, "D-."),
+            ("softmax", "fastest softmax", DARK_GREY, "o--"),
         ):
             times = found["ms"][name]
             axes.plot([int(N) for N in times], list(times.values()), style, color=color, label=label, markersize=4)
@@ -73,7 +70,7 @@ def draw_sweeps(sweeps: dict[str, Any], device: str) -> Figure:
         axes.set_yscale("log")
         axes.set_title(f"{key}\n{found['text']}", fontsize=8)
         axes.set_xlabel("N (tokens)")
-        axes.grid(True, color="#DDDDDD", linewidth=0.6)
+        add_grid(axes)
     grid[0][0].set_ylabel("ms, forward")
     grid[0][0].legend(fontsize=7)
     figure.suptitle(f"Chunked quadratic form against softmax on {device}", fontsize=10)

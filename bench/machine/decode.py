@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KERNELS = ("softmax", "quadratic", "elu+1")
-COLORS = ("#444444", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
+COLORS = (figures.DARK_GREY, figures.BLUE, figures.GREEN, figures.VERMILION, figures.PURPLE, figures.ORANGE)
 NAME = "decode.json"
 GROWTH = 1.5
 STRETCH = 100
@@ -169,7 +169,7 @@ def draw(found: dict[str, Any]) -> Figure:
     for axes in (left, right):
         figures.set_log_scale(axes)
         axes.set(xscale="log", xlabel="position (tokens decoded)")
-        axes.grid(alpha=0.3, which="both")
+        figures.add_grid(axes, which="both")
     left.legend()
     sizes, machine = found["settings"], found["environment"]
     figure.suptitle(

@@ -13,10 +13,10 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from linattn._util.environment import pick_device
-from linattn._util.figures import save
+from linattn._util.figures import BLACK, DARK_GREY, GREEN, add_grid, new_figure, save
 from linattn._util.progress import progress
 from linattn._util.tables import text_table
-from linattn.bench.crossover.figures import STYLES, Style, machine_of, new_figure, require_matplotlib, title
+from linattn.bench.crossover.figures import STYLES, Style, machine_of, require_matplotlib, title
 from linattn.bench.crossover.sweep import add_run_arguments, set_threads
 from linattn.bench.measuring.cases import (
     DIRECTIONS,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METHODS = (SDPA, QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)
-LOOKS = {**STYLES, ELU_CHUNKED: Style("elu+1, chunked form", "#009E73", "-", "^")}
+LOOKS = {**STYLES, ELU_CHUNKED: Style("elu+1, chunked form", GREEN, "-", "^")}
 EXTENTS = {"cpu": Extent(2**28, 2048), "cuda": Extent(2**31, 8192)}
 CEILINGS_S = 1.5
 HEADINGS = (
@@ -189,7 +189,7 @@ def _panel(axes: Axes, found: Sequence[Place], ceilings: Ceilings, dtype: str) -
     ridge = peak / ceilings.copy_gb_s
     right = 2 * max([ridge, *(place.intensity for place in found)])
     left = min([ridge, *(place.intensity for place in found)]) / 4
-    axes.plot([left, ridge, right], [left * ceilings.copy_gb_s, peak, peak], color="#000000", linewidth=1.5)
+    axes.plot([left, ridge, right], [left * ceilings.copy_gb_s, peak, peak], color=BLACK, linewidth=1.5)
     for place in found:
         style = LOOKS[place.measurement.method]
         hollow = place.measurement.problem.direction == "training"
@@ -198,13 +198,13 @@ def _panel(axes: Axes, found: Sequence[Place], ceilings: Ceilings, dtype: str) -
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
-    axes.grid(True, color="#DDDDDD", linewidth=0.6)
+    add_grid(axes)
 
 
 def _legend() -> list[Any]:
     from matplotlib.lines import Line2D
 
     kernels = [Line2D([], [], color=s.color, marker=s.marker, linestyle="", label=s.label) for s in LOOKS.values()]
-    hollow = Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="")
+    hollow = Line2D([], [], color=DARK_GREY, marker="o", markerfacecolor="white", linestyle="")
     hollow.set_label("hollow: forward and backward")
-    return [*kernels, hollow, Line2D([], [], color="#000000", linewidth=1.5, label="measured limits")]
+    return [*kernels, hollow, Line2D([], [], color=BLACK, linewidth=1.5, label="measured limits")]

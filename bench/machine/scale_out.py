@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from linattn import cost
 from linattn._util import figures
 from linattn._util.files import write_text
-from linattn.bench.crossover.figures import DPI, require_matplotlib
+from linattn.bench.crossover.figures import require_matplotlib
 from linattn.bench.report.marked_tables import replaced
 
 if TYPE_CHECKING:
@@ -110,13 +110,12 @@ def table(predictions: Sequence[Prediction]) -> str:
 
 def draw(predictions: Sequence[Prediction]) -> Figure:
     """Efficiency against the number of GPUs, a panel a kernel, a line a length."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(11, 3.8), dpi=DPI, layout="constrained")
+    figure = figures.new_figure(11, 3.8)
     panels = figure.subplots(1, len(KERNELS), sharey=True)
     for axes, (kernel, D) in zip(panels, KERNELS, strict=True):
-        for tokens, color, marker in zip(LENGTHS, ("#0072B2", "#E69F00", "#009E73"), "os^", strict=True):
+        for tokens, color, marker in zip(LENGTHS, (figures.BLUE, figures.ORANGE, figures.GREEN), "os^", strict=True):
             mine = [
                 prediction
                 for prediction in predictions
@@ -130,7 +129,7 @@ def draw(predictions: Sequence[Prediction]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("GPUs")
         axes.set_title(f"{kernel.replace('_', ' ')}, D = {D}")
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     panels[0].set_ylabel("efficiency, predicted")
     panels[0].legend()
     return figure

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from linattn._util.environment import pick_device
-from linattn._util.figures import save
+from linattn._util.figures import BLACK, BLUE, DARK_GREY, GREEN, MINT, ORANGE, PURPLE, SKY, VERMILION, new_figure, save
 from linattn._util.tables import text_table
 from linattn.bench.crossover.exponents import MethodExponents, method_exponents
-from linattn.bench.crossover.figures import LEAST_MIB, log_axes, machine_of, new_figure, require_matplotlib, title
+from linattn.bench.crossover.figures import LEAST_MIB, log_axes, machine_of, require_matplotlib, title
 from linattn.bench.crossover.sweep import SweepPlan, add_run_arguments, run_sweep, set_threads
 from linattn.bench.crossover.tables import grouped
 from linattn.bench.measuring.cases import (
@@ -54,7 +54,7 @@ SERIES: tuple[tuple[bool, Direction], ...] = ((False, "forward"), (True, "forwar
 """Masks and directions: the recurrent form is causal only, looking up the best key is neither causal nor trained."""
 
 # Okabe and Ito's colours, told apart with any colour vision.
-COLORS = ("#444444", "#D55E00", "#0072B2", "#56B4E9", "#CC79A7", "#009E73", "#88C9A1", "#E69F00", "#000000")
+COLORS = (DARK_GREY, VERMILION, BLUE, SKY, PURPLE, GREEN, MINT, ORANGE, BLACK)
 HEADINGS = ("group", "method", "up to N", "time: exponent", "of the flops", "peak memory: exponent")
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linattn import argmax_attention, softmax_attention
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -134,16 +135,20 @@ def claims_of(example: Example, soft: Lookup, hard: Lookup) -> list[study.Claim]
 
 def draw(example: Example, soft: Lookup, hard: Lookup) -> Figure:
     """Softmax on its way to argmax, and the accuracy of both while training."""
-    figure = study.new_figure(10.5, 4)
+    figure = figures.new_figure(10.5, 4)
     left, right = figure.subplots(1, 2)
     shown = [(T, d, g) for T, d, g in zip(TEMPERATURES, example.distances, example.softmax_q_gradients, strict=True)]
     left.plot(
-        [T for T, *_ in shown], [d for _, d, _ in shown], "o-", color=study.BLUE, label="distance from argmax's output"
+        [T for T, *_ in shown],
+        [d for _, d, _ in shown],
+        "o-",
+        color=figures.BLUE,
+        label="distance from argmax's output",
     )
     left.plot(
-        [T for T, *_ in shown], [g for *_, g in shown], "s--", color=study.GREEN, label="norm of the gradient at q"
+        [T for T, *_ in shown], [g for *_, g in shown], "s--", color=figures.GREEN, label="norm of the gradient at q"
     )
-    left.axhline(0, color=study.RED, linewidth=3, label="argmax: both are exactly 0")
+    left.axhline(0, color=figures.VERMILION, linewidth=3, label="argmax: both are exactly 0")
     left.set_xscale("log", base=2)
     left.set_yscale("symlog", linthresh=1e-6)
     left.set_ylim(-2e-7, 100)
@@ -151,16 +156,16 @@ def draw(example: Example, soft: Lookup, hard: Lookup) -> Figure:
     left.set(title="Softmax becomes argmax as T falls", xlabel="temperature T", ylabel="norm")
     chance = 100 / ENTRIES
     right.plot(
-        [100 * share for share in soft.accuracy], color=study.BLUE, label=f"softmax, T = {TRAINING_TEMPERATURE:g}"
+        [100 * share for share in soft.accuracy], color=figures.BLUE, label=f"softmax, T = {TRAINING_TEMPERATURE:g}"
     )
-    right.plot([100 * share for share in hard.accuracy], color=study.RED, label="argmax")
-    right.axhline(chance, color=study.GREY, linestyle=":", label=f"guessing: {chance:.0f} %")
+    right.plot([100 * share for share in hard.accuracy], color=figures.VERMILION, label="argmax")
+    right.axhline(chance, color=figures.GREY, linestyle=":", label=f"guessing: {chance:.0f} %")
     right.set(title="Learning the queries of a lookup", xlabel="training step", ylim=(-3, 106))
     right.set_ylabel("queries that find their key (%)")
     right.legend(loc="center right")
     left.legend(loc="lower left", bbox_to_anchor=(0, 0.1))
     for axes in (left, right):
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     return figure
 
 

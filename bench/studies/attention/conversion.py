@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import linattn
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -189,9 +190,9 @@ def claims(losses: dict[str, float]) -> list[study.Claim]:
 
 def draw(losses: dict[str, float]) -> Figure:
     """Held-out losses as points, the teacher's as a line."""
-    figure = study.new_figure(9, 4.5)
+    figure = figures.new_figure(9, 4.5)
     axes = figure.subplots()
-    colors = {"softmax": study.GREY, "hedgehog": study.BLUE, "elu+1": study.ORANGE, "taylor": study.GREEN}
+    colors = {"softmax": figures.GREY, "hedgehog": figures.BLUE, "elu+1": figures.ORANGE, "taylor": figures.GREEN}
     names = list(losses)[::-1]
     for row, name in enumerate(names):
         axes.plot(losses[name], row, "o", color=colors[name.split(",")[0]], markersize=9)
@@ -201,7 +202,7 @@ def draw(losses: dict[str, float]) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.axvline(losses["softmax, the teacher"], color="black", linestyle="--", linewidth=1)
     axes.margins(x=0.12)
-    axes.grid(axis="x", alpha=0.3)
+    figures.add_grid(axes, axis="x")
     axes.set_xlabel("held-out loss (nats per character); dashed: the teacher")
     axes.set_title("From softmax to linear attention")
     return figure

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linattn import kernel_attention, linear_attention, quadratic_attention
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -54,7 +55,7 @@ OF_FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu(q)": F.relu,
     "exp(q)": torch.exp,
 }
-COMPARED = {"exp(s)": study.BLUE, "1+s+s^2/2": study.GREEN, "(1+s)^2": study.ORANGE}
+COMPARED = {"exp(s)": figures.BLUE, "1+s+s^2/2": figures.GREEN, "(1+s)^2": figures.ORANGE}
 SIZE = 16
 SMALL = 1e-3
 
@@ -200,15 +201,15 @@ def claims_of(denominators: Sequence[Denominators], maps: Maps, weights: Weights
 
 def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
     """The similarities over s, the misprint beside the exact kernel, smallest rows, and one query's weights."""
-    figure = study.new_figure(13, 8)
+    figure = figures.new_figure(13, 8)
     (curves, misprint), (bars, attention) = figure.subplots(2, 2)
     s = torch.linspace(-3, 3, 301)
-    for name, color in {**COMPARED, "s^2": study.PURPLE}.items():
+    for name, color in {**COMPARED, "s^2": figures.PURPLE}.items():
         curves.plot(s, OF_SCORE[name](s), color=color, label=_pretty(name))
-    curves.axhline(0.5, color=study.GREEN, linestyle=":", label="1/2: Taylor never falls below")
+    curves.axhline(0.5, color=figures.GREEN, linestyle=":", label="1/2: Taylor never falls below")
     curves.set(title="Similarities of a score", ylabel="sim(s)", ylim=(0, 6))
-    misprint.plot(s, (1 + s).square(), color=study.ORANGE, label="with √2: (1 + s)², exact")
-    misprint.plot(s, 1 + s + s.square(), "--", color=study.RED, label="without √2: 1 + s + s²")
+    misprint.plot(s, (1 + s).square(), color=figures.ORANGE, label="with √2: (1 + s)², exact")
+    misprint.plot(s, 1 + s + s.square(), "--", color=figures.VERMILION, label="without √2: 1 + s + s²")
     misprint.set(title="The feature map, printed with and without √2", ylabel="φ(q)·φ(k)", ylim=(0, 6))
     for axes in (curves, misprint):
         axes.set_xlabel("score s = q·k")
@@ -216,7 +217,7 @@ def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1), fontsize=9)
     shown = [row for row in denominators if row.smallest_row > 0]
     names = [_pretty(row.name) for row in shown]
-    bars.barh(names, [row.smallest_row for row in shown], color=[COMPARED.get(row.name, study.GREY) for row in shown])
+    bars.barh(names, [row.smallest_row for row in shown], color=[COMPARED.get(row.name, figures.GREY) for row in shown])
     bars.set(xscale="log", title="Worst of many rows of 4 keys", xlabel="smallest mean similarity of a row")
     left_out = [_pretty(row.name) for row in denominators if row.smallest_row <= 0]
     if left_out:
@@ -226,12 +227,12 @@ def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
         attention.plot(
             weights.scores, 100 * weights.weights[name], "o-", markersize=4, color=color, label=_pretty(name)
         )
-    attention.axvline(-1, color=study.GREY, linestyle=":", label="s = -1")
+    attention.axvline(-1, color=figures.GREY, linestyle=":", label="s = -1")
     attention.set(title="One query, the same keys", xlabel="score s of the key", ylabel="attention weight (%)")
     attention.set(yscale="log", ylim=(1e-4, 100))
     attention.legend(loc="lower right")
     for axes in (curves, misprint, bars, attention):
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     return figure
 
 

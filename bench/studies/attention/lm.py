@@ -25,6 +25,7 @@ if __name__ == "__main__":
     # Python puts this file's folder first; the package is importable from the one above.
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -42,17 +43,17 @@ if TYPE_CHECKING:
 
 HYBRID = "quadratic,quadratic,quadratic,softmax"
 COLORS = (
-    study.GREY,
-    study.BLUE,
-    study.SKY,
-    study.GREEN,
-    study.ORANGE,
-    study.RED,
-    study.PURPLE,
-    "#000000",
-    "#888800",
-    "#66CC66",
-    "#BBBBBB",
+    figures.GREY,
+    figures.BLUE,
+    figures.SKY,
+    figures.GREEN,
+    figures.ORANGE,
+    figures.VERMILION,
+    figures.PURPLE,
+    figures.BLACK,
+    figures.OLIVE,
+    figures.LIME,
+    figures.LIGHT_GREY,
 )
 
 
@@ -212,7 +213,7 @@ def draw(outcomes: Sequence[RunOutcome], budget: Budget) -> Figure:
     """The first group's curves against steps and minutes, and where every group ended."""
     groups = group_seeds(outcomes)
     colors = {kernel: COLORS[i % len(COLORS)] for i, kernel in enumerate(budget.kernels)}
-    figure = study.new_figure(15, 5)
+    figure = figures.new_figure(15, 5)
     by_step, by_time, ends = figure.subplots(1, 3)
     (text, context), kernels = next(iter(groups.items()))
     for kernel, runs in kernels.items():
@@ -223,7 +224,7 @@ def draw(outcomes: Sequence[RunOutcome], budget: Budget) -> Figure:
     for axes, label in ((by_step, "optimiser steps"), (by_time, "wall time of training (minutes, mean over seeds)")):
         axes.axhline(trigram, color="black", linestyle="--", label=f"trigram {trigram:.3f}")
         axes.set(xlabel=label, title=f"{text}, context {context}", ylim=(min(last) - 0.05, trigram + 0.5))
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     by_step.set_ylabel("validation loss (nats per character)")
     by_step.legend(fontsize=9)
     for place, kernels in enumerate(groups.values()):
@@ -234,7 +235,7 @@ def draw(outcomes: Sequence[RunOutcome], budget: Budget) -> Figure:
         ends.plot([place - 0.4, place + 0.4], [trigram, trigram], "--", color="black")
     ends.set_xticks(range(len(groups)), [f"{Path(text).stem}\ncontext {context}" for text, context in groups])
     ends.set(title="At the end, each seed a point; dashed: trigram", xlim=(-0.6, len(groups) - 0.4))
-    ends.grid(alpha=0.3, axis="y")
+    figures.add_grid(ends, axis="y")
     return figure
 
 

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -51,11 +52,11 @@ SPREADS = (0.25, 0.5, 1.0, 2.0)
 SPREAD = 1.0  # where errors are shown against the number of features
 NEAR_TAYLOR = 160  # features, about Taylor's 153 at D = 16
 FIXED = {
-    "taylor-features": study.GREEN,
-    "elu+1": study.GREY,
-    "exp": study.RED,
-    "relu2": study.PURPLE,
-    "dpfp": study.SKY,
+    "taylor-features": figures.GREEN,
+    "elu+1": figures.GREY,
+    "exp": figures.VERMILION,
+    "relu2": figures.PURPLE,
+    "dpfp": figures.SKY,
     "softmax-features": "black",
 }
 
@@ -215,12 +216,12 @@ def claims_of(shares: Shares, estimates: Estimates) -> list[study.Claim]:
 
 def draw(shares: Shares, estimates: Estimates) -> Figure:
     """Share against features, share against spread, and the estimate of one product against theory."""
-    figure = study.new_figure(16, 5)
+    figure = figures.new_figure(16, 5)
     by_count, by_spread, one = figure.subplots(1, 3)
     lines: Sequence[tuple[str, Mapping[int, float], str, str]] = (
-        ("FAVOR+, orthogonal", shares.favor, study.BLUE, "o-"),
-        ("FAVOR+, independent", shares.independent, study.BLUE, "o--"),
-        ("hedgehog, learned", shares.hedgehog, study.ORANGE, "s-"),
+        ("FAVOR+, orthogonal", shares.favor, figures.BLUE, "o-"),
+        ("FAVOR+, independent", shares.independent, figures.BLUE, "o--"),
+        ("hedgehog, learned", shares.hedgehog, figures.ORANGE, "s-"),
     )
     for label, values, color, style in lines:
         by_count.plot(list(values), [100 * v for v in values.values()], style, color=color, markersize=4, label=label)
@@ -230,7 +231,12 @@ def draw(shares: Shares, estimates: Estimates) -> Figure:
     _plain_ticks(by_count, COUNTS, (5, 10, 20, 30, 50))
     by_count.set_ylabel("weight moved from softmax's keys (%)")
     by_count.legend(fontsize=8)
-    colors = {"FAVOR+": study.BLUE, "hedgehog, learned": study.ORANGE, "all keys alike": "#BBBBBB", **FIXED}
+    colors = {
+        "FAVOR+": figures.BLUE,
+        "hedgehog, learned": figures.ORANGE,
+        "all keys alike": figures.LIGHT_GREY,
+        **FIXED,
+    }
     for name, row in shares.by_spread.items():
         label = f"{name}, {NEAR_TAYLOR} features" if name in ("FAVOR+", "hedgehog, learned") else name
         by_spread.plot(SPREADS, [100 * v for v in row], "o-", markersize=4, color=colors[name], label=label)
@@ -238,14 +244,14 @@ def draw(shares: Shares, estimates: Estimates) -> Figure:
     by_spread.set_ylabel("weight moved from softmax's keys (%)")
     _plain_ticks(by_spread, SPREADS, (0.2, 0.5, 1, 2, 5, 10, 20, 50))
     by_spread.legend(fontsize=8)
-    one.plot(estimates.counts, [100 * m for m in estimates.measured], "o", color=study.BLUE, label="measured")
-    one.plot(estimates.counts, [100 * t for t in estimates.theory], color=study.GREY, label="theory")
+    one.plot(estimates.counts, [100 * m for m in estimates.measured], "o", color=figures.BLUE, label="measured")
+    one.plot(estimates.counts, [100 * t for t in estimates.theory], color=figures.GREY, label="theory")
     one.set(xscale="log", yscale="log", xlabel="random features m", title="FAVOR+'s estimate of one exp(s)")
     one.set_ylabel("standard deviation (% of exp(s))")
     _plain_ticks(one, estimates.counts, (5, 10, 20, 30))
     one.legend()
     for axes in (by_count, by_spread, one):
-        axes.grid(alpha=0.3, which="both")
+        figures.add_grid(axes, which="both")
     return figure
 
 

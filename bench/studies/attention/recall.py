@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.environment import describe, pick_device
 from linattn._util.files import write_json
@@ -69,8 +70,8 @@ KERNELS = (
     "quadratic,softmax",
 )
 COLORS = (
-    *("#000000", "#0072B2", "#56B4E9", "#009E73", "#66CC66", "#777777"),
-    *("#BBBBBB", "#E69F00", "#D55E00", "#CC79A7", "#882255"),
+    *(figures.BLACK, figures.BLUE, figures.SKY, figures.GREEN, figures.LIME, figures.GREY),
+    *(figures.LIGHT_GREY, figures.ORANGE, figures.VERMILION, figures.PURPLE, figures.WINE),
 )
 
 
@@ -272,7 +273,7 @@ def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Se
     which no seed left the plateau.
     """
     lengths = sorted({cell.length for cell in CELLS})
-    figure = study.new_figure(13, 10)
+    figure = figures.new_figure(13, 10)
     grid = figure.subplots(len(lengths), len(CELLS) // len(lengths), sharex=True, sharey=True, squeeze=False)
     for axes, cell in zip(grid.flat, CELLS, strict=True):
         for index, kernel in enumerate(kernels):
@@ -294,7 +295,7 @@ def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Se
                 for one in found[size][:-1]:
                     axes.plot(size, 100 * one, ".", color=color, alpha=0.4)
         axes.set(xscale="log", ylim=(-3, 103), title=f"{cell.pairs} pairs in {cell.length} tokens")
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     for axes in grid[:, 0]:
         axes.set_ylabel("answers that are right (%)")
     for axes in grid[-1]:

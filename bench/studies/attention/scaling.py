@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import torch
 
 from linattn import softmax_attention
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -139,9 +140,9 @@ def _spread(row: Saturation) -> float:
 
 def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequence[Saturation]) -> Figure:
     """Variance against theory, entropy, and the gradient that reaches a query, all over D."""
-    figure = study.new_figure(13, 4.2)
+    figure = figures.new_figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
-    for (mu, s), color in zip(LAWS, (study.BLUE, study.ORANGE), strict=True):
+    for (mu, s), color in zip(LAWS, (figures.BLUE, figures.ORANGE), strict=True):
         law = [m for m in moments if (m.mu, m.s) == (mu, s)]
         D = [m.D for m in law]
         left.plot(D, [m.true_variance for m in law], color=color, label=f"variance, theory: entries N({mu:g}, {s:g}²)")
@@ -150,7 +151,7 @@ def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequenc
             left.plot(D, [m.true_mean for m in law], "--", color=color, label="mean, theory")
             left.plot(D, [m.mean for m in law], "s", color=color, markerfacecolor="white", label="mean, sampled")
     left.set(title="Scores q·k spread as D grows", ylabel="mean and variance of q·k", yscale="log")
-    for rows, color, label in ((scaled, study.BLUE, "divided by √D"), (bare, study.RED, "not divided")):
+    for rows, color, label in ((scaled, figures.BLUE, "divided by √D"), (bare, figures.VERMILION, "not divided")):
         D = [row.D for row in rows]
         middle.plot(D, [row.entropy for row in rows], "o-", color=color, label=label)
         low, median, high = ([max(row.q_gradient[i], SMALLEST_SHOWN) for row in rows] for i in range(len(QUANTILES)))
@@ -165,7 +166,7 @@ def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequenc
         axes.set_xticks(SIZES, [str(D) for D in SIZES])
         axes.minorticks_off()
         axes.set_xlabel("head size D")
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
         axes.legend(fontsize=8, frameon=False)
     return figure
 

@@ -23,17 +23,6 @@ FIGURE_NAME = "figure.png"
 RESULT_NAME = "result.json"
 HOLDS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
 
-# Distinguishable with every common kind of colour blindness: Okabe and Ito 2008, "Color universal design".
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#777777",
-)
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -68,13 +57,6 @@ def add_common_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def require_matplotlib() -> None:
     """Raise MissingExtraError now rather than after the computation."""
     figures.require_matplotlib("studies", "drawing the figure of a study")
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, its parts kept from overlapping."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def finish(name: str, text: str, claims: Sequence[Claim], figure: Figure, args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linattn import kernel_attention
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -277,21 +278,21 @@ def positions(seed: int = 3, rounds: int = 300) -> Tensor:
 
 def draw(trained: dict[str, Trained], by_zachary: Sequence[int]) -> Figure:
     """The graph with both clubs, then for each network its embedding, losses and accuracies."""
-    figure = study.new_figure(15, 9)
+    figure = figures.new_figure(15, 9)
     grid: Any = figure.add_gridspec(2, 4, width_ratios=(1.35, 1, 1, 1))
     _draw_graph(figure.add_subplot(grid[:, 0]), trained["graph convolution"].wrong, by_zachary)
     for row, (name, result) in enumerate(trained.items()):
         _draw_embedding(figure.add_subplot(grid[row, 1]), name, result)
         curves = figure.add_subplot(grid[row, 2])
         rates = figure.add_subplot(grid[row, 3])
-        for index, (label, color) in enumerate((("24 in training", study.BLUE), ("10 held out", study.ORANGE))):
+        for index, (label, color) in enumerate((("24 in training", figures.BLUE), ("10 held out", figures.ORANGE))):
             curves.plot(result.losses[index], color=color, label=label)
             rates.plot([100 * share for share in result.accuracies[index]], color=color, label=label)
         curves.set(title=f"{name}: loss", ylabel="mean cross entropy (nats)", yscale="log")
         rates.set(title=f"{name}: accuracy", ylabel="members assigned rightly (%)", ylim=(0, 105))
         for axes in (curves, rates):
             axes.set_xlabel("epoch")
-            axes.grid(alpha=0.3)
+            figures.add_grid(axes)
             axes.legend()
     return figure
 
@@ -300,8 +301,8 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
     place = positions()
     labels, test = clubs(), held_out()
     for first, second in edges():
-        axes.plot(*_columns(place[[first, second]]), color=study.GREY, linewidth=0.6, alpha=0.6, zorder=1)
-    for club, color in enumerate((study.BLUE, study.ORANGE)):
+        axes.plot(*_columns(place[[first, second]]), color=figures.GREY, linewidth=0.6, alpha=0.6, zorder=1)
+    for club, color in enumerate((figures.BLUE, figures.ORANGE)):
         for is_test, marker in ((False, "o"), (True, "s")):
             mask = (labels == club) & (test == is_test)
             where = "held out" if is_test else "in training"
@@ -317,7 +318,7 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
         axes.annotate(str(member), _point(place[member]), ha="center", va="center", fontsize=8, color="white", zorder=3)
     for members, size, color, label in (
         (wrong, 450, "black", "convolution is wrong"),
-        (by_zachary, 900, study.RED, "Zachary's own method is wrong"),
+        (by_zachary, 900, figures.VERMILION, "Zachary's own method is wrong"),
     ):
         style: dict[str, Any] = {"s": size, "facecolors": "none", "edgecolors": color, "linewidths": 2, "zorder": 4}
         axes.scatter(*_columns(place[list(members)]), label=label, **style)
@@ -328,7 +329,7 @@ def _draw_graph(axes: Axes, wrong: Sequence[int], by_zachary: Sequence[int]) -> 
 
 def _draw_embedding(axes: Axes, name: str, result: Trained) -> None:
     labels = clubs()
-    for club, color in enumerate((study.BLUE, study.ORANGE)):
+    for club, color in enumerate((figures.BLUE, figures.ORANGE)):
         mask = labels == club
         axes.scatter(*_columns(result.embedding[mask]), s=36, color=color, alpha=0.8, label=f"joined {CLUBS[club]}")
     for member in {*result.wrong, INSTRUCTOR, OFFICER}:
@@ -337,7 +338,7 @@ def _draw_embedding(axes: Axes, name: str, result: Trained) -> None:
     axes.margins(0.18)
     axes.locator_params(nbins=5)
     axes.set(title=f"{name}: embedding", xlabel="second layer, unit 1", ylabel="second layer, unit 2")
-    axes.grid(alpha=0.3)
+    figures.add_grid(axes)
     axes.legend()
 
 

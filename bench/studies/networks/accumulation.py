@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -155,13 +156,13 @@ def claims_of(rows: Sequence[Difference], losses: Sequence[Sequence[float]]) -> 
 
 def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[float]) -> Figure:
     """Differences by split for both normalisations, and both loops."""
-    figure = study.new_figure(13, 4.2)
+    figure = figures.new_figure(13, 4.2)
     panels = figure.subplots(1, 3)
     for axes, name, title in (
         (panels[0], "logits", "Logits, split against whole"),
         (panels[1], "gradient", "Gradient, split against whole"),
     ):
-        for norm, color, marker in (("BatchNorm", study.RED, "o"), ("LayerNorm", study.BLUE, "s")):
+        for norm, color, marker in (("BatchNorm", figures.VERMILION, "o"), ("LayerNorm", figures.BLUE, "s")):
             own = [row for row in rows if row.norm == norm]
             sizes = range(len(own))
             axes.plot(sizes, [getattr(row, name) for row in own], marker + "-", color=color, label=norm)
@@ -173,13 +174,13 @@ def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[f
         axes.legend(loc="center left")
     panels[0].set_ylabel("largest difference of a logit")
     panels[1].set_ylabel("relative difference of the gradient")
-    panels[2].plot(broken, color=study.RED, label="without zero_grad()")
-    panels[2].plot(mended, color=study.BLUE, label="with zero_grad()")
+    panels[2].plot(broken, color=figures.VERMILION, label="without zero_grad()")
+    panels[2].plot(mended, color=figures.BLUE, label="with zero_grad()")
     panels[2].set(title="A training loop with and without it", xlabel="step", yscale="log")
     panels[2].set_ylabel("mean cross entropy of the batch (nats)")
     panels[2].legend()
     for axes in panels:
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     return figure
 
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from linattn._util import figures
 from linattn._util.tables import text_table
 from linattn.bench.measuring.timing import side_by_side, summarise
 from linattn.bench.studies.common import study
@@ -139,23 +140,25 @@ def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs
 def draw(costs: Sequence[Cost]) -> Figure:
     """The tree of the example, and time over the bound along each axis if it was measured."""
     if not costs:
-        figure = study.new_figure(8, 6)
+        figure = figures.new_figure(8, 6)
         _draw_tree(figure.subplots())
         return figure
-    figure = study.new_figure(13, 6)
+    figure = figures.new_figure(13, 6)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _draw_tree(left)
-    for (axis, values), color, marker in zip(AXES.items(), (study.BLUE, study.ORANGE, study.GREEN), "os^", strict=True):
+    for (axis, values), color, marker in zip(
+        AXES.items(), (figures.BLUE, figures.ORANGE, figures.GREEN), "os^", strict=True
+    ):
         along = [cost for cost in costs if cost.axis == axis]
         label = f"{axis} = {values[0]} to {values[-1]}"
         right.plot([c.bound for c in along], [c.ms for c in along], marker + "-", color=color, label=label)
     last = max(costs, key=lambda cost: cost.bound)
     line = [min(cost.bound for cost in costs), last.bound]
-    right.plot(line, [last.ms * x / last.bound for x in line], ":", color=study.GREY, label="proportional")
+    right.plot(line, [last.ms * x / last.bound for x in line], ":", color=figures.GREY, label="proportional")
     right.legend(frameon=False)
     right.set(xscale="log", yscale="log", xlabel="T K M log M", ylabel="time of a search (ms)")
     right.set_title(f"Cost; what is not varied is T = {MIDDLE['T']}, K = {MIDDLE['K']}, M = {MIDDLE['M']}")
-    right.grid(alpha=0.3)
+    figures.add_grid(right)
     return figure
 
 
@@ -175,7 +178,7 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
         if not text:
             continue
         on_best, is_kept = best[: len(text)] == text, text in kept
-        color = study.BLUE if is_kept else study.ORANGE if on_best else study.GREY
+        color = figures.BLUE if is_kept else figures.ORANGE if on_best else figures.GREY
         style = {
             "color": color,
             "linewidth": 2 if is_kept or on_best else 0.8,
@@ -193,9 +196,9 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
                 fontsize=8,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )
-    axes.plot([], [], color=study.BLUE, linewidth=2, label="kept by two beams")
-    axes.plot([], [], color=study.ORANGE, linewidth=2, label="the optimum, dropped at step 2")
-    axes.plot([], [], color=study.GREY, linewidth=0.8, label="dropped")
+    axes.plot([], [], color=figures.BLUE, linewidth=2, label="kept by two beams")
+    axes.plot([], [], color=figures.ORANGE, linewidth=2, label="the optimum, dropped at step 2")
+    axes.plot([], [], color=figures.GREY, linewidth=0.8, label="dropped")
     axes.set(xlabel="step", ylabel="log p of the text so far", xlim=(-0.1, STEPS + 1.2), ylim=(-2.5, 0.1))
     axes.set_xticks(range(STEPS + 1))
     axes.set_title("The worked example")

@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.autoencoders import orthonormality_defect, principal_angles, shrunk_singular_values
@@ -144,9 +145,9 @@ def claims_of(found: dict[str, TrainedWeights]) -> list[study.Claim]:
 
 def draw(found: dict[str, TrainedWeights]) -> Figure:
     """Singular values over lambda with theory as lines; defect of W2's columns over lambda; the mistake."""
-    figure = study.new_figure(13, 4.2)
+    figure = figures.new_figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
-    colours = (study.BLUE, study.ORANGE, study.GREEN)
+    colours = (figures.BLUE, figures.ORANGE, figures.GREEN)
     variances = torch.tensor(VARIANCES[:K], dtype=torch.float64)
     decays = torch.logspace(-2, 1, 100, dtype=torch.float64)
     trained = [(decay, found[f"lambda = {decay:g}"]) for decay in DECAYS[1:]]
@@ -156,22 +157,25 @@ def draw(found: dict[str, TrainedWeights]) -> Figure:
             values = [one.singular_values[which][i].item() for _, one in trained]
             left.plot([decay for decay, _ in trained], values, marker, color=colour, markerfacecolor="none")
         left.annotate(f"σ² = {VARIANCES[i]:g}", (decays[0], 0.55 - 0.08 * i), color=colour)
-    left.plot([], [], "o", color=study.GREY, markerfacecolor="none", label="W1, trained")
-    left.plot([], [], "x", color=study.GREY, label="W2, trained")
-    left.plot([], [], color=study.GREY, label="√(1 - λ/σ²)")
+    left.plot([], [], "o", color=figures.GREY, markerfacecolor="none", label="W1, trained")
+    left.plot([], [], "x", color=figures.GREY, label="W2, trained")
+    left.plot([], [], color=figures.GREY, label="√(1 - λ/σ²)")
     left.set(xscale="log", xlabel="λ", ylabel="singular value", title="Singular values")
     left.legend(loc="lower left")
     theory = [(1 - shrunk_singular_values(variances, d.item()) ** 2).square().mean().sqrt().item() for d in decays]
-    middle.plot(decays, theory, color=study.GREY, label="theory")
+    middle.plot(decays, theory, color=figures.GREY, label="theory")
     middle.plot(
         [d for d, _ in trained],
         [orthonormality_defect(one.decoder) for _, one in trained],
         "x",
-        color=study.BLUE,
+        color=figures.BLUE,
         label="trained",
     )
     middle.axhline(
-        orthonormality_defect(found["lambda = 0"].decoder), color=study.RED, linestyle="--", label="λ = 0, trained"
+        orthonormality_defect(found["lambda = 0"].decoder),
+        color=figures.VERMILION,
+        linestyle="--",
+        label="λ = 0, trained",
     )
     middle.set(
         xscale="log", yscale="log", xlabel="λ", ylabel="|W2ᵀW2 - I| / √k", title="How far W2 is from orthonormal"
@@ -179,9 +183,12 @@ def draw(found: dict[str, TrainedWeights]) -> Figure:
     middle.legend()
     places = list(range(1, K + 1))
     bars = {
-        "theory": (shrunk_singular_values(variances, SHOWN), study.GREY),
-        "weight_decay = 2λ/m": (found[f"lambda = {SHOWN:g}"].singular_values[1], study.BLUE),
-        "weight_decay = 2λ": (found[f"lambda = {SHOWN:g}, MSELoss with decay 2 lambda"].singular_values[1], study.RED),
+        "theory": (shrunk_singular_values(variances, SHOWN), figures.GREY),
+        "weight_decay = 2λ/m": (found[f"lambda = {SHOWN:g}"].singular_values[1], figures.BLUE),
+        "weight_decay = 2λ": (
+            found[f"lambda = {SHOWN:g}, MSELoss with decay 2 lambda"].singular_values[1],
+            figures.VERMILION,
+        ),
     }
     for shift, (name, (heights, colour)) in zip((-0.27, 0, 0.27), bars.items(), strict=True):
         right.bar([place + shift for place in places], heights.tolist(), 0.25, color=colour, label=name)
@@ -194,7 +201,7 @@ def draw(found: dict[str, TrainedWeights]) -> Figure:
     right.set_xticks(places)
     right.legend(loc="upper right")
     for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     return figure
 
 

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import torch
 from torch.nn import functional as F
 
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -106,11 +107,11 @@ def claims_of(curves: Sequence[Curve]) -> list[study.Claim]:
 
 def draw(curves: Sequence[Curve]) -> Figure:
     """Training error and loss over the epochs: colour tells the kind, line style the depth."""
-    figure = study.new_figure(10.5, 4.2)
+    figure = figures.new_figure(10.5, 4.2)
     left, right = figure.subplots(1, 2)
     for curve in curves:
         style = {
-            "color": study.BLUE if curve.residual else study.RED,
+            "color": figures.BLUE if curve.residual else figures.VERMILION,
             "linestyle": "-" if curve.depth == DEPTHS[-1] else "--",
             "label": f"{curve.name} layers",
         }
@@ -122,7 +123,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
+        figures.add_grid(axes)
     right.legend(loc="lower left")
     return figure
 

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.bench.studies.common import study
@@ -178,18 +179,18 @@ def draw(
     args: argparse.Namespace, last: Trace, every: Trace, rotations: dict[float, Trace], far: dict[str, Trace]
 ) -> Figure:
     """The network that was asked for, then the law of the identity RNN, then the cells over FAR steps."""
-    figure = study.new_figure(12, 8.4)
+    figure = figures.new_figure(12, 8.4)
     (states, gradients), (law, cells) = figure.subplots(2, 2)
     steps = range(1, len(last.h) + 1)
     what = f"{args.cell.upper()}{f' ({args.nonlinearity})' if args.cell == 'rnn' else ''}, weights x {args.scale:g}"
-    states.plot(steps, last.h, "o-", color=study.BLUE)
+    states.plot(steps, last.h, "o-", color=figures.BLUE)
     states.set(title=f"{what}: the states", xlabel="step t", ylabel="|h$_t$|")
     states.set_ylim(bottom=0)
-    gradients.plot(steps, _shown(last.gradient), "o-", color=study.RED, label="the last step is the target")
-    gradients.plot(steps, _shown(every.gradient), "s-", color=study.GREEN, label="every step is a target")
+    gradients.plot(steps, _shown(last.gradient), "o-", color=figures.VERMILION, label="the last step is the target")
+    gradients.plot(steps, _shown(every.gradient), "s-", color=figures.GREEN, label="every step is a target")
     gradients.set(title="... and the gradient that reaches them", xlabel="step t", ylabel="|dL/dh$_t$|", yscale="log")
     for (rho, path), color in zip(
-        rotations.items(), (study.RED, study.ORANGE, study.GREY, study.SKY, study.BLUE), strict=True
+        rotations.items(), (figures.VERMILION, figures.ORANGE, figures.GREY, figures.SKY, figures.BLUE), strict=True
     ):
         back = range(len(path.gradient))
         relative = [g / path.gradient[-1] for g in reversed(path.gradient)]
@@ -201,7 +202,7 @@ def draw(
         yscale="log",
     )
     law.set_ylabel("|dL/dh$_t$| / |dL/dh$_T$|")
-    colors = (study.BLUE, study.SKY, study.ORANGE, study.RED, study.PURPLE, study.GREY, study.GREEN)
+    colors = (figures.BLUE, figures.SKY, figures.ORANGE, figures.VERMILION, figures.PURPLE, figures.GREY, figures.GREEN)
     for (name, path), color in zip(far.items(), colors, strict=True):
         relative = [g / path.gradient[-1] for g in reversed(path.gradient)]
         cells.plot(range(len(relative)), _shown(relative), color=color, label=name)
@@ -218,7 +219,7 @@ def _shown(values: Sequence[float]) -> list[float]:
 
 
 def _finish_axes(axes: Axes) -> None:
-    axes.grid(alpha=0.3)
+    figures.add_grid(axes)
     axes.locator_params(axis="x", integer=True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False)

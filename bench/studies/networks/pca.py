@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from linattn._util import figures
 from linattn._util.argtypes import whole
 from linattn._util.tables import text_table
 from linattn.autoencoders import (
@@ -155,17 +156,17 @@ def claims_of(outcomes: Sequence[FitOutcome]) -> list[study.Claim]:
 
 def draw(outcomes: Sequence[FitOutcome]) -> Figure:
     """Above the variances, and which of them the code keeps; below the angles to PCA."""
-    figure = study.new_figure(3.6 * len(outcomes), 6)
+    figure = figures.new_figure(3.6 * len(outcomes), 6)
     grid = figure.subplots(2, len(outcomes), squeeze=False)
     for o, (above, below) in zip(outcomes, grid.T, strict=True):
         numbers = range(1, len(o.variances) + 1)
-        above.plot(numbers, o.variances.clamp_min(1e-4).tolist(), color=study.GREY, marker=".", label="variance")
-        above.axvline(o.k + 0.5, color=study.RED, linestyle="--", label=f"k = {o.k}")
+        above.plot(numbers, o.variances.clamp_min(1e-4).tolist(), color=figures.GREY, marker=".", label="variance")
+        above.axvline(o.k + 0.5, color=figures.VERMILION, linestyle="--", label=f"k = {o.k}")
         above.set(title=f"{o.name}: loss {o.loss:.4g}, PCA {o.bound:.4g}", xlabel="principal direction", yscale="log")
-        below.bar(range(1, o.k + 1), o.angles.tolist(), color=study.BLUE)
+        below.bar(range(1, o.k + 1), o.angles.tolist(), color=figures.BLUE)
         below.set(xlabel="principal angle", ylim=(0, 95 if o.angles.max() > 10 else 5))
-        above.grid(alpha=0.3)
-        below.grid(alpha=0.3, axis="y")
+        figures.add_grid(above)
+        figures.add_grid(below, axis="y")
         above.legend()
     grid[0][0].set_ylabel("variance of the samples")
     grid[1][0].set_ylabel("angle between learned space and PCA (°)")
