@@ -103,10 +103,10 @@ LIMITS = {
     ("quadratic", "step_state"): Family(None),
     ("quadratic", "finish_rows"): Family(None),
     # Bound by memory: the matrix unit waits for it, not for instructions.
-    ("feature_map", "scan_sums"): Family({64: 11.0, 128: 12.5}, full_waits=1),
-    ("feature_map", "read_sums"): Family({64: 1.3, 128: 1.2}, full_waits=1),
-    ("feature_map", "chunk_gradients"): Family({64: 0.8, 128: 0.5}, full_waits=2, spill_bytes=256),
-    ("feature_map", "walk"): Family(None),
+    ("feature_map", "chunk_state_kernel"): Family({64: 11.0, 128: 12.5}, full_waits=1),
+    ("feature_map", "chunk_output_kernel"): Family({64: 1.3, 128: 1.2}, full_waits=1),
+    ("feature_map", "chunk_backward_kernel"): Family({64: 0.8, 128: 0.5}, full_waits=2, spill_bytes=256),
+    ("feature_map", "recurrent_kernel"): Family(None),
 }
 WAITS_FP32 = 6
 """A product of fp32 matrices is three of TF32, and none of them overlaps with the next."""

@@ -24,11 +24,12 @@ def load_tile(ptr, start, stride, mask, offs_t, offs_d, SIZE, MASKED: tl.constex
     tile = ptr + tl.cast(start, tl.int64) * stride + (offs_t[:, None] * stride + offs_d[None, :])
     if MASKED and EVEN:
         return tl.load(tile, mask=mask[:, None], other=0.0)
-    if MASKED:
+    elif MASKED:
         return tl.load(tile, mask=mask[:, None] & (offs_d < SIZE)[None, :], other=0.0)
-    if EVEN:
+    elif EVEN:
         return tl.load(tile)
-    return tl.load(tile, mask=(offs_d < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(tile, mask=(offs_d < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -46,9 +47,10 @@ def weigh(t, a, b, c, SIMILARITY: tl.constexpr):
     if SIMILARITY == "square":
         x = t * a + b
         return x * x + c
-    if SIMILARITY == "polynomial":
+    elif SIMILARITY == "polynomial":
         return (t * a + b) * t + c
-    return t * a
+    else:
+        return t * a
 
 
 @triton.jit
@@ -56,9 +58,10 @@ def weigh_backward(t, dp, a, b, SIMILARITY: tl.constexpr):
     """Compute the gradient to t of the gradient dp to the weights, up to the factor `Similarity.slope`."""
     if SIMILARITY == "square":
         return (t * a + b) * dp
-    if SIMILARITY == "polynomial":
+    elif SIMILARITY == "polynomial":
         return (t * (2 * a) + b) * dp
-    return dp
+    else:
+        return dp
 
 
 @triton.jit
@@ -80,7 +83,8 @@ def unscale(acc, l, m, SIMILARITY: tl.constexpr, IN_DTYPE: tl.constexpr):
     """Return the sums themselves: l is sum p. Those of softmax stay divided by 2^m."""
     if SIMILARITY != "softmax" and tl.float16 == IN_DTYPE:
         return acc * m[:, None], l * m
-    return acc, l
+    else:
+        return acc, l
 
 
 @triton.jit
@@ -114,24 +118,24 @@ def accumulate_weights(
         p = tl.exp2(s - shift[:, None])
         decay = tl.exp2(m - shift)
         return round_to(p, IN_DTYPE), acc * decay[:, None], l * decay + tl.sum(p, 1), m_new
-
-    p = weigh(t, a, b, c, SIMILARITY)
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
-    if tl.float16 == IN_DTYPE:
-        top = tl.max(tl.abs(p), 1).to(tl.int32, bitcast=True) & 0x7F800000
-        m_new = tl.maximum(m, top.to(tl.float32, bitcast=True))
-        p = p * (1.0 / m_new)[:, None]
-        decay = m / m_new
-        acc, l, m = acc * decay[:, None], l * decay, m_new
-    weights = round_to(p, IN_DTYPE)
-    if MASKED:
-        # (1 + s)^2 may vanish, and queries with a small sum have seen few keys: here. Summing what is multiplied with v
-        # makes an error common to both cancel.
-        l += tl.sum(weights.to(tl.float32), 1)
     else:
-        l += tl.sum(p, 1)
-    return weights, acc, l, m
+        p = weigh(t, a, b, c, SIMILARITY)
+        if MASKED:
+            p = tl.where(visible, p, 0.0)
+        if tl.float16 == IN_DTYPE:
+            top = tl.max(tl.abs(p), 1).to(tl.int32, bitcast=True) & 0x7F800000
+            m_new = tl.maximum(m, top.to(tl.float32, bitcast=True))
+            p = p * (1.0 / m_new)[:, None]
+            decay = m / m_new
+            acc, l, m = acc * decay[:, None], l * decay, m_new
+        weights = round_to(p, IN_DTYPE)
+        if MASKED:
+            # (1 + s)^2 may vanish, and queries with a small sum have seen few keys: here. Summing what is multiplied
+            # with v makes an error common to both cancel.
+            l += tl.sum(weights.to(tl.float32), 1)
+        else:
+            l += tl.sum(p, 1)
+        return weights, acc, l, m
 
 
 @triton.jit
@@ -166,8 +170,8 @@ def accumulate_output(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Acc += p v and l += sum p over keys start..stop, for queries q [BLOCK_T, BLOCK_D]. Keys from `end` on do not
-    exist.
+    """Compute acc += p v and l += sum p over keys start..stop, for queries q [BLOCK_T, BLOCK_D]. Keys from `end` on do
+    not exist.
     """
     offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for n0 in tl.range(start, stop, BLOCK_N):
@@ -259,7 +263,7 @@ def accumulate_dq(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Dq += ds k over keys start..stop, without the slope, for queries q with gradients dout."""
+    """Compute dq += ds k over keys start..stop, without the slope, for queries q with gradients dout."""
     # Over 60 lines: half of them are the signature, and a loop's body cannot leave the loop.
     offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for n0 in tl.range(start, stop, BLOCK_N):
@@ -322,8 +326,8 @@ def accumulate_dkv(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Dk += ds^T q, without the slope, and dv += p^T dout over queries start..stop, for keys k [BLOCK_N, BLOCK_D] and
-    values v. Score tiles are transposed: [BLOCK_N, BLOCK_T].
+    """Compute dk += ds^T q, without the slope, and dv += p^T dout over queries start..stop, for keys k
+    [BLOCK_N, BLOCK_D] and values v. Score tiles are transposed: [BLOCK_N, BLOCK_T].
 
     MASKED: some scores are hidden by causality. RAGGED: queries from `end` on do not exist; q and dout are loaded as 0
     there, so that they add nothing. dk and dv of keys that do not count may hold anything: store zeros there.

@@ -25,15 +25,16 @@ def precision(dtype: torch.dtype) -> str:
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """Round x to the precision of DTYPE."""
-    if EMULATED:
-        if tl.bfloat16 == DTYPE:
-            bits = x.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-            return bits.to(tl.float32, bitcast=True)
-        if tl.float16 == DTYPE:
-            return x.to(tl.float16).to(tl.float32)
+    if EMULATED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True)
+    elif EMULATED and tl.float16 == DTYPE:
+        return x.to(tl.float16).to(tl.float32)
+    elif EMULATED:
         return x
-    return x.to(DTYPE)
+    else:
+        return x.to(DTYPE)
 
 
 @triton.jit

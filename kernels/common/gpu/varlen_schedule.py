@@ -46,4 +46,5 @@ def bounds_of(sequence, cu_seqlens_ptr, T, PACKED: tl.constexpr):
     if PACKED:
         start = tl.load(cu_seqlens_ptr + sequence).to(tl.int32)
         return start, tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int32) - start
-    return tl.full([], 0, tl.int32), T
+    else:
+        return tl.full([], 0, tl.int32), T

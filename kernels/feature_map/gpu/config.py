@@ -1,4 +1,8 @@
-"""Tile sizes by architecture, size of the operands and head size. No autotuning: a row is chosen, never searched."""
+"""Tile sizes by architecture, bytes of a product's factor and head size.
+
+None was timed yet: chosen by reading compiled code (`linattn kernels`), so that the hot loops spill nothing where they
+can, with Triton 3.6 and 3.9.
+"""
 
 from __future__ import annotations
 
@@ -6,152 +10,118 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from linattn.kernels.common.gpu.config import BYTES_16BIT, BYTES_32BIT, KernelConfig, size_class
+
 
 @dataclass(frozen=True)
-class Config:
-    """How the kernels of one call are cut."""
+class FeatureMapConfig:
+    """The tiles of one call's kernels. BLOCK_T is the length of a chunk, in the forward and in the backward pass."""
 
-    chunk: int
-    """Keys between two stored sums in the forward pass, and rows of a program there."""
-    backward_chunk: int
-    features: int
-    """Features whose sums one program keeps."""
-    columns: int
-    """Columns of the output a program makes."""
-    gradient: int
-    """Columns of dq, dk and dv a program makes."""
-    keys: int
-    """Keys multiplied at once inside a chunk in the forward pass."""
-    state_warps: int
-    output_warps: int
-    gradient_warps: int
-    stages: int
-    """Of the scan of keys: chunks in flight."""
-    row_stages: int
-    """Of the scan of rows, which reads one operand more."""
-    fill: int = 256
+    output: KernelConfig
+    """BLOCK_N: keys multiplied at once inside a chunk. BLOCK_DV: columns of the output that a program makes."""
+    backward: KernelConfig
+    """BLOCK_D: columns of dq, dk and dv that a program makes."""
+    state: KernelConfig
+    """Of the scan over keys. BLOCK_D: features whose sums a program keeps. Its chunk is that of the pass it serves."""
+    state_gradient: KernelConfig
+    """Of the scan over queries, which loads one operand more."""
+    programs: int = 256
     """Programs of a scan below which sequences are split."""
 
 
 SHORTEST_SPLIT = 4  # chunks
 MOST_SPLITS = 16
-DECODED = 8
-"""Tokens up to which a call with a state is walked token by token, whatever the form."""
+FEW_TOKENS = 8
+"""Tokens up to which a call with a state goes token by token, whatever the form."""
 
-SIZES = (32, 64, 128, 256)
-"""Rows are for head sizes up to these: max(D, M)."""
+HEAD_SIZES = (32, 64, 128, 256)
+"""Entries are for head sizes up to these: max(D, M)."""
 
-# fmt: off
-_LOW = {
-    32: Config(
-        chunk=128, backward_chunk=64, features=32, columns=32, gradient=32, keys=128,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=3, row_stages=3,
-    ),
-    # With 4 warps Triton 3.6 puts the products of the gradients one after the other.
-    64: Config(
-        chunk=128, backward_chunk=64, features=64, columns=64, gradient=64, keys=64,
-        state_warps=4, output_warps=8, gradient_warps=8, stages=2, row_stages=2,
-    ),
-    128: Config(
-        chunk=128, backward_chunk=64, features=64, columns=128, gradient=128, keys=64,
-        state_warps=8, output_warps=8, gradient_warps=8, stages=2, row_stages=2,
-    ),
-    256: Config(
-        chunk=64, backward_chunk=64, features=64, columns=128, gradient=64, keys=64,
-        state_warps=8, output_warps=8, gradient_warps=8, stages=2, row_stages=1,
-    ),
+
+def _tiles(
+    output: tuple[int, int, int, int], backward: tuple[int, int, int], state: tuple[int, int, int, int]
+) -> FeatureMapConfig:
+    """Build an entry. output: chunk, keys, columns, warps. backward: chunk, columns, warps. state: features, warps,
+    stages over keys, stages over queries.
+    """
+    chunk, keys, values, output_warps = output
+    backward_chunk, columns, backward_warps = backward
+    features, state_warps, *stages = state
+    return FeatureMapConfig(
+        KernelConfig(chunk, keys, output_warps, 1, BLOCK_DV=values),
+        KernelConfig(backward_chunk, backward_chunk, backward_warps, 1, BLOCK_D=columns),
+        *(KernelConfig(0, 0, state_warps, num_stages, BLOCK_D=features) for num_stages in stages),
+    )
+
+
+# sm_90, 16-bit factors. Backward at 64: with 4 warps Triton 3.6 puts its products one after the other.
+_HOPPER_16BIT = {
+    32: _tiles(output=(128, 128, 32, 4), backward=(64, 32, 4), state=(32, 4, 3, 3)),
+    64: _tiles(output=(128, 64, 64, 8), backward=(64, 64, 8), state=(64, 4, 2, 2)),
+    128: _tiles(output=(128, 64, 128, 8), backward=(64, 128, 8), state=(64, 8, 2, 2)),
+    256: _tiles(output=(64, 64, 128, 8), backward=(64, 64, 8), state=(64, 8, 2, 1)),
 }
-_WIDE = {
-    32: Config(
-        chunk=64, backward_chunk=32, features=32, columns=32, gradient=32, keys=64,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    64: Config(
-        chunk=64, backward_chunk=32, features=64, columns=64, gradient=32, keys=64,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    128: Config(
-        chunk=64, backward_chunk=32, features=64, columns=64, gradient=32, keys=32,
-        state_warps=4, output_warps=8, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    256: Config(
-        chunk=16, backward_chunk=32, features=64, columns=32, gradient=32, keys=16,
-        state_warps=8, output_warps=4, gradient_warps=4, stages=2, row_stages=1,
-    ),
+# sm_90, factors of 4 bytes: each is split in two for TF32, so tiles are half as long.
+_HOPPER_32BIT = {
+    32: _tiles(output=(64, 64, 32, 4), backward=(32, 32, 4), state=(32, 4, 2, 2)),
+    64: _tiles(output=(64, 64, 64, 4), backward=(32, 32, 4), state=(64, 4, 2, 2)),
+    128: _tiles(output=(64, 32, 64, 8), backward=(32, 32, 4), state=(64, 4, 2, 2)),
+    256: _tiles(output=(16, 16, 32, 4), backward=(32, 32, 4), state=(64, 8, 2, 1)),
 }
-# Also for sm_80, which multiplies from registers too: the larger tiles spill there.
-_CONSUMER_LOW = {
-    32: Config(
-        chunk=64, backward_chunk=64, features=32, columns=32, gradient=32, keys=64,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    64: Config(
-        chunk=64, backward_chunk=32, features=64, columns=64, gradient=64, keys=64,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    128: Config(
-        chunk=64, backward_chunk=32, features=64, columns=64, gradient=64, keys=64,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    256: Config(
-        chunk=32, backward_chunk=32, features=64, columns=64, gradient=64, keys=32,
-        state_warps=8, output_warps=4, gradient_warps=4, stages=2, row_stages=1,
-    ),
+# 99 KB of shared memory. Also for sm_80, whose products take both factors from registers: larger tiles spill there.
+_CONSUMER_16BIT = {
+    32: _tiles(output=(64, 64, 32, 4), backward=(64, 32, 4), state=(32, 4, 2, 2)),
+    64: _tiles(output=(64, 64, 64, 4), backward=(32, 64, 4), state=(64, 4, 2, 2)),
+    128: _tiles(output=(64, 64, 64, 4), backward=(32, 64, 4), state=(64, 4, 2, 2)),
+    256: _tiles(output=(32, 32, 64, 4), backward=(32, 64, 4), state=(64, 8, 2, 1)),
 }
-_CONSUMER_WIDE = {
-    32: Config(
-        chunk=64, backward_chunk=32, features=32, columns=32, gradient=32, keys=32,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    64: Config(
-        chunk=32, backward_chunk=32, features=64, columns=64, gradient=32, keys=32,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    128: Config(
-        chunk=32, backward_chunk=16, features=32, columns=32, gradient=32, keys=32,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=2, row_stages=2,
-    ),
-    256: Config(
-        chunk=16, backward_chunk=16, features=32, columns=32, gradient=32, keys=16,
-        state_warps=8, output_warps=4, gradient_warps=4, stages=1, row_stages=1,
-    ),
+_CONSUMER_32BIT = {
+    32: _tiles(output=(64, 32, 32, 4), backward=(32, 32, 4), state=(32, 4, 2, 2)),
+    64: _tiles(output=(32, 32, 64, 4), backward=(32, 32, 4), state=(64, 4, 2, 2)),
+    128: _tiles(output=(32, 32, 32, 4), backward=(16, 32, 4), state=(32, 4, 2, 2)),
+    256: _tiles(output=(16, 16, 32, 4), backward=(16, 32, 4), state=(32, 8, 1, 1)),
 }
 # Triton 3.9 cannot pipeline the scan in bf16 for sm_100: its compiler fails.
-_UNPIPELINED_LOW = {size: replace(row, stages=1, row_stages=1) for size, row in _LOW.items()}
-_SMALL = {
-    size: Config(
-        chunk=16, backward_chunk=16, features=16, columns=16, gradient=16, keys=16,
-        state_warps=4, output_warps=4, gradient_warps=4, stages=1, row_stages=1, fill=16,
+_BLACKWELL_16BIT = {
+    size: replace(
+        config, state=replace(config.state, num_stages=1), state_gradient=replace(config.state_gradient, num_stages=1)
     )
-    for size in SIZES
+    for size, config in _HOPPER_16BIT.items()
 }
-# fmt: on
+# Small tiles, so that short sequences cross several, and sequences are split early.
+_INTERPRETER = dict.fromkeys(
+    HEAD_SIZES,
+    replace(_tiles(output=(16, 16, 16, 4), backward=(16, 16, 4), state=(16, 4, 1, 1)), programs=16),
+)
 
-# By architecture and whether products are of 4-byte numbers (fp32, and fp16 in TF32).
-TABLE: dict[tuple[str, bool], dict[int, Config]] = {
-    ("sm_80", False): _CONSUMER_LOW,
-    ("sm_80", True): _CONSUMER_WIDE,
-    ("sm_90", False): _LOW,
-    ("sm_90", True): _WIDE,
-    ("sm_100", False): _UNPIPELINED_LOW,
-    ("sm_100", True): _WIDE,
-    ("gfx942", False): _CONSUMER_LOW,
-    ("gfx942", True): _CONSUMER_WIDE,
-    ("consumer", False): _CONSUMER_LOW,
-    ("consumer", True): _CONSUMER_WIDE,
-    ("interpreter", False): _SMALL,
-    ("interpreter", True): _SMALL,
+# By architecture and bytes of a product's factor: 4 for fp32, and for fp16, which is multiplied as TF32.
+CONFIGURATIONS: dict[tuple[str, int], dict[int, FeatureMapConfig]] = {
+    ("sm_80", BYTES_16BIT): _CONSUMER_16BIT,
+    ("sm_80", BYTES_32BIT): _CONSUMER_32BIT,
+    ("sm_90", BYTES_16BIT): _HOPPER_16BIT,
+    ("sm_90", BYTES_32BIT): _HOPPER_32BIT,
+    ("sm_100", BYTES_16BIT): _BLACKWELL_16BIT,
+    ("sm_100", BYTES_32BIT): _HOPPER_32BIT,
+    ("gfx942", BYTES_16BIT): _CONSUMER_16BIT,
+    ("gfx942", BYTES_32BIT): _CONSUMER_32BIT,
+    ("consumer", BYTES_16BIT): _CONSUMER_16BIT,
+    ("consumer", BYTES_32BIT): _CONSUMER_32BIT,
+    ("interpreter", BYTES_16BIT): _INTERPRETER,
+    ("interpreter", BYTES_32BIT): _INTERPRETER,
 }
 
 
-def configuration(architecture: str, dtype: torch.dtype, D: int, M: int) -> Config:
-    size = next(size for size in SIZES if max(D, M) <= size)
-    return TABLE[architecture, dtype != torch.bfloat16][size]
+def configuration(architecture: str, dtype: torch.dtype, D: int, M: int) -> FeatureMapConfig:
+    """Return the tiles for an architecture, the dtype of the inputs and both head sizes."""
+    width = BYTES_16BIT if dtype == torch.bfloat16 else BYTES_32BIT
+    return CONFIGURATIONS[architecture, width][size_class(HEAD_SIZES, max(D, M))]
 
 
-def splits_for(config: Config, programs: int, chunks: int) -> int:
-    """Into how many parts sequences are scanned at once, a power of two: enough to fill the chip, none too short."""
+def splits_for(config: FeatureMapConfig, programs: int, chunks: int) -> int:
+    """Return into how many parts sequences are scanned at once, a power of two: enough to fill the chip, none too
+    short.
+    """
     splits = 1
-    while splits < MOST_SPLITS and programs * splits < config.fill and chunks >= 2 * splits * SHORTEST_SPLIT:
+    while splits < MOST_SPLITS and programs * splits < config.programs and chunks >= 2 * splits * SHORTEST_SPLIT:
         splits *= 2
     return splits

@@ -31,8 +31,8 @@ pytestmark = NEEDS_TRITON
 if not TRITON_ABSENT:
     from linattn.kernels.common.gpu.architecture import as_architecture
     from linattn.kernels.common.gpu.launch import recording
-    from linattn.kernels.feature_map.gpu import launcher
-    from linattn.kernels.feature_map.gpu.config import TABLE, configuration, splits_for
+    from linattn.kernels.feature_map.gpu import launch
+    from linattn.kernels.feature_map.gpu.config import BYTES_32BIT, CONFIGURATIONS, configuration, splits_for
 
 # Over tiles of 16: several chunks with a ragged end, slices of features and values with ragged ends, grouped queries.
 SMALL = {"batch": 1, "heads": 2, "kv_heads": 1, "keys": 37, "head_size": 18, "value_size": 24, "score_std": 1.0}
@@ -129,7 +129,7 @@ def test_direct_in_low_precision(feature_map):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_long_sequences_are_split(is_causal):
     config = configuration("interpreter", torch.float32, 16, 16)
-    assert splits_for(config, programs=1, chunks=260 // config.chunk) > 1
+    assert splits_for(config, programs=1, chunks=260 // config.output.BLOCK_T) > 1
     check(inputs(heads=1, keys=260, head_size=16, value_size=16), is_causal=is_causal)
 
 
@@ -314,21 +314,21 @@ def test_gradients_that_are_not_wanted(wanted):
 # ---- configurations --------------------------------------------------------------------------------------------------
 
 
-def rows():
-    """Every row of the table, once: by architecture, dtype and a head size that leads to it."""
+def entries():
+    """Every entry of the table, once: by architecture, dtype and a head size that leads to it."""
     seen = set()
-    for (architecture, wide), sizes in TABLE.items() if not TRITON_ABSENT else ():
+    for (architecture, width), sizes in CONFIGURATIONS.items() if not TRITON_ABSENT else ():
         for size, config in sizes.items():
             if config not in seen:
                 seen.add(config)
-                yield pytest.param(architecture, wide, size, id=f"{architecture}-{'wide' if wide else 'low'}-{size}")
+                yield pytest.param(architecture, width, size, id=f"{architecture}-{8 * width}bit-{size}")
 
 
-@pytest.mark.parametrize(("architecture", "wide", "size"), rows())
-def test_every_configuration(architecture, wide, size):
-    dtype = torch.float32 if wide else torch.bfloat16
+@pytest.mark.parametrize(("architecture", "width", "size"), entries())
+def test_every_configuration(architecture, width, size):
+    dtype = torch.float32 if width == BYTES_32BIT else torch.bfloat16
     with as_architecture(architecture):
-        chunk = configuration(architecture, dtype, size, 1).chunk
+        chunk = configuration(architecture, dtype, size, 1).output.BLOCK_T
         tensors = inputs(heads=1, keys=chunk + 5, head_size=size - 8, value_size=12, dtype=dtype)
         check(tensors, feature_map="relu", is_causal=True)
 
@@ -348,12 +348,10 @@ def test_number_of_launches(form, is_causal, with_state, packed, masked):
     masks = (torch.ones(1, 4096, dtype=bool, device="meta") if masked else None, PACKED.to("meta") if packed else None)
     options, plan = Options(is_causal, 0, 1.0, "elu+1", True), Plan(form, "triton")
     with recording() as forward, as_architecture("sm_90"):
-        out, row_sums, after, _ = launcher.forward(
-            ForwardInputs(q, k, v, *masks, state, options, with_state, True, plan)
-        )
+        out, row_sums, after, _ = launch.forward(ForwardInputs(q, k, v, *masks, state, options, with_state, True, plan))
     with recording() as backward, as_architecture("sm_90"):
         tensors = (torch.empty_like(out), after[1:], q, k, v, out, row_sums, [])
-        launcher.backward(BackwardInputs(*tensors, *masks, state, options, needs_grad, plan))
+        launch.backward(BackwardInputs(*tensors, *masks, state, options, needs_grad, plan))
     assert 1 <= len(forward) <= 2
     assert 1 <= len(backward) <= 3
 
@@ -361,7 +359,7 @@ def test_number_of_launches(form, is_causal, with_state, packed, masked):
 def test_explain_names_the_kernels():
     q, k, v = inputs(keys=300)
     explained = linattn.explain(q, k, v, kernel="elu+1", is_causal=True, backend="triton", enable_gqa=True)
-    assert "scan_sums, read_sums: chunks of" in explained.runs
+    assert "chunk_state_kernel, chunk_output_kernel: chunks of" in explained.runs
 
 
 @pytest.mark.parametrize(

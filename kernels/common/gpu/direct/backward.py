@@ -18,7 +18,8 @@ def bwd_preprocess(o, dout, l, SIMILARITY: tl.constexpr):
     delta = tl.sum(o.to(tl.float32) * dout.to(tl.float32), 1)
     if SIMILARITY == "softmax":
         return tl.where(l == float("-inf"), float("inf"), l * LOG2E), delta
-    return 1.0 / tl.where(l <= 0, float("inf"), l), delta
+    else:
+        return 1.0 / tl.where(l <= 0, float("inf"), l), delta
 
 
 @triton.jit
@@ -77,7 +78,10 @@ def dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """dq_i = slope sum_j ds_ij k_j, and norm and delta, dense [B, H, T], of every query. Grid: num_tiles * B * H."""
+    """Compute dq_i = slope sum_j ds_ij k_j, and norm and delta of every query, dense [B, H, T].
+
+    Grid: num_tiles * B * H.
+    """
     # Over 60 lines: the signature. One program keeps dq in registers from the first key to the last.
     stride_qb, stride_qh, stride_qt = stride_q
     stride_kb, stride_kh, stride_kt = stride_k
@@ -199,7 +203,7 @@ def dkv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """dk_j = slope sum_i ds_ij q_i and dv_j = sum_i p_ij dout_i, over the GROUP query heads of a key head.
+    """Compute dk_j = slope sum_i ds_ij q_i and dv_j = sum_i p_ij dout_i, over the GROUP query heads of a key head.
 
     Grid: num_tiles * B * Hkv. RAGGED: the last tile of queries is not full.
     """

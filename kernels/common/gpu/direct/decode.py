@@ -54,10 +54,10 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """o_i = sum_j p_ij v_j / l_i, or acc_i = sum_j p_ij v_j over the keys of a split. Grid: B * Hkv * num_splits.
+    """Compute o_i = sum_j p_ij v_j / l_i, or acc_i = sum_j p_ij v_j over the keys of a split.
 
-    A split has `split_length` keys, a multiple of BLOCK_N. SPLIT: store sums, acc [num_splits, B, H, T, M] with l and m
-    beside it, instead of the result.
+    Grid: B * Hkv * num_splits. A split has `split_length` keys, a multiple of BLOCK_N. SPLIT: store sums, acc
+    [num_splits, B, H, T, M] with l and m beside it, instead of the result.
     """
     # Over 60 lines: the signature. One program keeps acc in registers from the first key to the last.
     stride_qb, stride_qh, stride_qt = stride_q
@@ -149,7 +149,7 @@ def merge_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """o_i = sum_s acc_si / sum_s l_si over the splits s of one query. Grid: B * H * T."""
+    """Compute o_i = sum_s acc_si / sum_s l_si over the splits s of one query. Grid: B * H * T."""
     stride_ob, stride_oh, stride_ot = stride_o
     query = tl.program_id(0).to(tl.int64)
     offs_s, offs_dv = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_DV)

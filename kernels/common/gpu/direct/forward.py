@@ -15,7 +15,8 @@ def apply_sign(q, a, SIMILARITY: tl.constexpr):
     """Give queries the scale's sign: softmax looks for the largest product, which is then the largest score too."""
     if SIMILARITY == "softmax":
         return tl.where(a < 0, -q, q), tl.abs(a)
-    return q, a
+    else:
+        return q, a
 
 
 @triton.jit
@@ -27,9 +28,11 @@ def finalize(acc, l, m, SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr, IN_DT
         o = acc / tl.where(l <= 0, float("inf"), l)[:, None]
         if SIMILARITY == "softmax":
             return o, (m + tl.log2(tl.where(l <= 0, 1.0, l))) * LN2
-        _, l = unscale(acc, l, m, SIMILARITY, IN_DTYPE)
-        return o, l
-    return unscale(acc, l, m, SIMILARITY, IN_DTYPE)
+        else:
+            _, l = unscale(acc, l, m, SIMILARITY, IN_DTYPE)
+            return o, l
+    else:
+        return unscale(acc, l, m, SIMILARITY, IN_DTYPE)
 
 
 @triton.jit
@@ -72,7 +75,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """o_i = sum_j p_ij v_j / l_i with l_i = sum_j p_ij. Grid: num_tiles * B * H.
+    """Compute o_i = sum_j p_ij v_j / l_i with l_i = sum_j p_ij. Grid: num_tiles * B * H.
 
     GROUP query heads share a key head; NUM_SEQS sequences, 1 if not PACKED; l [B, H, T] is dense.
     """

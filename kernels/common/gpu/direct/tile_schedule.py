@@ -65,4 +65,5 @@ def query_range(first, count, end, q_offset, CAUSAL: tl.constexpr, BLOCK_T: tl.c
         begin = tl.minimum(tl.maximum(first - q_offset, 0), end) // BLOCK_T * BLOCK_T
         full = tl.minimum(tl.maximum(first + count - 1 - q_offset, 0), end)
         return begin, tl.maximum((full + BLOCK_T - 1) // BLOCK_T, begin // BLOCK_T + 1) * BLOCK_T
-    return 0, 0
+    else:
+        return 0, 0
