@@ -1,14 +1,17 @@
-"""The Triton backend of the quadratic ops: which kernels a call runs on.
+"""Backend "triton" of the quadratic ops (convention: kernels/common/op/stateful.py, maths: ../README.md).
 
-Direct form: `direct`, or `chunked` where a state stands before or after. Chunked form: `chunked`. A few tokens beside a
-state: `step`.
+Read downhill: this module (which form runs) -> `direct` (no state: kernels/common/gpu/direct), `decode` (a few tokens
+beside a state) or `launch` (chunked; or direct beside a state), which runs, in order, `chunk_state` (with
+`chunk_state_scan`), `chunk_output`; backward `bwd_preprocess`, `chunk_dq`, `chunk_dkv` -> `inter_chunk` (a tile times a
+state) -> `chunk_schedule` (which sequence, tokens and state a program works on). Beside them `kernel_args` (sizes and
+shared arguments; `config` holds the tile sizes), `workspace` (memory) and `state_layout` (states in memory).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from linattn.kernels.quadratic.gpu import chunked, direct, step
+from linattn.kernels.quadratic.gpu import decode, direct, launch
 
 if TYPE_CHECKING:
     import torch
@@ -21,26 +24,26 @@ AnyInputs = TypeVar("AnyInputs", "ForwardInputs", "BackwardInputs")
 
 def forward(inputs: ForwardInputs) -> Outputs:
     """Run the kernels of the form that `inputs.plan` names, or those of a few tokens beside a state."""
-    if step.runs(inputs.q, inputs.k, inputs.cu_seqlens, inputs.initial_state):
-        return step.forward(inputs)
+    if decode.applies(inputs.q, inputs.k, inputs.cu_seqlens, inputs.initial_state):
+        return decode.forward(inputs)
     if inputs.plan.form == "chunked" or inputs.initial_state:
-        return chunked.forward(_direct_unless_chunked(inputs))
+        return launch.forward(_direct_unless_chunked(inputs))
     out, l = direct.forward(inputs)
-    return out, l, chunked.state_after(inputs) if inputs.return_state else [], []
+    return out, l, launch.state_after(inputs) if inputs.return_state else [], []
 
 
 def saved_like(inputs: ForwardInputs) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return shapes and dtypes of what `forward` saves."""
-    is_step = step.runs(inputs.q, inputs.k, inputs.cu_seqlens, inputs.initial_state)
-    if is_step or (inputs.plan.form != "chunked" and not inputs.initial_state):
+    is_decoding = decode.applies(inputs.q, inputs.k, inputs.cu_seqlens, inputs.initial_state)
+    if is_decoding or (inputs.plan.form != "chunked" and not inputs.initial_state):
         return []
-    return chunked.saved_like(_direct_unless_chunked(inputs))
+    return launch.saved_like(_direct_unless_chunked(inputs))
 
 
 def backward(inputs: BackwardInputs) -> Gradients:
     """Run the backward kernels of the form that `inputs.plan` names."""
     if inputs.plan.form == "chunked" or inputs.initial_state or inputs.dstate:
-        return chunked.backward(_direct_unless_chunked(inputs))
+        return launch.backward(_direct_unless_chunked(inputs))
     return *direct.backward(inputs), []
 
 
@@ -52,5 +55,5 @@ def _direct_unless_chunked(inputs: AnyInputs) -> AnyInputs:
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str:
     """The kernels that a call runs, and their configuration."""
     if form == "recurrent":
-        return step.describe(q, v)
-    return chunked.describe(q, k, v, is_causal) if form == "chunked" else direct.describe(q, v)
+        return decode.describe(q, v)
+    return launch.describe(q, k, v, is_causal) if form == "chunked" else direct.describe(q, v)
