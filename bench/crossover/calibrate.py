@@ -89,15 +89,15 @@ def predicted() -> calibration.Table:
     4 F M + 4 D M for sums over values, twice 4 D^2 for those of the row sum, in TF32 at half the rate, and causal
     c (D + M) for the own chunk.
     """
-    from linattn.kernels.quadratic.gpu import config, layout
+    from linattn.kernels.quadratic.gpu import config, state_layout
 
     table: calibration.Table = {}
     for machine, dtype, D in itertools.product(("sm_80", "sm_90", "sm_100", "gfx942", "consumer"), DTYPES, HEAD_SIZES):
         if DTYPES[dtype] not in (torch.float32, torch.bfloat16, torch.float16):
             continue
-        chunk = config.row(machine, DTYPES[dtype], D).chunk
+        chunk = config.configuration(machine, DTYPES[dtype], D).chunk
         squares = 4 if dtype == "fp32" else 8
-        balance = (4 * layout.features(D) * D + (4 + squares) * D * D) / (2 * D)
+        balance = (4 * state_layout.feature_count(D) * D + (4 + squares) * D * D) / (2 * D)
         entry = table.setdefault(f"triton/{machine}/{dtype}", {})
         entry.setdefault("causal", {})[D] = balance + chunk
         entry.setdefault("non-causal", {})[D] = balance / 2

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = [case for case in CASES if args.longest >= case.N]
     if args.no_rescue:
-        config.CANCELLATION = dict.fromkeys(config.CANCELLATION, math.inf)
+        config.MAX_CANCELLATION = dict.fromkeys(config.MAX_CANCELLATION, math.inf)
         cases = [case for case in cases if case.kind in CANCELLING]
     found = []
     for case in cases:

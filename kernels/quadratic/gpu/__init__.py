@@ -53,7 +53,7 @@ def _direct_unless_chunked(inputs: AnyInputs) -> AnyInputs:
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, form: str) -> str:
-    """The kernels that a call runs, and their configuration."""
+    """Name the kernels that a call runs, and their configuration."""
     if form == "recurrent":
         return decode.describe(q, v)
     return launch.describe(q, k, v, is_causal) if form == "chunked" else direct.describe(q, v)

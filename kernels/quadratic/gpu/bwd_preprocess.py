@@ -62,9 +62,9 @@ def bwd_preprocess_kernel(
     CHECK_CANCELLATION: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
 ):
-    """Norm = 1/l, delta = dO.o, and for the states dO / l, rounded, with delta_scaled = (dO / l).o of just these rounded
-    numbers. All are 0 for a query without a sum (l <= 0). A cancelled query adds nothing to the states: its norm is
-    stored apart, and which tiles have such queries.
+    """Compute norm = 1/l, delta = dO.o, and for the states dO / l, rounded, with delta_scaled = (dO / l).o of just
+    these rounded numbers. All are 0 for a query without a sum (l <= 0). A cancelled query adds nothing to the states:
+    its norm is stored apart, and which tiles have such queries.
     """
     # Over 60 lines: the signature.
     tile, h, batch = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64), tl.cast(tl.program_id(2), tl.int64)
@@ -132,7 +132,7 @@ def bwd_preprocess(
         H=H,
         M=M,
         BLOCK_T=TILE.BLOCK_T,
-        BLOCK_DV=problem.BLOCK_DV,
+        BLOCK_DV=problem.block_dv,
         NORMALIZE=normalize,
         CHECK_CANCELLATION=problem.check_cancellation,
         STATE_DTYPE=TRITON_DTYPE[STATE_DTYPE[out.dtype]],

@@ -58,8 +58,8 @@ def inter_dkv(
     GRAM_PRECISION: tl.constexpr,
     OF_VALUES: tl.constexpr,
 ):
-    """Dv = phi(k) S + k (q dO^T) + dO, S summed over later queries, or dk, the gradient to k of that against v, without
-    the slope; the other is 0. The state carries all weights.
+    """Compute dv = phi(k) S + k (q dO^T) + dO, S summed over later queries, or dk, the gradient to k of that against v,
+    without the slope; the other is 0. The state carries all weights.
     """
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     if OF_VALUES:
@@ -189,8 +189,8 @@ def chunk_dkv_kernel(
     GRAM_PRECISION: tl.constexpr,
     OF_VALUES: tl.constexpr,
 ):
-    """Dv = phi(k) S + sum_i p_i dO_i (OF_VALUES), or dk = d/dk [phi(k) S . v] + sum_i ds_i q_i, S summed over later
-    queries, i over the queries before those.
+    """Compute dv = phi(k) S + sum_i p_i dO_i (OF_VALUES), or dk = d/dk [phi(k) S . v] + sum_i ds_i q_i, S summed over
+    later queries, i over the queries before those.
     """
     # Over 60 lines: the signature. One program keeps dk or dv in registers from the state to the last query.
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
@@ -385,8 +385,8 @@ def cancelled_dkv_kernel(
     NEEDS_DK: tl.constexpr,
     NEEDS_DV: tl.constexpr,
 ):
-    """Dk += sum_i ds_i q_i and dv += sum_i p_i dO_i over cancelled queries i of later chunks: their norm is not 0 in
-    `cancelled_norm`, and their tiles of BLOCK_T queries are marked. Where there are none, this ends at once.
+    """Accumulate dk += sum_i ds_i q_i and dv += sum_i p_i dO_i over cancelled queries i of later chunks: their norm is
+    not 0 in `cancelled_norm`, and their tiles of BLOCK_T queries are marked. Where there are none, this ends at once.
     """
     # Over 60 lines: the signature.
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
@@ -477,17 +477,17 @@ def launch_dkv(
     problem: ChunkedProblem, state: ChunkState, grads: QueryGrads, gradient: Tensor, of_values: bool
 ) -> None:
     """Fill dk, or dv if `of_values`, from the state over queries."""
-    tile = problem.config.dv if of_values else problem.config.dk
+    tile = problem.tiles.dv if of_values else problem.tiles.dk
     num_tiles = triton.cdiv(problem.k.shape[2], tile.BLOCK_N)
     launch(
         chunk_dkv_kernel,
-        (problem.num_programs(num_tiles, tile.BLOCK_N), problem.Hkv),
+        (problem.num_programs(num_tiles, tile.BLOCK_N), problem.kv_heads),
+        **problem.inter_chunk_args(tile),
         **problem.schedule_args(),
         **problem.first_position_args(),
         **problem.size_args(),
         **problem.qkv_args(),
         **problem.similarity_args(),
-        **problem.inter_chunk_args(tile),
         dout_ptr=grads.dout,
         stride_do=strides_bht(grads.dout),
         norm_ptr=grads.norm,
@@ -497,7 +497,7 @@ def launch_dkv(
         products_ptr=state.products,
         moments_ptr=state.moments,
         NUM_SEQS=problem.num_seqs,
-        Hkv=problem.Hkv,
+        Hkv=problem.kv_heads,
         q_offset=problem.options.q_offset,
         num_tiles=num_tiles,
         slope=problem.similarity.slope,
@@ -510,14 +510,16 @@ def launch_cancelled_dkv(
     problem: ChunkedProblem, grads: QueryGrads, dk: Tensor, dv: Tensor, needs_dk: bool, needs_dv: bool
 ) -> None:
     """Add what cancelled queries of later chunks contribute to dk and dv, by the tiles of bwd_preprocess.py."""
-    tile = problem.config.cancelled
+    tile = problem.tiles.cancelled
     num_tiles = triton.cdiv(problem.k.shape[2], tile.BLOCK_T)
     query_tile = bwd_preprocess.TILE.BLOCK_T
     launch(
         cancelled_dkv_kernel,
-        (problem.num_programs(num_tiles, tile.BLOCK_T), problem.Hkv),
+        (problem.num_programs(num_tiles, tile.BLOCK_T), problem.kv_heads),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        BLOCK_T=query_tile,
+        BLOCK_N=tile.BLOCK_T,
         **problem.schedule_args(),
         **problem.first_position_args(),
         **problem.size_args(),
@@ -533,13 +535,11 @@ def launch_cancelled_dkv(
         dv_ptr=dv,
         stride_dv=strides_bht(dv),
         NUM_SEQS=problem.num_seqs,
-        Hkv=problem.Hkv,
+        Hkv=problem.kv_heads,
         q_offset=problem.options.q_offset,
         num_tiles=num_tiles,
         num_query_tiles=triton.cdiv(problem.q.shape[2], query_tile),
         slope=problem.similarity.slope,
-        BLOCK_T=query_tile,
-        BLOCK_N=tile.BLOCK_T,
         PRECISION=precision(problem.q.dtype),
         NEEDS_DK=needs_dk,
         NEEDS_DV=needs_dv,

@@ -88,8 +88,8 @@ def chunk_dq_kernel(
     PRECISION: tl.constexpr,
     GRAM_PRECISION: tl.constexpr,
 ):
-    """Dq = d/dq [phi(q) S . (dO / l) - delta_scaled l(q)] + sum_j ds_j k_j, j over the keys after S. A tile with
-    cancelled queries computes all scores, as it did in `chunk_output_kernel`.
+    """Compute dq = d/dq [phi(q) S . (dO / l) - delta_scaled l(q)] + sum_j ds_j k_j, j over the keys after S. A tile
+    with cancelled queries computes all scores, as it did in `chunk_output_kernel`.
     """
     # Over 60 lines: the signature. One program keeps dq in registers from the state to the last key.
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
@@ -203,18 +203,18 @@ def chunk_dq_kernel(
 
 def launch_dq(problem: ChunkedProblem, state: ChunkState, grads: QueryGrads, dq: Tensor) -> None:
     """Fill dq from the state over keys."""
-    tile = problem.config.dq
+    tile = problem.tiles.dq
     position_0, num_tiles = problem.query_tiles(tile.BLOCK_T)
     _, weight_1, weight_2 = problem.weights
     launch(
         chunk_dq_kernel,
         (problem.num_programs(num_tiles, tile.BLOCK_T), problem.q.shape[1]),
+        **problem.inter_chunk_args(tile),
         **problem.schedule_args(),
         **problem.state_boundary_args(),
         **problem.size_args(),
         **problem.qkv_args(),
         **problem.similarity_args(),
-        **problem.inter_chunk_args(tile),
         dout_ptr=grads.dout,
         stride_do=strides_bht(grads.dout),
         cancelled_ptr=grads.cancelled,

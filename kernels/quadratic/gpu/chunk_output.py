@@ -90,7 +90,9 @@ def chunk_output_kernel(
     PRECISION: tl.constexpr,
     GRAM_PRECISION: tl.constexpr,
 ):
-    """O = (phi(q) S + sum_j p_j v_j) / l with l = w0 n + w1 q.z + w2 q.Z q + sum_j p_j, j over the keys after S."""
+    """Compute o = (phi(q) S + sum_j p_j v_j) / l with l = w0 n + w1 q.z + w2 q.Z q + sum_j p_j, j over the keys after
+    those in S.
+    """
     # Over 60 lines: the signature. One program keeps acc in registers from the state to the last key.
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
     batch, start, T, Tk, position, last, slot = locate_query_tile(
@@ -179,18 +181,18 @@ def chunk_output_kernel(
 
 def launch_output(problem: ChunkedProblem, state: ChunkState, out: Tensor, l: Tensor, cancelled: Tensor | None) -> None:
     """Fill out, l and, if there are any to look for, which queries are cancelled."""
-    tile = problem.config.output
+    tile = problem.tiles.output
     position_0, num_tiles = problem.query_tiles(tile.BLOCK_T)
     weight_0, weight_1, weight_2 = problem.weights
     launch(
         chunk_output_kernel,
         (problem.num_programs(num_tiles, tile.BLOCK_T), problem.q.shape[1]),
+        **problem.inter_chunk_args(tile),
         **problem.schedule_args(),
         **problem.state_boundary_args(),
         **problem.size_args(),
         **problem.qkv_args(),
         **problem.similarity_args(),
-        **problem.inter_chunk_args(tile),
         o_ptr=out,
         stride_o=strides_bht(out),
         l_ptr=l,

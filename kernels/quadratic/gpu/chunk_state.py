@@ -147,9 +147,9 @@ def chunk_products_kernel(
     STATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S = sum_t x_ti x_tj y_t, one block of features over one run of RUN tokens. Causal: a run is some chunks (in
-    reverse, boundaries), and the sum so far is stored at each. The sum of the whole run goes to `totals`. EVEN_T: all
-    tokens of all tiles count.
+    """Compute S = sum_t x_ti x_tj y_t, one block of features over one run of RUN tokens. Causal: a run is some chunks
+    (in reverse, boundaries), and the sum so far is stored at each. The sum of the whole run goes to `totals`. EVEN_T:
+    all tokens of all tiles count.
     """
     # Over 60 lines: half of them are the signature; acc stays in registers from the first chunk to the last.
     block, h = tl.program_id(0), tl.program_id(2)
@@ -254,8 +254,9 @@ def chunk_moments_kernel(
     PRECISION: tl.constexpr,
     GRAM_PRECISION: tl.constexpr,
 ):
-    """Z = sum_t f_t x_t x_t^T, z = sum f x, x y^T, y and f, over one chunk (causal), stored at its boundary, or over RUN
-    tokens, stored by program. Without HAS_FACTOR f = 1 forward, and in reverse, where nothing is normalised, f = 0.
+    """Compute Z = sum_t f_t x_t x_t^T and the sums of f x, x y^T, y and f over one chunk (causal), stored at its
+    boundary, or over RUN tokens, stored by program. Without HAS_FACTOR f = 1 forward, and in reverse, where nothing is
+    normalised, f = 0.
     """
     # Over 60 lines: half of them are the signature; the sums stay in registers from the first token to the last.
     h = tl.program_id(1)
@@ -321,8 +322,8 @@ def state_over_keys(problem: ChunkedProblem, before: State, keep_final: bool) ->
     """Sum over keys up to each boundary, from the canonical state `before` on."""
     initial = None
     if before:
-        products = state_layout.to_blocks(before[5], problem.q.shape[3], problem.BLOCK_D, problem.BLOCK_DV)
-        moments = state_layout.to_moments(before[1:], before[0], problem.BLOCK_D, problem.BLOCK_DV)
+        products = state_layout.to_blocks(before[5], problem.q.shape[3], problem.block_d, problem.block_dv)
+        moments = state_layout.to_moments(before[1:], before[0], problem.block_d, problem.block_dv)
         initial = (products, moments)
     return _chunk_state(problem, _Tokens(problem.k, problem.v, None, reverse=False), initial, keep_final)
 
@@ -333,8 +334,8 @@ def state_over_queries(
     """Sum the gradients to these states over later queries, from the gradients to the state after the call on."""
     initial = None
     if dafter:
-        products = state_layout.gradient_to_blocks(dafter[4], problem.q.shape[3], problem.BLOCK_D, problem.BLOCK_DV)
-        initial = (products, state_layout.to_moments(dafter, None, problem.BLOCK_D, problem.BLOCK_DV))
+        products = state_layout.gradient_to_blocks(dafter[4], problem.q.shape[3], problem.block_d, problem.block_dv)
+        initial = (products, state_layout.to_moments(dafter, None, problem.block_d, problem.block_dv))
     return _chunk_state(problem, _Tokens(problem.q, dout_scaled, delta, reverse=True), initial, keep_final)
 
 
@@ -346,8 +347,8 @@ def _chunk_state(
     final = None
     if keep_final:
         empty = moments.at_boundaries.new_empty
-        heads = (problem.num_seqs, problem.Hkv)
-        final = empty(*heads, problem.feature_count, problem.BLOCK_DV), empty(*heads, problem.moments_size)
+        heads = (problem.num_seqs, problem.kv_heads)
+        final = empty(*heads, problem.feature_count, problem.block_dv), empty(*heads, problem.moments_size)
     launch_scan(problem, tokens.x.shape[2], products, moments, ScanEnds(initial, final), tokens.reverse)
     return ChunkState(products.at_boundaries, moments.at_boundaries, final)
 
@@ -369,7 +370,7 @@ def _token_args(problem: ChunkedProblem, tokens: _Tokens) -> dict[str, Any]:
         "MASKED": key_mask is not None,
         "T": x.shape[2],
         "Tk": problem.k.shape[2],
-        "Hkv": problem.Hkv,
+        "Hkv": problem.kv_heads,
         "NUM_SEQS": problem.num_seqs,
         "q_offset": problem.options.q_offset,
         "REVERSE": reverse,
@@ -381,8 +382,8 @@ def _token_args(problem: ChunkedProblem, tokens: _Tokens) -> dict[str, Any]:
 
 def _launch_products(problem: ChunkedProblem, tokens: _Tokens, always_scanned: bool) -> RunSums:
     """Sum products within runs."""
-    x, reverse, causal, tile = tokens.x, tokens.reverse, problem.options.is_causal, problem.config.products
-    T, shape = x.shape[2], (problem.Hkv, problem.feature_count, problem.BLOCK_DV)
+    x, reverse, causal, tile = tokens.x, tokens.reverse, problem.options.is_causal, problem.tiles.products
+    T, shape = x.shape[2], (problem.kv_heads, problem.feature_count, problem.block_dv)
     products = x.new_empty(problem.slots, *shape, dtype=STATE_DTYPE[x.dtype])
     run = _run_length(problem, T)
     # Forward nothing comes to boundary 0: there is one chunk less than there are boundaries.
@@ -394,16 +395,16 @@ def _launch_products(problem: ChunkedProblem, tokens: _Tokens, always_scanned: b
     aligned = T % tile.BLOCK_T == 0 and (problem.options.q_offset if reverse else 0) % tile.BLOCK_T == 0
     launch(
         chunk_products_kernel,
-        (problem.feature_count // FEATURES.value, runs, problem.Hkv),
+        (problem.feature_count // FEATURES.value, runs, problem.kv_heads),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        BLOCK_T=tile.BLOCK_T,
         **_token_args(problem, tokens),
         products_ptr=products,
         totals_ptr=totals,
         RUN=run,
         num_runs=per_sequence,
         weight=2 * problem.weights[2],
-        BLOCK_T=tile.BLOCK_T,
         KEEP_TOTALS=scanned,
         EVEN_T=regular and aligned,
     )
@@ -412,8 +413,8 @@ def _launch_products(problem: ChunkedProblem, tokens: _Tokens, always_scanned: b
 
 def _launch_moments(problem: ChunkedProblem, tokens: _Tokens) -> RunSums:
     """Sum moments within runs. They are small: one program makes those of a whole chunk."""
-    x, f, causal, tile = tokens.x, tokens.f, problem.options.is_causal, problem.config.moments
-    shape = (problem.Hkv, problem.moments_size)
+    x, f, causal, tile = tokens.x, tokens.f, problem.options.is_causal, problem.tiles.moments
+    shape = (problem.kv_heads, problem.moments_size)
     run = problem.chunk if causal else _run_length(problem, x.shape[2])
     per_sequence = problem.num_boundaries if causal else triton.cdiv(x.shape[2], run)
     runs = problem.num_programs(per_sequence, run)
@@ -422,9 +423,10 @@ def _launch_moments(problem: ChunkedProblem, tokens: _Tokens) -> RunSums:
     weight_0, weight_1, weight_2 = problem.weights if tokens.reverse else (1.0, 1.0, 1.0)
     launch(
         chunk_moments_kernel,
-        (runs, problem.Hkv),
+        (runs, problem.kv_heads),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        BLOCK_T=tile.BLOCK_T,
         **_token_args(problem, tokens),
         moments_ptr=totals,
         f_ptr=f,
@@ -435,7 +437,6 @@ def _launch_moments(problem: ChunkedProblem, tokens: _Tokens) -> RunSums:
         weight_0=weight_0,
         weight_1=weight_1,
         weight_2=weight_2,
-        BLOCK_T=tile.BLOCK_T,
         HAS_FACTOR=f is not None,
         GRAM_PRECISION=gram_precision(x.dtype),
     )
@@ -444,9 +445,9 @@ def _launch_moments(problem: ChunkedProblem, tokens: _Tokens) -> RunSums:
 
 def _run_length(problem: ChunkedProblem, T: int) -> int:
     """Choose the tokens of a run: as many as leave enough programs to fill the chip; whole chunks if causal."""
-    causal, tile = problem.options.is_causal, problem.config.products
+    causal, tile = problem.options.is_causal, problem.tiles.products
     length, step = (problem.k.shape[2], problem.chunk) if causal else (T, 8 * tile.BLOCK_T)
-    enough = triton.cdiv(problem.config.programs, problem.feature_count // FEATURES.value * problem.total_heads)
+    enough = triton.cdiv(problem.tiles.programs, problem.feature_count // FEATURES.value * problem.total_heads)
     return max(length // (step * enough), 1) * step
 
 
@@ -465,7 +466,7 @@ def state_after(problem: ChunkedProblem, state: ChunkState, before: State) -> St
     assert state.final is not None
     products, moments = state.final
     D, M = problem.q.shape[3], problem.v.shape[3]
-    sums = state_layout.from_moments(moments, before[1:], D, M, problem.BLOCK_D, problem.BLOCK_DV)
+    sums = state_layout.from_moments(moments, before[1:], D, M, problem.block_d, problem.block_dv)
     return [n + before[0] if before else n, *sums, state_layout.from_blocks(products, D, M)]
 
 
@@ -474,5 +475,5 @@ def initial_state_gradients(problem: ChunkedProblem, state: ChunkState, dafter: 
     assert state.final is not None
     products, moments = state.final
     D, M = problem.q.shape[3], problem.v.shape[3]
-    sums = state_layout.from_moments(moments, dafter, D, M, problem.BLOCK_D, problem.BLOCK_DV)
+    sums = state_layout.from_moments(moments, dafter, D, M, problem.block_d, problem.block_dv)
     return [*sums, state_layout.gradient_from_blocks(products, D, M)]

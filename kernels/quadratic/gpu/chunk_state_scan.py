@@ -72,8 +72,8 @@ def scan_runs(
     KEEP_FINAL: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
 ):
-    """S_b = initial + sum of the runs before boundary b (REVERSE: after it), for some elements of one sequence and
-    head. What stands after all runs goes to `final`. IN_PLACE: each run is one boundary, and its own total. EMPTY:
+    """Compute S_b = initial + sum of the runs before boundary b (REVERSE: after it), for some elements of one sequence
+    and head. What stands after all runs goes to `final`. IN_PLACE: each run is one boundary, and its own total. EMPTY:
     nothing was stored, for want of keys.
     """
     # Over 60 lines: half of them are the signature.
@@ -148,8 +148,8 @@ def state_scan_kernel(
     KEEP_FINAL: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
 ):
-    """S_b = initial + sum of the runs before boundary b (REVERSE: after it). Of the programs of a sequence and head, the
-    first PRODUCT_PROGRAMS scan the products, runs of PRODUCT_RUN tokens, and the others the moments.
+    """Compute S_b = initial + sum of the runs before boundary b (REVERSE: after it). Of the programs of a sequence and
+    head, the first PRODUCT_PROGRAMS scan the products, runs of PRODUCT_RUN tokens, and the others the moments.
     """
     # Over 60 lines: half of them are the signature, and the two calls differ in most of their arguments.
     block, sequence, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -224,11 +224,11 @@ def launch_scan(
     """Turn sums within runs into states, in place. T: tokens that were summed over, of a sequence not packed."""
     size = problem.moments_size
     initial, final = ends.initial or (None, None), ends.final or (None, None)
-    elements = problem.feature_count * problem.BLOCK_DV
+    elements = problem.feature_count * problem.block_dv
     product_programs = triton.cdiv(elements, SCAN.BLOCK_T) if products.scanned else 0
     launch(
         state_scan_kernel,
-        (product_programs + triton.cdiv(size, SCAN.BLOCK_T), problem.num_seqs, problem.Hkv),
+        (product_programs + triton.cdiv(size, SCAN.BLOCK_T), problem.num_seqs, problem.kv_heads),
         num_warps=SCAN.num_warps,
         num_stages=SCAN.num_stages,
         **problem.schedule_args(),
@@ -243,7 +243,7 @@ def launch_scan(
         final_moments_ptr=final[1],
         T=T,
         Tk=problem.k.shape[2],
-        Hkv=problem.Hkv,
+        Hkv=problem.kv_heads,
         moments_size=size,
         PRODUCT_RUN=products.length,
         num_product_runs=products.per_sequence,
@@ -252,8 +252,8 @@ def launch_scan(
         weight=1.0 if reverse else 2 * problem.weights[2],
         PRODUCT_PROGRAMS=product_programs,
         BLOCK=SCAN.BLOCK_T,
-        BLOCK_D=problem.BLOCK_D,
-        BLOCK_DV=problem.BLOCK_DV,
+        BLOCK_D=problem.block_d,
+        BLOCK_DV=problem.block_dv,
         REVERSE=reverse,
         HAS_INITIAL=initial[0] is not None,
         KEEP_FINAL=final[0] is not None,

@@ -17,14 +17,14 @@ from linattn.kernels.common.gpu.launch import block_size, launch, strides_bht
 from linattn.kernels.common.gpu.mainloop import weigh
 from linattn.kernels.common.gpu.numerics import round_to
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.quadratic.contract import Options, state_shapes
+from linattn.kernels.quadratic.contract import state_shapes
 from linattn.kernels.quadratic.gpu import config
 from linattn.kernels.quadratic.gpu.kernel_args import ChunkedProblem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.common.op.stateful import ForwardInputs, Outputs
     from linattn.kernels.quadratic.gpu.state_layout import State
 
 BLOCKS_AT_ONCE = 32
@@ -38,32 +38,24 @@ def applies(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, initial_state: Stat
     return bool(initial_state) and cu_seqlens is None and few and queries <= config.DECODE_QUERIES
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    initial_state: State,
-    options: Options,
-    return_state: bool,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, State, State]:
+def forward(inputs: ForwardInputs) -> Outputs:
     """Compute out, l and, if asked for, the state after the tokens; nothing is saved."""
-    problem = ChunkedProblem.of(q, k, v, key_mask, None, initial_state, options, plan)
+    problem = ChunkedProblem.of(inputs)
+    return_state = inputs.return_state
     B, H, Tq, D = problem.q.shape
-    Hkv, M, tile = problem.Hkv, v.shape[3], problem.config.decode
+    Hkv, M, tile = problem.kv_heads, problem.v.shape[3], problem.tiles.decode
     out, l = empty_in_storage_order(problem.q, M), empty_row_sums(problem.q)
-    before = [x.contiguous() for x in initial_state]
+    before = [x.contiguous() for x in inputs.initial_state]
     after = [x.new_empty(s) for x, s in zip(before, state_shapes(B, Hkv, D, M), strict=True)] if return_state else []
-    products, columns = (tile.numbers // width for width in (problem.BLOCK_DV, max(problem.BLOCK_D, problem.BLOCK_DV)))
+    products, columns = (tile.numbers // width for width in (problem.block_dv, max(problem.block_d, problem.block_dv)))
     blocks = triton.cdiv(D * (D + 1) // 2, products), triton.cdiv(D, columns)
     parts = {
-        "o_parts_ptr": l.new_empty(B, H, Tq, sum(blocks), problem.BLOCK_DV),
+        "o_parts_ptr": l.new_empty(B, H, Tq, sum(blocks), problem.block_dv),
         "l_parts_ptr": l.new_empty(B, H, Tq, blocks[1]),
         "PRODUCT_BLOCKS": blocks[0],
         "MOMENT_BLOCKS": blocks[1],
     }
-    sizes = {"H": H, "D": D, "M": M, "BLOCK_D": problem.BLOCK_D, "BLOCK_DV": problem.BLOCK_DV}
+    sizes = {"H": H, "D": D, "M": M, "BLOCK_D": problem.block_d, "BLOCK_DV": problem.block_dv}
     weight_0, weight_1, weight_2 = problem.weights
     launch(
         decode_state_kernel,
@@ -171,7 +163,7 @@ def decode_products(
     KEY_MASK: tl.constexpr,
     RETURN_STATE: tl.constexpr,
 ):
-    """o_part = w2 phi(q) kkv over some products; kkv += phi(k) v^T."""
+    """Compute o_part = w2 phi(q) kkv over some products; kkv += phi(k) v^T."""
     product, offs_dv = block * BLOCK_PRODUCTS + tl.arange(0, BLOCK_PRODUCTS), tl.arange(0, BLOCK_DV)
     a, b = columns_of(product)
     inside = a < D
@@ -230,8 +222,8 @@ def decode_moments(
     KEY_MASK: tl.constexpr,
     RETURN_STATE: tl.constexpr,
 ):
-    """o_part = w1 q kv + w0 v_sum and l_part = w1 q.k_sum + w2 q.kk q + w0 n over some columns of q; the first block has
-    v_sum and n. Then kk += k k^T, kv += k v^T, k_sum += k, v_sum += v, n += 1.
+    """Compute o_part = w1 q kv + w0 v_sum and l_part = w1 q.k_sum + w2 q.kk q + w0 n over some columns of q; the first
+    block has v_sum and n. Then kk += k k^T, kv += k v^T, k_sum += k, v_sum += v, n += 1.
     """
     # Over 60 lines: more than half of them are the signature.
     a, offs_d, offs_dv = (
@@ -316,7 +308,7 @@ def decode_state_kernel(
     KEY_MASK: tl.constexpr,
     RETURN_STATE: tl.constexpr,
 ):
-    """o_part = phi(q) S over one block of the state of one key head; S += phi(k) v^T."""
+    """Compute o_part = phi(q) S over one block of the state of one key head; S += phi(k) v^T."""
     # Over 60 lines: the signature and the two calls, one argument a line.
     block, h, s = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64), tl.cast(tl.program_id(2), tl.int64)
     stride_qb, stride_qh, stride_qt = stride_q
@@ -440,7 +432,9 @@ def decode_output_kernel(
     KEY_MASK: tl.constexpr,
     IN_DTYPE: tl.constexpr,
 ):
-    """O = (sum of o_parts + sum_j p_j v_j) / l with l = sum of l_parts + sum_j p_j, j over the new keys; one query."""
+    """Compute o = (sum of o_parts + sum_j p_j v_j) / l with l = sum of l_parts + sum_j p_j for one query, j over the
+    new keys.
+    """
     # Over 60 lines: more than half of them are the signature.
     BLOCKS: tl.constexpr = PRODUCT_BLOCKS + MOMENT_BLOCKS
     t, h, s = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64), tl.cast(tl.program_id(2), tl.int64)

@@ -32,5 +32,5 @@ def backward(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def describe(q: Tensor, v: Tensor) -> str:
-    """The kernels that a call runs, and their configuration."""
+    """Name the kernels that a call runs, and their configuration."""
     return direct.describe(q, v, "quadratic")

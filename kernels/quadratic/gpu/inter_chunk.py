@@ -45,7 +45,7 @@ def accumulate_products(
     STATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Acc += phi(x) S over features of degree 2."""
+    """Accumulate acc += phi(x) S over features of degree 2."""
     BLOCK_T: tl.constexpr = acc.shape[0]
     offs_i, offs_j, offs_f = tl.arange(0, WIDTH), tl.arange(0, SLICE), tl.arange(0, WIDTH * SLICE)
     s_tile = products_ptr + offs_f[:, None] * BLOCK_DV + tl.arange(0, BLOCK_DV)[None, :]
@@ -80,7 +80,7 @@ def accumulate_products_gradient(
     STATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Dx += the gradient to x of phi(x) S . y: dx_j += sum over i, m of x_i y_m S[i, j, m]."""
+    """Accumulate dx += the gradient to x of phi(x) S . y: dx_j += sum over i, m of x_i y_m S[i, j, m]."""
     BLOCK_T: tl.constexpr = dx.shape[0]
     offs_i, offs_m, offs_f = tl.arange(0, WIDTH), tl.arange(0, SLICE), tl.arange(0, WIDTH * SLICE)
     offs_j = tl.arange(0, BLOCK_D)
@@ -119,8 +119,8 @@ def accumulate_moments(
     STATE_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Acc += w1 x (x y^T) + w0 y, the terms of degree 1 and 0. Wide numbers go through shared memory by slices, since
-    three TF32 products hold each twice there.
+    """Accumulate acc += w1 x (x y^T) + w0 y, the terms of degree 1 and 0. Wide numbers go through shared memory by
+    slices, since three TF32 products hold each twice there.
     """
     STEP: tl.constexpr = SLICE if tl.float32 == STATE_DTYPE else BLOCK_D
     offs_d, offs_dv = tl.arange(0, STEP), tl.arange(0, BLOCK_DV)
@@ -145,7 +145,7 @@ def accumulate_squares(
     EVEN: tl.constexpr,
     GRAM_PRECISION: tl.constexpr,
 ):
-    """Squares += x.Z x over a slice of columns of Z."""
+    """Accumulate squares += x.Z x over a slice of columns of Z."""
     offs_d, offs_j = tl.arange(0, BLOCK_D), tl.arange(0, SLICE)
     gram = tl.load(moments_ptr + offs_d[:, None] * BLOCK_D + (first + offs_j)[None, :])
     # [BLOCK_T, BLOCK_D] @ [BLOCK_D, SLICE] -> [BLOCK_T, SLICE]
@@ -204,8 +204,8 @@ def accumulate_moments_gradient(
     PRECISION: tl.constexpr,
     GRAM_PRECISION: tl.constexpr,
 ):
-    """Dx += w1 y (x y^T)^T, the gradient to x of the terms of degree 1 against y, and if ROW_SUM `factor` (by token)
-    times that of the row sum, w1 z + 2 w2 x Z; by slices as in `accumulate_moments`.
+    """Accumulate dx += w1 y (x y^T)^T, the gradient to x of the terms of degree 1 against y, and if ROW_SUM `factor`
+    (by token) times that of the row sum, w1 z + 2 w2 x Z; by slices as in `accumulate_moments`.
     """
     STEP_DV: tl.constexpr = SLICE if tl.float32 == STATE_DTYPE else BLOCK_DV
     STEP_D: tl.constexpr = SLICE if tl.float32 == STATE_DTYPE else BLOCK_D

@@ -20,9 +20,8 @@ from linattn.kernels.quadratic.gpu import config, state_layout
 from linattn.kernels.quadratic.gpu.chunk_schedule import SPARE
 
 if TYPE_CHECKING:
-    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs
     from linattn.kernels.quadratic.contract import Options
-    from linattn.kernels.quadratic.gpu.state_layout import State
 
 STATE_DTYPE = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.bfloat16}
 """Features and products of a state: of fp16 inputs they may leave the range of fp16."""
@@ -49,7 +48,7 @@ class ChunkedProblem:
     key_mask: Tensor | None
     cu_seqlens: Tensor | None
     options: Options
-    config: config.KernelConfig
+    tiles: config.KernelConfig
     chunk: int
     all_scores: bool
     n_before: Tensor | None
@@ -57,20 +56,12 @@ class ChunkedProblem:
     """Key heads times sequences of the whole call, of which this may be a group (workspace.py)."""
 
     @staticmethod
-    def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        initial_state: State,
-        options: Options,
-        plan: Plan,
-    ) -> ChunkedProblem:
+    def of(inputs: ForwardInputs | BackwardInputs) -> ChunkedProblem:
         """Choose tiles and the chunk, and make inputs such as kernels take them."""
+        options, plan, cu_seqlens = inputs.options, inputs.plan, inputs.cu_seqlens
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.contiguous()
-        q, k, v = (with_unit_stride(x) for x in (q, k, v))
+        q, k, v = (with_unit_stride(x) for x in (inputs.q, inputs.k, inputs.v))
         # Beyond the last key, or before the first, all offsets are one.
         q_offset = min(max(options.q_offset, -q.shape[2]), k.shape[2]) if options.is_causal else 0
         head_size = max(block_size(q.shape[3]), block_size(v.shape[3]))
@@ -78,10 +69,11 @@ class ChunkedProblem:
         all_scores = plan.form == "direct"
         chunk = k.shape[2] if all_scores or not options.is_causal else plan.chunk_size or tiles.chunk
         chunk = triton.cdiv(chunk, tiles.chunk_unit) * tiles.chunk_unit
-        n_before = initial_state[0] if initial_state else None
+        n_before = inputs.initial_state[0] if inputs.initial_state else None
         total_heads = k.shape[1] * (q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         options = options._replace(q_offset=q_offset)
-        return ChunkedProblem(q, k, v, key_mask, cu_seqlens, options, tiles, chunk, all_scores, n_before, total_heads)
+        tensors = (q, k, v, inputs.key_mask, cu_seqlens)
+        return ChunkedProblem(*tensors, options, tiles, chunk, all_scores, n_before, total_heads)
 
     def check(self) -> None:
         """Raise if `cu_seqlens` do not partition the tokens."""
@@ -92,10 +84,12 @@ class ChunkedProblem:
 
     @property
     def num_seqs(self) -> int:
+        """Packed sequences, else batch elements."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
-    def Hkv(self) -> int:
+    def kv_heads(self) -> int:
+        """Key heads."""
         return self.k.shape[1]
 
     @property
@@ -104,20 +98,24 @@ class ChunkedProblem:
         return self.q.shape[1] // self.k.shape[1]
 
     @property
-    def BLOCK_D(self) -> int:
+    def block_d(self) -> int:
+        """D, rounded up to the side of a tile."""
         return block_size(self.q.shape[3])
 
     @property
-    def BLOCK_DV(self) -> int:
+    def block_dv(self) -> int:
+        """M, rounded up to the side of a tile."""
         return block_size(self.v.shape[3])
 
     @property
     def feature_count(self) -> int:
-        return state_layout.feature_count(self.BLOCK_D)
+        """Features of degree 2, as they are stored."""
+        return state_layout.feature_count(self.block_d)
 
     @property
     def moments_size(self) -> int:
-        return state_layout.moments_size(self.BLOCK_D, self.BLOCK_DV)
+        """Numbers of the moments of one head."""
+        return state_layout.moments_size(self.block_d, self.block_dv)
 
     @property
     def num_boundaries(self) -> int:
@@ -160,6 +158,7 @@ class ChunkedProblem:
 
     @property
     def similarity(self) -> Similarity:
+        """Weight of a score, as kernels evaluate it."""
         o = self.options
         return quadratic(o.scale or TINY, (o.c0, o.c1, o.c2), o.normalize)
 
@@ -228,9 +227,9 @@ class ChunkedProblem:
         return {
             "D": D,
             "M": M,
-            "BLOCK_D": self.BLOCK_D,
-            "BLOCK_DV": self.BLOCK_DV,
-            "EVEN": D == self.BLOCK_D and M == self.BLOCK_DV,
+            "BLOCK_D": self.block_d,
+            "BLOCK_DV": self.block_dv,
+            "EVEN": self.block_d == D and self.block_dv == M,
         }
 
     def qkv_args(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from linattn.kernels.common.gpu.architecture import architecture
 from linattn.kernels.common.gpu.launch import with_unit_stride
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
-from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs, Plan
 from linattn.kernels.quadratic.contract import Options
 from linattn.kernels.quadratic.gpu.bwd_preprocess import bwd_preprocess
 from linattn.kernels.quadratic.gpu.chunk_dkv import launch_cancelled_dkv, launch_dkv
@@ -39,91 +39,58 @@ if TYPE_CHECKING:
     from linattn.kernels.quadratic.gpu.state_layout import State
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    return_state: bool,
-    save: bool,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, State, State]:
+def forward(inputs: ForwardInputs) -> Outputs:
     """Compute out, l, the state after the call and what the backward pass is to have."""
-    problem = ChunkedProblem.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
+    problem = ChunkedProblem.of(inputs)
     problem.check()
-    out, l = empty_in_storage_order(problem.q, v.shape[3]), empty_row_sums(problem.q)
+    out, l = empty_in_storage_order(problem.q, problem.v.shape[3]), empty_row_sums(problem.q)
     cancelled = torch.empty_like(l, dtype=torch.uint8) if problem.check_cancellation else None
     kept: State = []
 
     def run(group: HeadGroup) -> State:
-        part, before = group.problem(), group.of_all(initial_state)
-        state = state_over_keys(part, before, keep_final=return_state)
+        part, before = group.problem(), group.of_all(inputs.initial_state)
+        state = state_over_keys(part, before, keep_final=inputs.return_state)
         launch_output(part, state, group.of(out), group.of(l), group.of(cancelled))
-        if save and keeps_states(problem):
+        if inputs.save and keeps_states(problem):
             kept.extend((state.products, state.moments))
-        return canonical_state(part, state, before) if return_state else []
+        return canonical_state(part, state, before) if inputs.return_state else []
 
     after = concat_states((group, run(group)) for group in head_groups(problem))
-    return out, l, after, [cancelled, *kept] if save and cancelled is not None else kept
+    return out, l, after, [cancelled, *kept] if inputs.save and cancelled is not None else kept
 
 
-def saved_like(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    plan: Plan,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def saved_like(inputs: ForwardInputs) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return shapes and dtypes of what `forward` saves: which queries are cancelled, and the state if it is kept."""
-    problem = ChunkedProblem.of(q, k, v, None, cu_seqlens, initial_state, options, plan)
-    saved = [(tuple(q.shape[:3]), torch.uint8)] if problem.check_cancellation else []
+    problem = ChunkedProblem.of(inputs)
+    saved = [(tuple(problem.q.shape[:3]), torch.uint8)] if problem.check_cancellation else []
     if keeps_states(problem):
-        heads = (problem.slots, problem.Hkv)
-        saved.append(((*heads, problem.feature_count, problem.BLOCK_DV), STATE_DTYPE[q.dtype]))
+        heads = (problem.slots, problem.kv_heads)
+        saved.append(((*heads, problem.feature_count, problem.block_dv), STATE_DTYPE[problem.q.dtype]))
         saved.append(((*heads, problem.moments_size), torch.float32))
     return saved
 
 
-def backward(
-    dout: Tensor,
-    dstate: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    l: Tensor,
-    saved: State,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    initial_state: State,
-    options: Options,
-    wanted: list[bool],
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, State]:
+def backward(inputs: BackwardInputs) -> Gradients:
     """Compute dq, dk, dv and the gradients to the state before the call."""
-    problem = ChunkedProblem.of(q, k, v, key_mask, cu_seqlens, initial_state, options, plan)
+    problem = ChunkedProblem.of(inputs)
     problem.check()
-    cancelled, kept = (saved[0], saved[1:]) if problem.check_cancellation else (None, saved)
-    grads = bwd_preprocess(problem, with_unit_stride(dout), out, l, cancelled)
-    dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (q, k, v))
-    needs_dq, needs_dk, needs_dv, needs_initial = *wanted[:3], wanted[3] and bool(initial_state)
+    cancelled, kept = (inputs.saved[0], inputs.saved[1:]) if problem.check_cancellation else (None, inputs.saved)
+    grads = bwd_preprocess(problem, with_unit_stride(inputs.dout), inputs.out, inputs.l, cancelled)
+    dq, dk, dv = (empty_in_storage_order(x, x.shape[3]) for x in (inputs.q, inputs.k, inputs.v))
+    needs_dq, needs_dk, needs_dv, needs_dstate = inputs.needs_grad
+    needs_initial = needs_dstate and bool(inputs.initial_state)
 
     def run_queries(group: HeadGroup) -> None:
         part = group.problem()
         if kept:
             state = ChunkState(kept[0], kept[1], None)
         else:
-            state = state_over_keys(part, group.of_all(initial_state), keep_final=False)
+            state = state_over_keys(part, group.of_all(inputs.initial_state), keep_final=False)
         launch_dq(part, state, grads.of(group), group.of(dq))
 
     def run_keys(group: HeadGroup) -> State:
-        part, own, after = group.problem(), grads.of(group), group.of_all(dstate)
-        delta = own.delta_scaled if options.normalize else None
+        part, own, after = group.problem(), grads.of(group), group.of_all(inputs.dstate)
+        delta = own.delta_scaled if inputs.options.normalize else None
         state = state_over_queries(part, own.dout_scaled, delta, after, keep_final=needs_initial)
         if needs_dk:
             launch_dkv(part, state, own, group.of(dk), of_values=False)
@@ -141,20 +108,18 @@ def backward(
     return dq, dk, dv, concat_states((group, run(group)) for group in head_groups(problem))
 
 
-def state_after(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, options: Options
-) -> State:
+def state_after(inputs: ForwardInputs) -> State:
     """Return the state of a call that began without one."""
-    options, plan = options._replace(is_causal=False), Plan("direct", "triton")
-    problem = ChunkedProblem.of(q, k, v, key_mask, cu_seqlens, [], options, plan)
+    options, plan = inputs.options._replace(is_causal=False), Plan("direct", "triton")
+    problem = ChunkedProblem.of(inputs._replace(options=options, plan=plan))
     return canonical_state(problem, state_over_keys(problem, [], keep_final=True), [])
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> str:
     """Say what runs: sizes, launches, and what becomes of the states in training."""
     options, plan = Options(is_causal, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton")
-    problem = ChunkedProblem.of(q, k, v, None, None, [], options, plan)
-    tile, groups, kept = problem.config.output, len(list(head_groups(problem))), keeps_states(problem)
+    problem = ChunkedProblem.of(ForwardInputs(q, k, v, None, None, [], options, False, False, plan))
+    tile, groups, kept = problem.tiles.output, len(list(head_groups(problem))), keeps_states(problem)
     tiles_of = f"{tile.BLOCK_T} rows x {tile.WIDTH * 16} features, {tile.num_warps} warps"
     sums_over = f"chunks of {problem.chunk}" if is_causal else "all keys"
     in_groups = f" in {groups} groups of heads" if groups > 1 else ""

@@ -1,7 +1,7 @@
 """How much memory states take: heads are processed in groups so that it stays bounded, and states are kept for the
 backward pass, or made again there, by a rule.
 
-    LINATTN_WORKSPACE     bytes that the states of one pass may take (default 4 GiB; at least one head is taken at a time)
+    LINATTN_WORKSPACE     bytes that the states of one pass may take (default 4 GiB; one head is always taken)
     LINATTN_KEEP_SUMS     "always", "never" or, by default, "auto": the rule of `keeps_states`
 """
 
@@ -42,7 +42,7 @@ class HeadGroup(NamedTuple):
         x = x[self.batch]
         if x.dim() < 3:
             return x
-        share = x.shape[1] // self.whole.Hkv
+        share = x.shape[1] // self.whole.kv_heads
         return x[:, self.heads.start * share : self.heads.stop * share]
 
     def of_all(self, tensors: State) -> State:
@@ -94,8 +94,8 @@ def workspace() -> int:
 
 def bytes_of_states(problem: ChunkedProblem) -> int:
     """Count the bytes of the states at all boundaries of all heads."""
-    products = problem.feature_count * problem.BLOCK_DV * min(problem.q.itemsize, 4)
-    return problem.slots * problem.Hkv * (products + 4 * problem.moments_size)
+    products = problem.feature_count * problem.block_dv * min(problem.q.itemsize, 4)
+    return problem.slots * problem.kv_heads * (products + 4 * problem.moments_size)
 
 
 def _bytes_of_head(problem: ChunkedProblem) -> int:
@@ -103,9 +103,9 @@ def _bytes_of_head(problem: ChunkedProblem) -> int:
     chunks at most.
     """
     B = problem.k.shape[0]
-    runs = min(problem.slots // B, problem.config.programs)
-    totals = runs * problem.feature_count * problem.BLOCK_DV * 4
-    return bytes_of_states(problem) // (B * problem.Hkv) + totals
+    runs = min(problem.slots // B, problem.tiles.programs)
+    totals = runs * problem.feature_count * problem.block_dv * 4
+    return bytes_of_states(problem) // (B * problem.kv_heads) + totals
 
 
 def keeps_states(problem: ChunkedProblem) -> bool:
@@ -118,11 +118,11 @@ def keeps_states(problem: ChunkedProblem) -> bool:
     """
     setting, kept = os.environ.get("LINATTN_KEEP_SUMS", "auto"), bytes_of_states(problem)
     B, H, Tq, D = problem.q.shape
-    too_large = B * problem.Hkv * _bytes_of_head(problem) > workspace()
+    too_large = B * problem.kv_heads * _bytes_of_head(problem) > workspace()
     if setting == "never" or problem.all_scores or too_large:
         return False
     M, Tk = problem.v.shape[3], problem.k.shape[2]
-    flops = 2 * problem.feature_count * problem.BLOCK_DV * B * problem.Hkv * Tk
-    anyway = B * (H * Tq + problem.Hkv * Tk) * (D + M) * problem.q.itemsize
+    flops = 2 * problem.feature_count * problem.block_dv * B * problem.kv_heads * Tk
+    anyway = B * (H * Tq + problem.kv_heads * Tk) * (D + M) * problem.q.itemsize
     balance = config.FLOPS_PER_BYTE[architecture(problem.q.device)] / config.PRODUCT_COST[problem.q.itemsize]
     return setting == "always" or (2 * kept * balance < flops and kept <= config.KEPT_SHARE * anyway)

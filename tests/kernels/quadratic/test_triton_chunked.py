@@ -1,4 +1,4 @@
-"""The chunked quadratic form in Triton: the truth agrees with it, in every option and row of its table."""
+"""The chunked quadratic form in Triton: the truth agrees with it, in every option and configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import linattn
 from linattn.kernels.common.op.backend import INTERPRETED, TRITON_ABSENT
-from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Plan
 from linattn.kernels.quadratic.contract import Options
 from linattn.testing import assert_close_to_truth, assert_matches_truth, make_key_mask, truth_quadratic
 from tests.support.quadratic_calls import DTYPES, chunked, inputs, masked, truth
@@ -126,7 +126,7 @@ def test_nan_stays_in_its_sequence() -> None:
 # ---- configurations --------------------------------------------------------------------------------------------------
 
 
-def rows_of_table() -> list[tuple[str, torch.dtype, int]]:
+def configurations() -> list[tuple[str, torch.dtype, int]]:
     if TRITON_ABSENT:
         return []
     from linattn.kernels.quadratic.gpu.config import CONFIGURATIONS
@@ -136,20 +136,20 @@ def rows_of_table() -> list[tuple[str, torch.dtype, int]]:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="other architectures' tiles need not fit this device")
-@pytest.mark.parametrize(("architecture", "dtype", "head_size"), rows_of_table(), ids=str)
-def test_every_row_of_the_table(architecture: str, dtype: torch.dtype, head_size: int) -> None:
+@pytest.mark.parametrize(("architecture", "dtype", "head_size"), configurations(), ids=str)
+def test_every_configuration(architecture: str, dtype: torch.dtype, head_size: int) -> None:
     """Chunks as short as tiles allow, and a sequence of little more than one."""
     from linattn.kernels.common.gpu.architecture import as_architecture
     from linattn.kernels.quadratic.gpu import backward, config, forward
 
-    row = config.row(architecture, dtype, head_size)
-    chunk = max(row.lost.BLOCK_T, *(x.rows for x in (row.read, row.pull_rows, row.pull_keys, row.pull_values)))
+    chunk = config.configuration(architecture, dtype, head_size).chunk_unit
     q, k, v = inputs(dtype=dtype, keys=chunk + 20, head_size=head_size, value_size=16)
     options, plan = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton", 1)
     dout = torch.randn_like(v)
     with as_architecture(architecture):
-        out, sums, _, saved = forward(q, k, v, None, None, [], options, False, True, plan)
-        gradients = backward(dout, [], q, k, v, out, sums, saved, None, None, [], options, [True] * 4, plan)[:3]
+        out, sums, _, saved = forward(ForwardInputs(q, k, v, None, None, [], options, False, True, plan))
+        inputs_of_it = (dout, [], q, k, v, out, sums, saved, None, None, [], options, [True] * 4, plan)
+        gradients = backward(BackwardInputs(*inputs_of_it))[:3]
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     true = truth_quadratic(*leaves, is_causal=True)
     assert_close_to_truth(out, true.detach())

@@ -1,4 +1,4 @@
-"""The workspace of the chunked quadratic form in Triton: groups of heads, and sums that are kept."""
+"""The workspace of the chunked quadratic form in Triton: groups of heads, and states that are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linattn.kernels.common.op.stateful import Plan
+from linattn.kernels.common.op.stateful import ForwardInputs, Plan
 from linattn.kernels.quadratic.contract import Options
 from tests.support.quadratic_calls import chunked, inputs, parts_of_state
 from tests.support.triton_device import DEVICE, NEEDS_TRITON
@@ -29,12 +29,26 @@ def everything(*x: Tensor, **options: Any) -> list[Tensor]:
 
 def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels that a call runs."""
-    from linattn.kernels.quadratic.gpu import call as calls
+    from linattn.kernels.common.gpu.launch import launch
+    from linattn.kernels.quadratic.gpu import (
+        bwd_preprocess,
+        chunk_dkv,
+        chunk_dq,
+        chunk_output,
+        chunk_state,
+        chunk_state_scan,
+    )
 
-    names, run = [], calls.launch
-    monkeypatch.setattr(calls, "launch", lambda kernel, *a, **k: (names.append(kernel.__name__), run(kernel, *a, **k)))
-    call()
-    monkeypatch.setattr(calls, "launch", run)
+    names: list[str] = []
+
+    def note(kernel: Any, *grid: Any, **arguments: Any) -> None:
+        names.append(kernel.__name__)
+        launch(kernel, *grid, **arguments)
+
+    with monkeypatch.context() as patch:
+        for module in (bwd_preprocess, chunk_dkv, chunk_dq, chunk_output, chunk_state, chunk_state_scan):
+            patch.setattr(module, "launch", note)
+        call()
     return names
 
 
@@ -42,14 +56,14 @@ def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[s
 def test_groups_of_heads_change_no_bit(
     batch: int, heads: int, kv_heads: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A workspace for `at_once` key heads. Sums are cut into runs, so that their order could depend on the heads."""
+    """A workspace for `at_once` key heads. Were runs cut by those of a group, sums would have another order."""
     x = inputs(dtype=torch.bfloat16, batch=batch, heads=heads, kv_heads=kv_heads, keys=140)
     monkeypatch.setenv("LINATTN_KEEP_SUMS", "never")
     whole = everything(*x)
     names = launched(lambda: chunked(is_causal=True, enable_gqa=True)(*x), monkeypatch)
-    from linattn.kernels.quadratic.gpu import memory
+    from linattn.kernels.quadratic.gpu import workspace
 
-    monkeypatch.setattr(memory, "_bytes_of_head", lambda call: 1000)
+    monkeypatch.setattr(workspace, "_bytes_of_head", lambda problem: 1000)
     monkeypatch.setenv("LINATTN_WORKSPACE", str(1000 * at_once))
     for ours, expected in zip(everything(*x), whole, strict=True):
         assert torch.equal(ours, expected)
@@ -67,7 +81,7 @@ def test_groups_of_heads_of_packed_sequences(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_sums_that_are_kept_change_no_bit(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_are_kept_change_no_bit(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And save their kernels in the backward pass."""
     x = [t.requires_grad_() for t in inputs(dtype=torch.bfloat16, heads=2, kv_heads=1, keys=70)]
     runs: list[tuple[Tensor, ...]] = []
@@ -78,10 +92,10 @@ def test_sums_that_are_kept_change_no_bit(is_causal: bool, monkeypatch: pytest.M
         loss = out.float().square().sum()
         names[setting] = launched(lambda loss=loss: runs.append(torch.autograd.grad(loss, x)), monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    of_sums = ["pair_sums", "record_sums", "scan_sums"]
-    after = [*of_sums, "pull_folded_keys", "pull_folded_keys", "pull_lost_rows"]
-    assert names["always"] == ["share_rows", "pull_rows", *after]
-    assert names["never"] == ["share_rows", *of_sums, "pull_rows", *after]
+    state = ["chunk_products_kernel", "chunk_moments_kernel", "state_scan_kernel"]
+    after = [*state, "chunk_dkv_kernel", "chunk_dkv_kernel", "cancelled_dkv_kernel"]
+    assert names["always"] == ["bwd_preprocess_kernel", "chunk_dq_kernel", *after]
+    assert names["never"] == ["bwd_preprocess_kernel", *state, "chunk_dq_kernel", *after]
 
 
 def test_description_counts_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,17 +111,18 @@ def test_description_counts_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "in 8 groups of heads" in describe(q, q, q, True, "chunked")
 
 
-def test_rule_for_keeping_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rule_for_keeping_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where that takes less time than to make them again, beside q, k, v and out that are not much smaller."""
     from linattn.kernels.common.gpu.architecture import as_architecture
-    from linattn.kernels.quadratic.gpu import memory
-    from linattn.kernels.quadratic.gpu.call import Call
+    from linattn.kernels.quadratic.gpu import workspace
+    from linattn.kernels.quadratic.gpu.kernel_args import ChunkedProblem
 
     def kept(D: int, N: int = 65536, chunk: int = 0) -> bool:
         q = torch.empty(1, 8, N, D, dtype=torch.bfloat16, device="meta")
         options, plan = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton", chunk)
+        given = ForwardInputs(q, q, q, None, None, [], options, False, True, plan)
         with as_architecture("sm_90"):
-            return memory.keeps_sums(Call.of(q, q, q, None, None, [], options, plan))
+            return workspace.keeps_states(ChunkedProblem.of(given))
 
     assert kept(64)  # 1.4 times q, k, v and out
     assert not kept(128)  # 2.5 times

@@ -1,4 +1,4 @@
-"""Where sums of the quadratic form lose digits, and that Triton's chunked form then does not."""
+"""Where states of the quadratic form lose digits, and that Triton's chunked form then does not."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def near_minus_one(spread: float, **how: Any) -> list[Tensor]:
     return [spread * q - direction, spread * k + direction, v]
 
 
-def lost_rows(*arguments: Any, **options: Any) -> int:
-    """How many rows of a call compute all of their scores, since the sums would lose their digits."""
-    from linattn.kernels.quadratic.gpu import chunked as kernels
+def cancelled_queries(*arguments: Any, **options: Any) -> int:
+    """How many queries of a call compute all of their scores, since a state would lose their digits."""
+    from linattn.kernels.quadratic.gpu import launch
 
     how = Options(True, 0, 1.0, 1.0, 2.0, 1.0, True)._replace(**options)
-    _, _, _, saved = kernels.forward(
+    _, _, _, saved = launch.forward(
         ForwardInputs(*arguments, None, None, [], how, False, True, Plan("chunked", "triton"))
     )
     return int(saved[0].sum())
@@ -47,7 +47,7 @@ CROWDED = [
 def test_truth_where_all_scores_are_near_minus_one(dtype: torch.dtype, how: Any, options: Any) -> None:
     """The sums would lose all digits of bf16, most of fp32, so these rows compute their scores."""
     x = [t.to(dtype) for t in near_minus_one(0.05, **how)]
-    assert lost_rows(*x, **options) > 20
+    assert cancelled_queries(*x, **options) > 20
     assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), x)
 
 
@@ -73,12 +73,12 @@ def test_rows_orthogonal_to_all_keys() -> None:
     x = [t.to(DEVICE, torch.bfloat16) for t in (q @ rotation, k @ rotation, v)]
     options = {"is_causal": True, "coefficients": (0, 0, 1)}
     assert_matches_truth(chunked(**options), truth(**options), x)
-    assert lost_rows(*x, c0=0.0, c1=0.0) > 20
+    assert cancelled_queries(*x, c0=0.0, c1=0.0) > 20
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_row_of_plain_inputs_is_lost(dtype: torch.dtype) -> None:
-    assert lost_rows(*inputs(dtype=dtype, keys=130)) == 0
+def test_no_query_of_plain_inputs_is_cancelled(dtype: torch.dtype) -> None:
+    assert cancelled_queries(*inputs(dtype=dtype, keys=130)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

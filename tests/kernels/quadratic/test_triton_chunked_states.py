@@ -113,14 +113,14 @@ def test_a_state_without_keys_is_no_state() -> None:
 
 
 @pytest.fixture
-def only_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernels but those of a step."""
-    from linattn.kernels.quadratic.gpu import chunked
+def only_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernels but those of decoding."""
+    from linattn.kernels.quadratic.gpu import launch
 
-    monkeypatch.delattr(chunked, "forward")
+    monkeypatch.delattr(launch, "forward")
 
 
-@pytest.mark.usefixtures("only_steps")
+@pytest.mark.usefixtures("only_decoding")
 @pytest.mark.parametrize(
     ("dtype", "D", "M", "options"),
     [
@@ -148,7 +148,7 @@ def test_steps_are_the_whole(dtype: torch.dtype, D: int, M: int, options: dict[s
         assert relative_error(ours, expected) < 1e-6
 
 
-@pytest.mark.usefixtures("only_steps")
+@pytest.mark.usefixtures("only_decoding")
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_masked_tokens_are_not_added_to_a_state(is_causal: bool) -> None:
     q, k, v = inputs(dtype=torch.float32, keys=24, batch=2)
@@ -164,7 +164,7 @@ def test_masked_tokens_are_not_added_to_a_state(is_causal: bool) -> None:
         assert relative_error(ours, old.double() + true) < 1e-6
 
 
-@pytest.mark.usefixtures("only_steps")
+@pytest.mark.usefixtures("only_decoding")
 def test_the_first_token_gives_its_value() -> None:
     """Whatever its score: here it is -1 but for 1e-4, and the sums of a state would lose all digits."""
     q, k, v = inputs(dtype=torch.float32, keys=1)

@@ -25,7 +25,7 @@ if not TRITON_ABSENT:
     from linattn.kernels.common.gpu.direct import launch as direct
     from linattn.kernels.common.gpu.launch import MAX_TOKEN_STRIDE
     from linattn.kernels.feature_map.gpu import launch as feature_map
-    from linattn.kernels.quadratic.gpu import chunked as quadratic
+    from linattn.kernels.quadratic.gpu import launch as quadratic
 
 ROW = MAX_TOKEN_STRIDE - 8
 KEYS = 2**31 // ROW + 16
