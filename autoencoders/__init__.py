@@ -1,22 +1,18 @@
-"""Autoencoders: one model, three objectives (plain, denoising, masked), and what it takes to study what they learn.
+"""Autoencoders: one model, three objectives (plain, denoising, masked), and the tools to study their codes.
 
-The files, from the model to the commands:
+Imports point down this list:
 
-    autoencoder.py     Autoencoder, DenoisingAutoencoder, MaskedAutoencoder, reconstruction_loss
-    patches.py         PatchAutoencoder: attends over the patches of an image, some of them hidden
-    corruption.py      AdditiveNoise, Masking: what happens to the input before it is encoded
-    synthetic.py       synthetic_set: a rotated Gaussian whose few wide directions carry the label
-    mnist.py           MNIST's IDX files: read, checked, fetched
-    sets.py            load_set: digits, mnist, synthetic or a file, split and in memory
-    probe.py           probe_accuracy: a linear classifier on frozen codes
-    principal.py       principal components, and what a linear autoencoder has to do with them
-    repeats.py         several models of one kind trained as one
-    settings.py        Settings: all that decides the outcome of an experiment
-    experiment.py      Experiment: models, losses and probes as the trainer wants them
-    options.py         what the commands share
-    train_command.py   `linattn train ae`, and run_figures.py its figures
-    probe_command.py   `linattn probe`
-    sweep.py           `linattn sweep ae`, and sweep_figures.py its figures; side_by_side.py works in processes
+    experiments/   Settings and Experiment, the commands `linattn train ae | probe | sweep ae | sweep batching`, figures
+    analysis/      principal components of codes and data; linear probes on frozen codes
+    models/        Autoencoder, DenoisingAutoencoder, MaskedAutoencoder, PatchAutoencoder; R repeats trained as one
+    data/          MNIST, digits, a synthetic Gaussian, a file: split and in memory
+
+Example:
+    >>> import torch
+    >>> from linattn.autoencoders import DenoisingAutoencoder
+    >>> model = DenoisingAutoencoder(64, [32, 8], noise_std=0.3)
+    >>> model.encode(torch.rand(5, 64)).shape
+    torch.Size([5, 8])
 """
 
 from __future__ import annotations

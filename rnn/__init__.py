@@ -1,20 +1,27 @@
 """Recurrent networks: layers, stacks, heads, beam search, and tasks with known answers.
 
 Everything is batch-first, `[B, T, F]`. Layers and stacks share one call, `net(x, initial=None) -> (all_h, last_state)`,
-so a sequence may be cut anywhere and continued from the state that the first piece returned.
+so a sequence may be cut anywhere and continued from the state that the first piece returned. Imports point down:
 
-    layers.py           RNNLayer, LSTMLayer: one layer and its equations
-    stacks.py           RNN, LSTM: several layers, in both directions if asked; state dicts to and from torch.nn
-    sequences.py        sequences of several lengths in one batch, padded or packed
+    commands/           `linattn train names | names predict | train running-average`
+    tasks/              surnames by language, the running average, the scalar RNN with gradients written out by hand
+    decoding.py         language models as steps of a beam search
+    beam.py             beam search over any autoregressive step
     heads.py            RecurrentRegressionModel, RecurrentClassifier
     linear_attention.py LinearAttentionLayer: causal linear attention as a recurrent layer
-    beam.py             beam search over any autoregressive step
-    decoding.py         language models as such steps
-    names.py            surnames by language; name_model.py reads them; train_names.py, predict_name.py: commands
-    scalar.py           the linear RNN of one number, with its gradients written out by hand
-    running_average.py  the running-average task with its loss; train_running_average.py: a command
-    training.py         what the training commands share
-    checks.py           what the above accept, as typed errors
+    stacks.py           RNN, LSTM: several layers, in both directions if asked; state dicts to and from torch.nn
+    layers.py           RNNLayer, LSTMLayer: one layer and its equations
+    sequences.py        sequences of several lengths in one batch, padded or packed
+    checks.py           accepted arguments, as typed errors
+
+Example:
+    >>> import torch
+    >>> from linattn.rnn import LSTM
+    >>> net, x = LSTM(3, 8), torch.randn(2, 6, 3)
+    >>> first, state = net(x[:, :4])
+    >>> second, _ = net(x[:, 4:], state)
+    >>> torch.allclose(torch.cat((first, second), 1), net(x)[0], atol=1e-6)
+    True
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linear probe: the accuracy of a linear classifier on frozen codes, a measure of the information they make explicit."""
+"""Linear probe: the accuracy of a linear classifier on frozen codes measures the information they make explicit."""
 
 from __future__ import annotations
 

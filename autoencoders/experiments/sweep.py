@@ -26,15 +26,8 @@ from linattn._util.progress import progress
 from linattn._util.tables import text_table
 from linattn.autoencoders.analysis.principal import principal_components
 from linattn.autoencoders.data.sets import SampleSet, check_labels
+from linattn.autoencoders.experiments import options
 from linattn.autoencoders.experiments.experiment import Experiment, build
-from linattn.autoencoders.experiments.options import (
-    PRESETS,
-    add_set_arguments,
-    fingerprint,
-    open_set,
-    require_matplotlib,
-    set_options,
-)
 from linattn.autoencoders.experiments.settings import OBJECTIVES, Settings
 from linattn.autoencoders.models.repeats import batching_pays
 from linattn.errors import ArgumentError
@@ -91,7 +84,7 @@ class SweepJob:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the set, the combinations to train, --workers and --out."""
-    add_set_arguments(parser)
+    options.add_set_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     parser.add_argument("--k", type=whole, nargs="+", default=SIZES, help="sizes of the code (5 10 100 1000)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="(all)")
@@ -109,16 +102,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do the jobs that are not done yet, then print, write and draw what is there; 130 when interrupted."""
     if not args.no_figure:
-        require_matplotlib()
-    chosen = set_options(args)
+        options.require_matplotlib()
+    chosen = options.set_options(args)
     out: Path = args.out or Path("runs") / f"sweep-ae-{chosen['set']}"
-    data = open_set(chosen, args.seed)
+    data = options.open_set(chosen, args.seed)
     check_labels(data)
     jobs = plan(args, data)
     if args.overwrite:
         for path in (out / "jobs").glob("*.json"):
             path.unlink()
-    _claim(out, fingerprint(data))
+    _claim(out, options.fingerprint(data))
     done = read_finished({job.name: JobFile(_path(out, job), asdict(job.settings)) for job in jobs}, ELSEWHERE)
     left = [job for job in jobs if job.name not in done]
     print(f"{len(jobs)} jobs, {len(done)} of them done before; {args.workers} processes", flush=True)
@@ -153,7 +146,7 @@ def plan(args: argparse.Namespace, data: SampleSet) -> list[SweepJob]:
             for k in args.k:
                 repeats = args.repeats or (5 if (data.name, model) == ("mnist", "relu") else 3)
                 settings = replace(
-                    PRESETS[data.name],
+                    options.PRESETS[data.name],
                     objective=objective,
                     hidden=(k,) if model == "linear" else (WIDTH, k),
                     activation="identity" if model == "linear" else "relu",
@@ -243,7 +236,7 @@ def assemble(
     order = [(model, objective, k) for model in args.models for objective in args.objectives for k in args.k]
     return {
         "set": data.name,
-        "variance_scale": set_options(args)["variance_scale"] if data.name == "synthetic" else None,
+        "variance_scale": options.set_options(args)["variance_scale"] if data.name == "synthetic" else None,
         "input_size": data.input_size,
         "samples": {name: len(split.x) for name, split in zip(("train", "valid", "test"), data[1:4], strict=True)},
         "settings": {

@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linattn._util.argtypes import whole
 from linattn._util.environment import describe, pick_device
 from linattn._util.files import atomic_file
+from linattn.autoencoders.experiments import options
 from linattn.autoencoders.experiments.experiment import Experiment, parameter_count
-from linattn.autoencoders.experiments.options import (
-    PRESETS,
-    SET_DEFAULTS,
-    add_set_arguments,
-    fingerprint,
-    open_set,
-    require_matplotlib,
-    set_options,
-)
 from linattn.autoencoders.experiments.settings import OBJECTIVES, Settings
 from linattn.errors import CheckpointError
 from linattn.training import resume
@@ -43,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, kind: Any, text: str, **more: Any) -> None:
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text, **more)
 
-    add_set_arguments(parser)
+    options.add_set_arguments(parser)
     add("objective", str, f"{', '.join(OBJECTIVES)} (vanilla)")
     add("hidden", whole, "sizes of the encoder's layers; the last is the code's, k (256 32)", nargs="+")
     add("activation", str, "between layers: relu, tanh, sigmoid, gelu, identity (relu)")
@@ -69,26 +61,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then write results and figures; 130 when interrupted."""
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    given = resume.given_options(args, Settings)
     if "hidden" in given:
         given["hidden"] = tuple(given["hidden"])
-    chosen = set_options(args)
+    chosen = options.set_options(args)
     out: Path = args.out or Path("runs") / f"ae-{chosen['set']}-{given.get('objective', 'vanilla')}"
     path = out / CHECKPOINT_NAME
     checkpoint = resume.checkpoint_to_resume(path, args)
     if checkpoint is not None:
         settings, chosen = _resumed(checkpoint, given, args, path)
     else:
-        if chosen["set"] not in PRESETS:
-            open_set(chosen, 0)  # which says what is accepted
-        settings = replace(PRESETS[chosen["set"]], **given)
+        if chosen["set"] not in options.PRESETS:
+            options.open_set(chosen, 0)  # which says what is accepted
+        settings = replace(options.PRESETS[chosen["set"]], **given)
         if hasattr(args, "labels"):
             settings = replace(settings, probe=replace(settings.probe, labels=args.labels))
     if not args.no_figure:
-        require_matplotlib()
+        options.require_matplotlib()
 
-    data = open_set(chosen, settings.seed)
-    samples = fingerprint(data)
+    data = options.open_set(chosen, settings.seed)
+    samples = options.fingerprint(data)
     if checkpoint is not None and checkpoint["settings"]["samples"] != samples:
         raise CheckpointError(f"the checkpoint {path} was trained on other samples; accepted: the same set")
     device = pick_device(getattr(args, "device", "auto"))
@@ -122,12 +114,12 @@ def load_run(out: Path, *, data: str | None = None, download: bool = False, devi
     settings = _settings_of(checkpoint, path)
     kept = checkpoint["settings"]
     chosen = {
-        **{name: kept.get(name, value) for name, value in SET_DEFAULTS.items()},
+        **{name: kept.get(name, value) for name, value in options.SET_DEFAULTS.items()},
         "data": data,
         "download": download,
     }
-    found = open_set(chosen, settings.seed)
-    if fingerprint(found) != kept.get("samples"):
+    found = options.open_set(chosen, settings.seed)
+    if options.fingerprint(found) != kept.get("samples"):
         raise CheckpointError(f"the checkpoint {path} was trained on other samples; accepted: the same set")
     experiment = Experiment(settings, found.to(pick_device(device)))
     experiment.trainer().restore(checkpoint, path)
@@ -147,10 +139,10 @@ def _resumed(
     """Return settings and set of the checkpoint, with changeable ones replaced by those given."""
     settings, kept = _settings_of(checkpoint, path), checkpoint["settings"]
     labels = {"labels": args.labels} if hasattr(args, "labels") else {}
-    asked = {**given, **labels, **{name: getattr(args, name) for name in SET_DEFAULTS if hasattr(args, name)}}
+    asked = {**given, **labels, **{name: getattr(args, name) for name in options.SET_DEFAULTS if hasattr(args, name)}}
     had = {**asdict(settings), **kept, "hidden": settings.hidden, "labels": settings.probe.labels}
     resume.check_unchanged(path, asked, had, CHANGEABLE)
-    return replace(settings, **given), set_options(args, kept)
+    return replace(settings, **given), options.set_options(args, kept)
 
 
 def _finish(experiment: Experiment, trainer: Trainer, out: Path, command: str, *, figures: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then write the results; 130 when interrupted."""
-    given = {field.name: getattr(args, field.name) for field in fields(LMSettings) if hasattr(args, field.name)}
+    given = resume.given_options(args, LMSettings)
     out = args.out or Path("runs") / f"lm-{given.get('kernel', LMSettings.kernel)}".replace(",", "-")
     path = out / CHECKPOINT_NAME
     checkpoint = resume.checkpoint_to_resume(path, args)

@@ -27,6 +27,7 @@ from linattn.testing.inputs import LAYOUTS, Layout, make_inputs, make_key_mask
 from linattn.testing.truth import (
     TRUE_FEATURE_MAPS,
     Past,
+    SeenKeys,
     Similarity,
     truth_argmax,
     truth_attention,
@@ -45,6 +46,7 @@ __all__ = [
     "Budget",
     "Layout",
     "Past",
+    "SeenKeys",
     "Similarity",
     "assert_close_to_truth",
     "assert_matches_truth",

@@ -8,12 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Past = tuple[Tensor, Tensor]
+
+
+class SeenKeys(TypedDict, total=False):
+    """The keys that a query sees; all of them by default.
+
+    Attributes:
+        is_causal: query i sees keys j <= i + q_offset.
+        q_offset: 0 by default.
+        key_mask: bool [B,Tk], True for keys that count.
+        cu_seqlens: bounds of packed sequences, each of which sees itself alone.
+        past: keys [B,Hkv,P,D] and values [B,Hkv,P,M] that every query sees, one batch element for each packed sequence.
+    """
+
+    is_causal: bool
+    q_offset: int | None
+    key_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    past: Past | None
 
 
 def visible_keys(
@@ -52,10 +74,21 @@ def truth_attention(
 ) -> Tensor:
     """Compute `sum_j sim(q_i, k_j) v_j`, divided by `sum_j sim(q_i, k_j)` if `normalize`, in float64: [B,H,Tq,M].
 
-    `similarity(q [..,Tq,D], k [..,Tk,D]) -> [..,Tq,Tk]`. Fewer key heads than query heads are repeated. `past` holds
-    keys [B,Hkv,P,D] and values [B,Hkv,P,M] that every query sees, one batch element for each packed sequence. Where the
-    sum of similarities is not positive the row is 0 with zero gradient. `in_logarithms` says that `similarity` returns
-    log sim; the largest visible one of each row is subtracted before exponentiating.
+    Where the sum of similarities is not positive the result is 0 with zero gradient.
+
+    Args:
+        q: [B,H,Tq,D].
+        k: [B,Hkv,Tk,D]; fewer key heads than query heads are repeated.
+        v: [B,Hkv,Tk,M].
+        similarity: `similarity(q [..,Tq,D], k [..,Tk,D]) -> [..,Tq,Tk]`.
+        in_logarithms: `similarity` returns log sim; the largest visible one of each query is subtracted before
+            exponentiating.
+        normalize: divide by the sum of similarities.
+        is_causal: see `SeenKeys`, as for the other arguments.
+        q_offset: see `SeenKeys`.
+        key_mask: see `SeenKeys`.
+        cu_seqlens: see `SeenKeys`.
+        past: see `SeenKeys`.
     """
     q, k, v = q.double(), k.double(), v.double()
     if cu_seqlens is not None:
@@ -92,22 +125,19 @@ def truth_attention(
 
 
 def truth_softmax(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    q_offset: int | None = None,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **seen_keys: Unpack[SeenKeys]
 ) -> Tensor:
-    """Compute `softmax(scale q k^T) v` in float64; `scale` None is `1/sqrt(D)`. A query without keys gives 0."""
+    """Compute `softmax(scale q k^T) v` in float64. A query without keys gives 0.
+
+    Args:
+        q: [B,H,Tq,D].
+        k: [B,Hkv,Tk,D].
+        v: [B,Hkv,Tk,M].
+        scale: `1/sqrt(D)` when not given.
+        **seen_keys: see `SeenKeys`.
+    """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return truth_attention(
-        q, k, v, lambda q, k: factor * (q @ k.mT), in_logarithms=True, is_causal=is_causal, q_offset=q_offset,
-        key_mask=key_mask, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    return truth_attention(q, k, v, lambda q, k: factor * (q @ k.mT), in_logarithms=True, **seen_keys)
 
 
 def truth_quadratic(
@@ -118,23 +148,26 @@ def truth_quadratic(
     scale: float = 1.0,
     coefficients: tuple[float, float, float] = (1, 2, 1),
     normalize: bool = True,
-    is_causal: bool = False,
-    q_offset: int | None = None,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    past: Past | None = None,
+    **seen_keys: Unpack[SeenKeys],
 ) -> Tensor:
-    """Compute attention in float64 with `sim = c0 + c1 s + c2 s^2`, `s = scale q.k`."""
+    """Compute attention in float64 with `sim = c0 + c1 s + c2 s^2`, `s = scale q.k`.
+
+    Args:
+        q: [B,H,Tq,D].
+        k: [B,Hkv,Tk,D].
+        v: [B,Hkv,Tk,M].
+        scale: of the scores.
+        coefficients: c0, c1 and c2.
+        normalize: divide by the sum of similarities.
+        **seen_keys: see `SeenKeys`.
+    """
     c0, c1, c2 = coefficients
 
     def similarity(q: Tensor, k: Tensor) -> Tensor:
         s = scale * (q @ k.mT)
         return c0 + c1 * s + c2 * s * s
 
-    return truth_attention(
-        q, k, v, similarity, normalize=normalize, is_causal=is_causal, q_offset=q_offset, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, past=past,
-    )  # fmt: skip
+    return truth_attention(q, k, v, similarity, normalize=normalize, **seen_keys)
 
 
 TRUE_FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -154,18 +187,21 @@ def truth_linear(
     feature_map: str | Callable[[Tensor], Tensor] = "elu+1",
     scale: float = 1.0,
     normalize: bool = True,
-    is_causal: bool = False,
-    q_offset: int | None = None,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    past: Past | None = None,
+    **seen_keys: Unpack[SeenKeys],
 ) -> Tensor:
-    """Compute attention in float64 with `sim = scale phi(q).phi(k)`."""
+    """Compute attention in float64 with `sim = scale phi(q).phi(k)`.
+
+    Args:
+        q: [B,H,Tq,D].
+        k: [B,Hkv,Tk,D].
+        v: [B,Hkv,Tk,M].
+        feature_map: phi, or a name in `TRUE_FEATURE_MAPS`.
+        scale: of the similarities.
+        normalize: divide by the sum of similarities.
+        **seen_keys: see `SeenKeys`.
+    """
     phi = TRUE_FEATURE_MAPS[feature_map] if isinstance(feature_map, str) else feature_map
-    return truth_attention(
-        q, k, v, lambda q, k: scale * (phi(q) @ phi(k).mT), normalize=normalize, is_causal=is_causal,
-        q_offset=q_offset, key_mask=key_mask, cu_seqlens=cu_seqlens, past=past,
-    )  # fmt: skip
+    return truth_attention(q, k, v, lambda q, k: scale * (phi(q) @ phi(k).mT), normalize=normalize, **seen_keys)
 
 
 def truth_argmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -175,38 +211,38 @@ def truth_argmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sequences(k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Yield keys and values [Hkv,n,*] of each batch element or packed sequence, masked keys dropped."""
+    """List keys and values [Hkv,n,*] of each batch element or packed sequence, masked keys dropped."""
     if cu_seqlens is None:
         spans = [(b, 0, k.shape[2]) for b in range(k.shape[0])]
     else:
         bounds = cu_seqlens.tolist()
         spans = [(0, a, b) for a, b in pairwise(bounds)]
-    pairs = []
+    found = []
     for batch, a, b in spans:
         keep = slice(None) if key_mask is None else key_mask[batch, a:b]
-        pairs.append((k[batch, :, a:b].double()[:, keep], v[batch, :, a:b].double()[:, keep]))
-    return pairs
+        found.append((k[batch, :, a:b].double()[:, keep], v[batch, :, a:b].double()[:, keep]))
+    return found
 
 
 def truth_quadratic_state(
     k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Compute (n, k_sum, kk, v_sum, kv, kkv) in float64, in the canonical layout: kkv over a >= b at a(a+1)/2 + b."""
-    rows = []
+    states = []
     for keys, values in _sequences(k, v, key_mask, cu_seqlens):
         outer = torch.einsum("hna,hnb,hnm->habm", keys, keys, values)
-        pairs = torch.stack([outer[:, a, b] for a in range(keys.shape[-1]) for b in range(a + 1)], dim=1)
-        rows.append(
+        products = torch.stack([outer[:, a, b] for a in range(keys.shape[-1]) for b in range(a + 1)], dim=1)
+        states.append(
             (
                 torch.tensor(keys.shape[1]),
                 keys.sum(dim=1),
                 torch.einsum("hna,hnb->hab", keys, keys),
                 values.sum(dim=1),
                 torch.einsum("hna,hnm->ham", keys, values),
-                pairs,
+                products,
             )
         )
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    return tuple(torch.stack(column) for column in zip(*states, strict=True))
 
 
 def truth_feature_state(
@@ -219,9 +255,9 @@ def truth_feature_state(
 ) -> tuple[Tensor, ...]:
     """Compute (n, f_sum, fv) in float64."""
     phi = TRUE_FEATURE_MAPS[feature_map] if isinstance(feature_map, str) else feature_map
-    rows = []
+    states = []
     for keys, values in _sequences(k, v, key_mask, cu_seqlens):
         features = phi(keys)
-        pairs = torch.einsum("hnc,hnm->hcm", features, values)
-        rows.append((torch.tensor(keys.shape[1]), features.sum(dim=1), pairs))
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        fv = torch.einsum("hnc,hnm->hcm", features, values)
+        states.append((torch.tensor(keys.shape[1]), features.sum(dim=1), fv))
+    return tuple(torch.stack(column) for column in zip(*states, strict=True))

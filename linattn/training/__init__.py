@@ -1,4 +1,13 @@
-"""Long runs: train, interrupt, resume, spread over processes, track, compare."""
+"""Long runs: train, interrupt, resume, spread over processes, track, compare.
+
+Example:
+    >>> import torch
+    >>> from linattn.training import Trainer, TrainingConfig
+    >>> model = torch.nn.Linear(2, 1)
+    >>> loss = lambda: model(torch.ones(1, 2)).square().mean()
+    >>> Trainer(model, lambda step: loss(), lambda: loss().item(), TrainingConfig(steps=20)).run()
+    True
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from linattn.errors import ArgumentError, CheckpointError
@@ -38,6 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser, *, has_no_figure: bool = True
     if has_no_figure:
         parser.add_argument("--no-figure", action="store_true", help="do not draw, which needs matplotlib")
     tracking.add_arguments(parser)
+
+
+def given_options(args: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """Collect the options that were given, for a command whose parser leaves out all others.
+
+    Args:
+        args: of the command.
+        settings: a dataclass with a field for each option.
+    """
+    return {field.name: getattr(args, field.name) for field in fields(settings) if hasattr(args, field.name)}
 
 
 def checkpoint_to_resume(path: Path, args: argparse.Namespace) -> dict[str, Any] | None:
