@@ -1,29 +1,36 @@
-"""Read AMD's assembly, as far as it goes: resources, matrix instructions and memory traffic, no clocks."""
+"""Inspect AMD's assembly, as far as it goes: resources, matrix instructions and memory traffic, no clocks."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
 
-from linattn.bench.codegen.machine_code import Instruction, Loop, Reading, hottest, innermost_loops, programs_that_fit
+from linattn.bench.codegen.machine_code import (
+    Inspection,
+    Instruction,
+    Loop,
+    hottest,
+    innermost_loops,
+    programs_that_fit,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from linattn.bench.codegen.offline import Compiled
+    from linattn.bench.codegen.offline import OfflineKernel
 
 _LABEL = re.compile(r"^(\.LBB\w+):")
 _LINE = re.compile(r"^\s+([a-z]\w+)\s*([^;]*)")
 _WIDTH = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
 
 
-def read(kernel: Compiled) -> Reading:
-    """Read a kernel compiled for gfx942."""
+def inspect(kernel: OfflineKernel) -> Inspection:
+    """Inspect a kernel compiled for gfx942."""
     code = parse(kernel.assembly)
     loops = [_loop(body, kernel.num_warps) for body in innermost_loops(code, _is_matrix)]
     memory_loops = [_loop(body, kernel.num_warps) for body in innermost_loops(code, _is_read)]
     registers = _field("vgpr_count", kernel.assembly)
-    return Reading(
+    return Inspection(
         architecture=kernel.architecture,
         registers=registers,
         spill_bytes=4 * _field("vgpr_spill_count", kernel.assembly),
@@ -37,7 +44,7 @@ def read(kernel: Compiled) -> Reading:
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of the assembler's input; a position is a line."""
+    """Parse the assembler's input into instructions; a position is a line."""
     lines = text.splitlines()
     labels = {found[1]: index for index, line in enumerate(lines) if (found := _LABEL.match(line))}
     code = []
@@ -79,7 +86,7 @@ def _is_write(instruction: Instruction) -> bool:
 
 
 def _flops(instruction: Instruction) -> int:
-    """v_mfma_f32_32x32x8_bf16: rows, columns and depth of one warp's product."""
+    """Count those of one warp's product. v_mfma_f32_32x32x8_bf16: rows, columns and depth of one warp's product."""
     found = re.search(r"_(\d+)x(\d+)x(\d+)", instruction.name) if _is_matrix(instruction) else None
     return 2 * int(found[1]) * int(found[2]) * int(found[3]) if found else 0
 

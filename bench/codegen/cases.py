@@ -61,7 +61,7 @@ CASES = [
 ]
 
 AMPERE, HOPPER = ("sm_80",), ("sm_90",)
-# What the gate holds to LIMITS, and where.
+# What the gate holds to LIMITS, and where: the one table of required kernels.
 REQUIRED = [
     (HOPPER, "softmax", "direct", BOTH, ("bf16",), (64, 128), YES),
     (AMPERE, "softmax", "direct", BOTH, ("bf16",), (64,), YES),
@@ -76,8 +76,8 @@ REQUIRED = [
 ]
 
 
-class Family(NamedTuple):
-    """Limits of a kernel at all head sizes; see `gate.Limits`."""
+class KernelLimits(NamedTuple):
+    """Limits of a kernel at all head sizes; see `limits.Limits`."""
 
     issue: dict[int, float] | None
     full_waits: int = 0
@@ -86,56 +86,56 @@ class Family(NamedTuple):
 
 # Some 25 % above what Triton 3.6 and 3.9 make of the kernels on sm_90.
 LIMITS = {
-    ("softmax", "forward_kernel"): Family({64: 1.15, 128: 0.65}, full_waits=1),
-    ("softmax", "dq_kernel"): Family({64: 0.7, 128: 0.55}, full_waits=2),
-    ("softmax", "dkv_kernel"): Family({64: 0.85, 128: 0.7}, full_waits=2),
-    ("quadratic", "forward_kernel"): Family({32: 1.6, 64: 0.85, 128: 0.5}, full_waits=1),
-    ("quadratic", "dq_kernel"): Family({32: 1.1, 64: 0.6, 128: 0.5}, full_waits=2),
-    ("quadratic", "dkv_kernel"): Family({32: 1.9, 64: 1.0, 128: 0.8}, full_waits=2),
-    ("quadratic", "chunk_products_kernel"): Family({64: 0.65, 128: 0.5}),
-    ("quadratic", "chunk_moments_kernel"): Family({64: 1.85, 128: 1.3}, full_waits=1),
-    ("quadratic", "state_scan_kernel"): Family(None),
-    ("quadratic", "chunk_output_kernel"): Family({64: 0.45, 128: 0.5}),
-    ("quadratic", "bwd_preprocess_kernel"): Family(None),
-    ("quadratic", "chunk_dq_kernel"): Family({64: 0.75, 128: 0.6}, full_waits=2),
-    ("quadratic", "chunk_dkv_kernel"): Family({64: 0.8, 128: 0.6}),
-    ("quadratic", "cancelled_dkv_kernel"): Family(None),  # ends at once, but for queries whose sums cancel
-    ("quadratic", "decode_state_kernel"): Family(None),
-    ("quadratic", "decode_output_kernel"): Family(None),
+    ("softmax", "forward_kernel"): KernelLimits({64: 1.15, 128: 0.65}, full_waits=1),
+    ("softmax", "dq_kernel"): KernelLimits({64: 0.7, 128: 0.55}, full_waits=2),
+    ("softmax", "dkv_kernel"): KernelLimits({64: 0.85, 128: 0.7}, full_waits=2),
+    ("quadratic", "forward_kernel"): KernelLimits({32: 1.6, 64: 0.85, 128: 0.5}, full_waits=1),
+    ("quadratic", "dq_kernel"): KernelLimits({32: 1.1, 64: 0.6, 128: 0.5}, full_waits=2),
+    ("quadratic", "dkv_kernel"): KernelLimits({32: 1.9, 64: 1.0, 128: 0.8}, full_waits=2),
+    ("quadratic", "chunk_products_kernel"): KernelLimits({64: 0.65, 128: 0.5}),
+    ("quadratic", "chunk_moments_kernel"): KernelLimits({64: 1.85, 128: 1.3}, full_waits=1),
+    ("quadratic", "state_scan_kernel"): KernelLimits(None),
+    ("quadratic", "chunk_output_kernel"): KernelLimits({64: 0.45, 128: 0.5}),
+    ("quadratic", "bwd_preprocess_kernel"): KernelLimits(None),
+    ("quadratic", "chunk_dq_kernel"): KernelLimits({64: 0.75, 128: 0.6}, full_waits=2),
+    ("quadratic", "chunk_dkv_kernel"): KernelLimits({64: 0.8, 128: 0.6}),
+    ("quadratic", "cancelled_dkv_kernel"): KernelLimits(None),  # ends at once, but for queries whose sums cancel
+    ("quadratic", "decode_state_kernel"): KernelLimits(None),
+    ("quadratic", "decode_output_kernel"): KernelLimits(None),
     # Bound by memory: the matrix unit waits for it, not for instructions.
-    ("feature_map", "chunk_state_kernel"): Family({64: 11.0, 128: 12.5}, full_waits=1),
-    ("feature_map", "chunk_output_kernel"): Family({64: 1.3, 128: 1.2}, full_waits=1),
-    ("feature_map", "chunk_backward_kernel"): Family({64: 0.8, 128: 0.5}, full_waits=2, spill_bytes=256),
-    ("feature_map", "recurrent_kernel"): Family(None),
+    ("feature_map", "chunk_state_kernel"): KernelLimits({64: 11.0, 128: 12.5}, full_waits=1),
+    ("feature_map", "chunk_output_kernel"): KernelLimits({64: 1.3, 128: 1.2}, full_waits=1),
+    ("feature_map", "chunk_backward_kernel"): KernelLimits({64: 0.8, 128: 0.5}, full_waits=2, spill_bytes=256),
+    ("feature_map", "recurrent_kernel"): KernelLimits(None),
 }
-WAITS_FP32 = 6
+FP32_WAITS = 6
 """A product of fp32 matrices is three of TF32, and none of them overlaps with the next."""
 
 
 def limits(case: Case, kernel: str) -> Limits | None:
-    """What a kernel of a case is held to; None if the table does not say."""
+    """Return the limits of a kernel of a case; None if the table has none."""
     family = LIMITS.get((case.op, kernel))
     if family is None or (family.issue is not None and case.D not in family.issue):
         return None
     issue = None if family.issue is None else family.issue[case.D]
-    full_waits = family.full_waits * (WAITS_FP32 if case.dtype == "fp32" else 1)
+    full_waits = family.full_waits * (FP32_WAITS if case.dtype == "fp32" else 1)
     return Limits(issue, full_waits, family.spill_bytes)
 
 
 def cases(table: Iterable[tuple[Any, ...]]) -> Iterator[Case]:
-    """The calls of a table."""
+    """Yield the calls of a table."""
     for op, form, *lists in table:
         for direction, dtype, D, causal in itertools.product(*lists):
             yield Case(op, form, direction, dtype, D, causal)
 
 
 def required() -> set[tuple[Case, str]]:
-    """The calls of REQUIRED and the architectures on which they are."""
+    """Return the calls of REQUIRED and the architectures on which they are required."""
     return {(case, name) for names, *line in REQUIRED for name in names for case in cases([tuple(line)])}
 
 
 def launches(case: Case, architecture: str) -> list[Launch]:
-    """What a call would launch there, found by running its launchers on tensors that have no memory."""
+    """Return what a call would launch there, found by running it on tensors that have no memory."""
     module = importlib.import_module(f"linattn.kernels.{case.op}.ops").implementation("triton")
     call = _softmax if case.op == "softmax" else _with_state
     with as_architecture(architecture):

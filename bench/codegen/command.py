@@ -1,4 +1,4 @@
-"""`linattn kernels`: compile every GPU kernel for several architectures and say what its machine code shows.
+"""`linattn kernels`: compile every GPU kernel for several architectures and report what its machine code shows.
 
 Needs Triton and no GPU. Nothing is run and nothing is timed: docs/gpu-kernels.md says how to read the report.
 Exit status 1 if a kernel that the gate requires breaks its limits.
@@ -19,8 +19,8 @@ import linattn
 from linattn._util.progress import progress
 from linattn._util.tables import text_table
 from linattn.bench.codegen import cases
-from linattn.bench.codegen import limits as gate
 from linattn.bench.codegen.cases import CASES, Case, launches
+from linattn.bench.codegen.limits import violations
 from linattn.errors import ArgumentError, BackendError, unknown_name
 from linattn.kernels.common.op.backend import INTERPRETED, TRITON_ABSENT
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Iterator
 
-    from linattn.bench.codegen.machine_code import Loop, Reading
+    from linattn.bench.codegen.machine_code import Inspection, Loop
     from linattn.kernels.common.gpu.launch import Launch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -36,11 +36,11 @@ OPERATIONS = ("softmax", "quadratic", "feature_map")
 REACHED = 0.83
 """Published Triton attention kernels reach about this share of what the clocks of their machine code predict."""
 
-Row = dict[str, Any]
+KernelRecord = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options of `linattn kernels`."""
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, with commas (%(default)s)")
     parser.add_argument("--op", default=",".join(OPERATIONS), help="operations, with commas (%(default)s)")
     parser.add_argument("--required", action="store_true", help="only the kernels that the gate requires")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report."""
+    """Print the report; return 1 if a required kernel breaks its limits."""
     architectures = _names("architecture", args.arch, ARCHITECTURES)
     operations = _names("operation", args.op, OPERATIONS)
     if args.jobs < 1:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 def collect(
     architectures: Iterable[str], operations: Iterable[str], *, required_only: bool = False, jobs: int = 1
 ) -> dict[str, Any]:
-    """The whole report, ready for JSON."""
+    """Compile the calls of the tables and return the whole report, ready for JSON."""
     if TRITON_ABSENT or INTERPRETED:
         raise BackendError(
             "the kernels cannot be compiled: " + (TRITON_ABSENT or "TRITON_INTERPRET=1 interprets them; unset it")
@@ -84,37 +84,37 @@ def collect(
         },
         "note": "compiled offline; nothing was run on a GPU",
         "call": {"B": cases.B, "H": cases.H, "T": cases.T},
-        "rows": [row for rows in _mapped(work, jobs) for row in rows],
+        "rows": [row for rows in _inspect_all(work, jobs) for row in rows],
     }
 
 
-def broken(report: dict[str, Any]) -> list[Row]:
-    """The rows for which the gate stays shut."""
+def broken(report: dict[str, Any]) -> list[KernelRecord]:
+    """Return the records of required kernels that break their limits."""
     return [row for row in report["rows"] if row["required"] and row["problems"]]
 
 
-def rows_of(case: Case, architecture: str, required: bool) -> list[Row]:
-    """One row for each kernel that a call launches."""
-    about: Row = {**case._asdict(), "architecture": architecture, "required": required}
+def inspect_case(case: Case, architecture: str, required: bool) -> list[KernelRecord]:
+    """Return a record of each kernel that a call launches."""
+    about: KernelRecord = {**case._asdict(), "architecture": architecture, "required": required}
     try:
         recorded = launches(case, architecture)
     except Exception as error:
-        return [{**about, "kernel": "", "problems": [f"cannot be launched: {_in_a_line(error)}"]}]
+        return [{**about, "kernel": "", "problems": [f"cannot be launched: {_shorten(error)}"]}]
     return [{**about, **_kernel(launch, case, architecture, required)} for launch in recorded]
 
 
-def _kernel(launch: Launch, case: Case, architecture: str, required: bool) -> Row:
+def _kernel(launch: Launch, case: Case, architecture: str, required: bool) -> KernelRecord:
     name = launch.kernel.fn.__name__
     about = {"kernel": name, "configuration": _configuration(launch)}
     try:
-        reading = importlib.import_module("linattn.bench.codegen.inspect").read(launch, architecture)
+        inspection = importlib.import_module("linattn.bench.codegen.inspection").inspect_launch(launch, architecture)
     except Exception as error:  # whatever a compiler may raise
-        return {**about, "problems": [f"does not compile: {_in_a_line(error)}"]}
+        return {**about, "problems": [f"does not compile: {_shorten(error)}"]}
     problems = []
     if required:
         limits = cases.limits(case, name)
-        problems = gate.violations(reading, limits) if limits else [f"no limits are known for {case.op} {name}"]
-    return {**about, **_facts(reading), "problems": problems}
+        problems = violations(inspection, limits) if limits else [f"no limits are known for {case.op} {name}"]
+    return {**about, **_facts(inspection), "problems": problems}
 
 
 def _configuration(launch: Launch) -> str:
@@ -122,16 +122,16 @@ def _configuration(launch: Launch) -> str:
     return " ".join([*tiles, f"w{launch.num_warps}", f"s{launch.num_stages}"])
 
 
-def _facts(reading: Reading) -> Row:
-    hot, clocks = reading.hot, reading.hot.clocks
+def _facts(inspection: Inspection) -> KernelRecord:
+    hot, clocks = inspection.hot, inspection.hot.clocks
     moved = hot.bytes_read + hot.bytes_written
     return {
-        "registers": reading.registers,
-        "spill_bytes": reading.spill_bytes,
-        "shared_bytes": reading.shared_bytes,
-        "programs": reading.programs,
-        "matrix": reading.matrix,
-        "serialized": reading.serialized,
+        "registers": inspection.registers,
+        "spill_bytes": inspection.spill_bytes,
+        "shared_bytes": inspection.shared_bytes,
+        "programs": inspection.programs,
+        "matrix": inspection.matrix,
+        "serialized": inspection.serialized,
         "instructions_per_tile": hot.instructions,
         "matrix_per_tile": hot.matrix,
         "flops_per_tile": hot.flops,
@@ -145,29 +145,29 @@ def _facts(reading: Reading) -> Row:
 
 
 def _share(hot: Loop) -> list[float] | None:
-    """Of the matrix unit's peak: if nothing overlaps with it, and if everything does."""
+    """Estimate the share of the matrix unit's peak: if nothing overlaps with it, and if everything does."""
     if hot.clocks is None or not hot.clocks.matrix:
         return None
     return [round(REACHED * hot.clocks.serial, 3), round(REACHED * hot.clocks.overlapped, 3)]
 
 
-def _mapped(work: list[tuple[Case, str, bool]], jobs: int) -> Iterator[list[Row]]:
+def _inspect_all(work: list[tuple[Case, str, bool]], jobs: int) -> Iterator[list[KernelRecord]]:
     with progress(len(work), "call") as bar:
-        for rows in _each(work, jobs):
+        for rows in _inspect_each(work, jobs):
             bar.update()
             yield rows
 
 
-def _each(work: list[tuple[Case, str, bool]], jobs: int) -> Iterator[list[Row]]:
+def _inspect_each(work: list[tuple[Case, str, bool]], jobs: int) -> Iterator[list[KernelRecord]]:
     if jobs == 1:
-        yield from map(_unpacked, work)
+        yield from map(_inspect_item, work)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_unpacked, work)
+        yield from pool.map(_inspect_item, work)
 
 
-def _unpacked(item: tuple[Case, str, bool]) -> list[Row]:
-    return rows_of(*item)
+def _inspect_item(item: tuple[Case, str, bool]) -> list[KernelRecord]:
+    return inspect_case(*item)
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ HEADER = (
 
 
 def render(report: dict[str, Any]) -> str:
-    """A line for each kernel, then what is wrong."""
+    """Format the report: a line for each kernel, then what is wrong."""
     versions, rows = report["versions"], report["rows"]
     head = f"linattn {versions['linattn']}, Triton {versions['triton']}: {len(rows)} kernels {report['note']}."
     wrong = [f"{_title(row)}: {problem}" for row in rows for problem in row["problems"]]
@@ -187,7 +187,7 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join([head, "", text_table(HEADER, [_cells(row) for row in rows]), "", *wrong, verdict])
 
 
-def _cells(row: Row) -> list[object]:
+def _cells(row: KernelRecord) -> list[object]:
     about = [row["op"], row["form"], row["direction"], row["kernel"], row["dtype"], row["D"]]
     about += ["yes" if row["causal"] else "no", row["architecture"], row.get("configuration", "")]
     verdict = "-" if not row["required"] else "broken" if row["problems"] else "ok"
@@ -212,7 +212,7 @@ def _cells(row: Row) -> list[object]:
     ]
 
 
-def _title(row: Row) -> str:
+def _title(row: KernelRecord) -> str:
     mask = "causal" if row["causal"] else "full"
     words = (row["op"], row["form"], row["direction"], row["kernel"], row["dtype"], f"D={row['D']}", mask)
     return " ".join([*filter(None, words), "on", row["architecture"]])
@@ -226,6 +226,6 @@ def _names(what: str, given: str, accepted: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _in_a_line(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^~")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]

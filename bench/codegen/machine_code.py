@@ -1,7 +1,8 @@
-"""What machine code says of a kernel before it has run anywhere: resources, matrix instructions, loops, clocks.
+"""Resources, matrix instructions, loops and clocks of a kernel, from its machine code, before it has run anywhere.
 
-`read` gives a `Reading`. NVIDIA's code is read in sass.py, AMD's in amdgcn.py. Nothing here is measured: clocks are
-counted from instructions and the rates in `CHIPS`, without latencies, bank conflicts, cache misses or lower clocks.
+`inspection.inspect_launch` returns an `Inspection`. sass.py parses NVIDIA's code, amdgcn.py AMD's. Nothing here is
+measured: clocks are counted from instructions and the rates in `CHIPS`, without latencies, bank conflicts, cache misses
+or lower clocks.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Loop(NamedTuple):
     clocks: Clocks | None
 
 
-class Reading(NamedTuple):
+class Inspection(NamedTuple):
     """One binary."""
 
     architecture: str
@@ -113,7 +114,7 @@ class Instruction(NamedTuple):
 
 
 def innermost_loops(code: Sequence[Instruction], wanted: Callable[[Instruction], bool]) -> list[Sequence[Instruction]]:
-    """The bodies of the loops that hold a wanted instruction and no smaller loop that does."""
+    """Return the bodies of the loops that hold a wanted instruction and no smaller loop that does."""
     ends: dict[int, int] = {}
     for index, instruction in enumerate(code):
         if instruction.target is not None and instruction.target < instruction.position:
@@ -126,7 +127,7 @@ def innermost_loops(code: Sequence[Instruction], wanted: Callable[[Instruction],
 
 
 def hottest(matrix_loops: Sequence[Loop], memory_loops: Sequence[Loop], whole: Loop) -> Loop:
-    """See `Reading.hot`."""
+    """Choose the hot loop: see `Inspection.hot`."""
     if matrix_loops:
         return max(matrix_loops, key=lambda loop: (loop.flops or loop.matrix) / loop.instructions)
     if memory_loops and not whole.matrix:
@@ -135,7 +136,7 @@ def hottest(matrix_loops: Sequence[Loop], memory_loops: Sequence[Loop], whole: L
 
 
 def programs_that_fit(architecture: str, registers: int, num_warps: int, shared_bytes: int) -> int:
-    """How many programs a multiprocessor holds at once. Registers are given out by 8 a thread, and 1 KB of shared
+    """Count the programs that a multiprocessor holds at once. Registers are given out by 8 a thread, and 1 KB of shared
     memory goes with each program (NVIDIA).
     """
     chip = CHIPS[architecture]

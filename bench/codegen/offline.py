@@ -1,4 +1,4 @@
-"""Compile a recorded launch for a GPU architecture, on a machine that needs none."""
+"""Compile a recorded launch for a GPU architecture, without such a GPU."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ TARGETS = {
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-class Compiled(NamedTuple):
-    """A kernel as the device would get it."""
+class OfflineKernel(NamedTuple):
+    """A compiled kernel, as a device would load it."""
 
     architecture: str
     num_warps: int
     shared_bytes: int
     assembly: str
-    """SASS, read back from the cubin; on AMD what the assembler was given."""
+    """SASS, disassembled from the cubin; on AMD the assembler's input."""
     log: str
-    """What ptxas said; empty on AMD."""
+    """The log of ptxas; empty on AMD."""
     key: str
     """The same for two launches that share one binary."""
 
 
-def compiled(launch: Launch, architecture: str) -> Compiled:
+def compile_offline(launch: Launch, architecture: str) -> OfflineKernel:
     """Specialise the kernel on this launch's arguments, as a call on a device would, and compile it."""
     target, kernel = TARGETS[architecture], launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
@@ -55,34 +55,34 @@ def compiled(launch: Launch, architecture: str) -> Compiled:
         assembly, log = binary.asm["amdgcn"], ""
     else:
         binary, log = _compile_with_log(source, target, options.__dict__)
-        assembly = _disassembled(binary.asm["cubin"])
-    return Compiled(architecture, launch.num_warps, binary.metadata.shared, assembly, log, binary.hash)
+        assembly = _disassemble(binary.asm["cubin"])
+    return OfflineKernel(architecture, launch.num_warps, binary.metadata.shared, assembly, log, binary.hash)
 
 
 def _compile_with_log(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> tuple[Any, str]:
     """Triton shows ptxas's log only while it compiles; it is kept in Triton's cache, beside the kernel."""
     with triton.knobs.nvidia.scope():
         triton.knobs.nvidia.dump_ptxas_log = True
-        binary, log = _captured(source, target, options)
+        binary, log = _compile_captured(source, target, options)
         cache = get_cache_manager(binary.hash)
         kept = cache.get_file("ptxas.log")
         if not log and kept:
             return binary, Path(kept).read_text()
-        if not log:  # compiled by somebody who did not ask for the log
+        if not log:  # compiled before, without asking for the log
             with triton.knobs.compilation.scope():
                 triton.knobs.compilation.always_compile = True
-                binary, log = _captured(source, target, options)
+                binary, log = _compile_captured(source, target, options)
     cache.put(log, "ptxas.log", binary=False)
     return binary, log
 
 
-def _captured(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> tuple[Any, str]:
+def _compile_captured(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> tuple[Any, str]:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         binary = triton.compile(source, target=target, options=options)
     return binary, output.getvalue()
 
 
-def _disassembled(cubin: bytes) -> str:
+def _disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

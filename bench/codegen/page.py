@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from linattn._util import figures
 from linattn._util.files import write_text
 from linattn.bench.codegen import command
-from linattn.bench.codegen.command import ARCHITECTURES, OPERATIONS, Row
-from linattn.bench.crossover.figures import DPI, require_matplotlib
+from linattn.bench.codegen.command import ARCHITECTURES, OPERATIONS, KernelRecord
 from linattn.bench.report.marked_tables import replaced
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ FIGURE = ROOT / "docs" / "figures" / "gpu-kernels.png"
 PAGE = ROOT / "docs" / "gpu-kernels.md"
 BEGIN = "<!-- table: python bench/codegen/page.py -->"
 
-# Okabe and Ito's colours, told apart with any colour vision.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#882255")
 SHOWN = ("sm_90", "sm_80")
 HEADINGS = (
     "kernel", "D", "on", "tiles, warps, stages", "registers (spilled)", "KB shared", "fit",
@@ -50,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="architectures, with commas (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (%(default)s)")
     args = parser.parse_args(argv)
-    require_matplotlib()
+    figures.require_matplotlib("bench", "the page of the static report")
     if not args.draw:
         report = command.collect(args.arch.split(","), OPERATIONS, jobs=args.jobs, required_only=args.required)
-        write_text(RESULTS, _one_row_a_line(report))
+        write_text(RESULTS, _one_record_per_line(report))
     report = json.loads(RESULTS.read_text())
     figures.save(draw(report), FIGURE)
     write_text(PAGE, replaced(PAGE.read_text(), BEGIN, table(report["rows"])))
@@ -64,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def draw(report: dict[str, Any]) -> Figure:
     """Estimated share of the matrix unit's peak over head size, a row of panels for each form of each operation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 2.9 * len(PANELS) + 0.8), dpi=DPI, layout="constrained")
+    figure = figures.new_figure(11, 2.9 * len(PANELS) + 0.8)
     grid = figure.subplots(len(PANELS), len(SHOWN), sharey=True, squeeze=False)
     for line, (op, form) in zip(grid, PANELS, strict=True):
         for axes, architecture in zip(line, SHOWN, strict=True):
@@ -90,14 +85,14 @@ def draw(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Row]) -> None:
+def _panel(axes: Axes, rows: Sequence[KernelRecord]) -> None:
     sizes = (16, 32, 64, 128, 256)
     names = list(dict.fromkeys((row["direction"], row["kernel"]) for row in rows))
     for index, (direction, kernel) in enumerate(names):
         of_kernel = [row for row in rows if (row["direction"], row["kernel"]) == (direction, kernel)]
         places = [sizes.index(row["D"]) + 0.8 * ((index + 0.5) / len(names) - 0.5) for row in of_kernel]
         low, high = zip(*(row["share"] for row in of_kernel), strict=True)
-        color = COLORS[index % len(COLORS)]
+        color = figures.PALETTE[index % len(figures.PALETTE)]
         axes.vlines(places, low, high, color=color, linewidth=2.5, alpha=0.45)
         axes.plot(places, low, "o", color=color, markersize=4.5, label=f"{direction}: {kernel}")
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
@@ -110,7 +105,7 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
         axes.text(0.5, 0.5, "no kernel of this form in the results file", ha="center", transform=axes.transAxes)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[KernelRecord]) -> str:
     """Markdown: causal bf16 kernels at D = 64 and 128, one line a kernel and architecture."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     usual = [row for row in rows if row["dtype"] == "bf16" and row["causal"] and row["D"] in (64, 128)]
@@ -118,7 +113,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _line(row: Row) -> str:
+def _line(row: KernelRecord) -> str:
     share = row["share"]
     cells = [
         f"{row['op']} {row['form']} {row['direction']}: {row['kernel']}",
@@ -138,7 +133,7 @@ def _line(row: Row) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _one_row_a_line(report: dict[str, Any]) -> str:
+def _one_record_per_line(report: dict[str, Any]) -> str:
     rows = ",\n".join(json.dumps(row) for row in report["rows"])
     head = json.dumps({**report, "rows": []}, indent=1)
     return head.replace('"rows": []', f'"rows": [\n{rows}\n]') + "\n"

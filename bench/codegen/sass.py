@@ -1,4 +1,4 @@
-"""Read NVIDIA's machine code: SASS and what ptxas said of it."""
+"""Inspect NVIDIA's machine code: SASS and the log of ptxas."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from linattn.bench.codegen.machine_code import (
     CHIPS,
     Chip,
     Clocks,
+    Inspection,
     Instruction,
     Loop,
-    Reading,
     hottest,
     innermost_loops,
     programs_that_fit,
@@ -21,7 +21,7 @@ from linattn.bench.codegen.machine_code import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from linattn.bench.codegen.offline import Compiled
+    from linattn.bench.codegen.offline import OfflineKernel
 
 KINDS = {"HGMMA": "HGMMA", "HMMA": "HMMA", "UTCHMMA": "tcgen05"}
 HALF_RATE = (
@@ -36,15 +36,15 @@ LOCAL = ("LDL", "STL")
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*?);")
 
 
-def read(kernel: Compiled) -> Reading:
-    """Read a kernel compiled for sm_80 or newer."""
+def inspect(kernel: OfflineKernel) -> Inspection:
+    """Inspect a kernel compiled for sm_80 or newer."""
     code = parse(kernel.assembly)
     warps, chip = kernel.num_warps, CHIPS[kernel.architecture]
     count = Counter(KINDS[_base(x)] for x in code if _base(x) in KINDS)
     loops = [_loop(body, warps, chip) for body in innermost_loops(code, lambda x: _base(x) in KINDS)]
     memory_loops = [_loop(body, warps, chip) for body in innermost_loops(code, lambda x: _base(x) in GLOBAL_READS)]
     registers = _number(r"Used (\d+) registers", kernel.log)
-    return Reading(
+    return Inspection(
         architecture=kernel.architecture,
         registers=registers,
         spill_bytes=_number(r"(\d+) bytes spill stores", kernel.log),
@@ -58,7 +58,7 @@ def read(kernel: Compiled) -> Reading:
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of cuobjdump's listing."""
+    """Parse cuobjdump's listing into instructions."""
     code = []
     for line in text.splitlines():
         found = _LINE.match(line)
@@ -84,7 +84,7 @@ def _loop(body: Sequence[Instruction], warps: int, chip: Chip) -> Loop:
 
 
 def _clocks(body: Sequence[Instruction], count: Counter[str], warps: int, chip: Chip) -> Clocks:
-    """Four schedulers issue one instruction a clock each; a warp of 32 keeps 16 lanes busy for 2 clocks."""
+    """Count clocks: four schedulers start an instruction a clock each; a warp of 32 takes 16 lanes for 2 clocks."""
     issue = len(body) * warps / 4
     return Clocks(
         matrix=sum(_matrix_clocks(x, warps, chip) for x in body),
@@ -99,7 +99,7 @@ def _clocks(body: Sequence[Instruction], count: Counter[str], warps: int, chip: 
 
 
 def _flops(instruction: Instruction, warps: int) -> int:
-    """Of a whole program. HGMMA is one instruction of 4 warps; tcgen05 keeps its shape in a register."""
+    """Count those of a whole program. HGMMA is one instruction of 4 warps; tcgen05 keeps its shape in a register."""
     kind = _base(instruction)
     if kind == "HGMMA":
         rows, columns, depth = map(int, instruction.name.split(".")[1].split("x"))
@@ -117,7 +117,7 @@ def _matrix_clocks(instruction: Instruction, warps: int, chip: Chip) -> float:
 
 
 def _shared_clocks(instruction: Instruction) -> float:
-    """Of one warp at 128 bytes a clock, free of bank conflicts; at least one."""
+    """Count those of one warp at 128 bytes a clock, free of bank conflicts; at least one."""
     kind = _base(instruction)
     if kind == "LDGSTS" or kind in SHARED:
         return max(1.0, _width(instruction) * 32 / 128)
@@ -125,7 +125,7 @@ def _shared_clocks(instruction: Instruction) -> float:
 
 
 def _operand_clocks(instruction: Instruction) -> float:
-    """Of four warps: HGMMA reads its second operand, and the first if it is no register, from shared memory."""
+    """Count those of four warps: HGMMA loads its second operand, and the first if no register, from shared memory."""
     if _base(instruction) != "HGMMA":
         return 0.0
     columns = int(instruction.name.split("x")[1])
@@ -134,7 +134,7 @@ def _operand_clocks(instruction: Instruction) -> float:
 
 
 def _width(instruction: Instruction) -> int:
-    """Bytes that one thread moves."""
+    """Return the bytes that one thread moves."""
     matrices = re.search(r"\.MT?88(?:\.(\d))?", instruction.name)
     if matrices:
         return 4 * int(matrices[1] or 1)

@@ -21,9 +21,9 @@ if INTERPRETED:
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from linattn.bench.codegen.inspect import read  # noqa: E402
+from linattn.bench.codegen.inspection import inspect_launch  # noqa: E402
 from linattn.bench.codegen.limits import Limits, violations  # noqa: E402
-from linattn.bench.codegen.machine_code import Reading  # noqa: E402
+from linattn.bench.codegen.machine_code import Inspection  # noqa: E402
 from linattn.kernels.common.gpu.launch import Launch, recording  # noqa: E402
 
 
@@ -57,13 +57,13 @@ def launch(BLOCK_K: int = 64, D: int = 64, num_warps: int = 8, dtype: torch.dtyp
     return Launch(squares, (32,), {**tensors, **sizes}, num_warps, num_stages=2)
 
 
-def reading(architecture: str, *sizes: int, **options: Any) -> Reading:
-    return read(launch(*sizes, **options), architecture)
+def inspected(architecture: str, *sizes: int, **options: Any) -> Inspection:
+    return inspect_launch(launch(*sizes, **options), architecture)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
 def test_a_tile_has_the_flops_and_bytes_that_its_sizes_say(architecture: str) -> None:
-    hot = reading(architecture, num_warps=4).hot
+    hot = inspected(architecture, num_warps=4).hot
     assert hot.flops == 2 * 128 * 64 * (64 + 64)
     assert hot.bytes_read == 64 * (64 + 64) * 2
 
@@ -72,7 +72,7 @@ def test_a_tile_has_the_flops_and_bytes_that_its_sizes_say(architecture: str) ->
     ("architecture", "kind"), [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "tcgen05"), ("gfx942", "MFMA")]
 )
 def test_matrix_instructions_are_found(architecture: str, kind: str) -> None:
-    kernel = reading(architecture)
+    kernel = inspected(architecture)
     assert set(kernel.matrix) == {kind}
     assert kernel.hot.matrix > 0
     assert kernel.registers > 0
@@ -81,12 +81,12 @@ def test_matrix_instructions_are_found(architecture: str, kind: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_gate_passes_a_good_kernel(architecture: str) -> None:
-    assert violations(reading(architecture), LIMITS) == []
+    assert violations(inspected(architecture), LIMITS) == []
 
 
 @pytest.mark.parametrize(("architecture", "sizes"), [("sm_80", (128, 128, 4)), ("sm_90", (64, 256, 4))])
 def test_gate_rejects_a_planted_spill(architecture: str, sizes: tuple[int, int, int]) -> None:
-    kernel = reading(architecture, *sizes)
+    kernel = inspected(architecture, *sizes)
     assert kernel.spill_bytes > 0
     found = violations(kernel, LIMITS)
     assert any("bytes of registers spilled" in problem for problem in found)
@@ -94,7 +94,7 @@ def test_gate_rejects_a_planted_spill(architecture: str, sizes: tuple[int, int, 
 
 
 def test_gate_rejects_a_planted_serialisation() -> None:
-    kernel = reading("sm_90", BLOCK_K=128, num_warps=4)
+    kernel = inspected("sm_90", BLOCK_K=128, num_warps=4)
     assert kernel.spill_bytes == 0, "serialised for another reason than spills"
     found = violations(kernel, LIMITS)
     assert any("serialized" in problem for problem in found)
@@ -102,12 +102,12 @@ def test_gate_rejects_a_planted_serialisation() -> None:
 
 
 def test_gate_rejects_a_kernel_beside_the_matrix_unit() -> None:
-    found = violations(reading("sm_90", BLOCK_K=32, D=16, dtype=torch.float32), LIMITS)
+    found = violations(inspected("sm_90", BLOCK_K=32, D=16, dtype=torch.float32), LIMITS)
     assert "no HGMMA instruction" in found
 
 
 def test_gate_rejects_what_is_beyond_a_limit_of_its_own() -> None:
-    kernel = reading("sm_90")
+    kernel = inspected("sm_90")
     assert violations(kernel, LIMITS._replace(issue=0.1)) == [
         f"{kernel.hot.clocks.issue / kernel.hot.clocks.matrix:.2f} instructions per matrix clock, limit 0.10"
     ]
@@ -153,10 +153,10 @@ def test_a_launcher_or_a_compiler_that_fails_is_a_row_of_its_own(monkeypatch: py
 
     case = cases.Case("softmax", "direct", "forward", "bf16", 64, True)
     monkeypatch.setattr(command, "launches", broken_launcher)
-    (row,) = command.rows_of(case, "sm_90", required=True)
+    (row,) = command.inspect_case(case, "sm_90", required=True)
     assert row["problems"] == ["cannot be launched: RuntimeError: no such tile"]
     monkeypatch.setattr(command, "launches", lambda case, architecture: [launch(D=48)])
-    (row,) = command.rows_of(case, "sm_90", required=True)
+    (row,) = command.inspect_case(case, "sm_90", required=True)
     assert row["problems"][0].startswith("does not compile: ")
     assert command.render({"versions": {"linattn": "", "triton": ""}, "note": "", "rows": [row]})
 
@@ -179,10 +179,10 @@ def test_steps_of_recurrence_compile_and_spill_nothing(cell: str, architecture: 
     B, H, G = 8, 256, gates(cell)
     h0, weight_h, c0 = meta(B, H), meta(G * H, H), meta(B, H) if cell == "lstm" else None
     lengths = torch.empty(B, device="meta", dtype=torch.int64)
-    given = ForwardInputs(meta(B, 1, G * H), weight_h, h0, c0, lengths, cell)
+    inputs = ForwardInputs(meta(B, 1, G * H), weight_h, h0, c0, lengths, cell)
     with recording() as launches:
-        all_h, last_h, _, *saved = gpu.forward(given, True)
-        gpu.backward(GradOutputs(all_h, last_h, c0), Saved(*given[1:5], all_h, *saved, cell))
-    assert [each.kernel for each in launches] == [gpu.step, gpu.step_back]
+        all_h, last_h, _, *saved = gpu.forward(inputs, True)
+        gpu.backward(GradOutputs(all_h, last_h, c0), Saved(*inputs[1:5], all_h, *saved, cell))
+    assert [each.kernel for each in launches] == [gpu.step_kernel, gpu.step_backward_kernel]
     for each in launches:
-        assert read(each, architecture).spill_bytes == 0
+        assert inspect_launch(each, architecture).spill_bytes == 0
