@@ -1,4 +1,4 @@
-"""What the site adds to the pages in this folder: derivations, the API, the changelog, and formulas as MathML.
+"""Add to the pages in this folder: derivations, the API, the changelog, and formulas as MathML.
 
 Formulas are written as GitHub shows them, $`...`$ and blocks ```math. Browsers draw MathML themselves, so pages need no
 script and fetch nothing. Links to what is not on the site become paths in the repository.
@@ -30,6 +30,8 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are kept elsewhere, and one for each module that the navigation lists as api/NAME.md."""
     for source in sorted((ROOT / "kernels").glob("*/README.md")):
         page = f"derivations/{source.parent.name}.md"
+        if page not in repr(config["nav"]):
+            continue  # a room without a derivation of its own
         files.append(File.generated(config, page, content=source.read_text(encoding="utf-8")))
     files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
     pages = [file.content_string for file in files.documentation_pages()]

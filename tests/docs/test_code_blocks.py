@@ -18,7 +18,7 @@ import linattn
 ROOT = Path(__file__).parents[2]
 ROOMS = ("linattn", "autoencoders", "bench", "kernels", "rnn")
 BLOCK = re.compile(r"^( *```)python\n(.*?)^\1", re.MULTILINE | re.DOTALL)
-# Several processes: what that page shows is run by tests/distributed.
+# Several processes: what that page shows is run by tests/linattn/distributed.
 APART = ("distributed.md",)
 PAGES = [
     page
@@ -33,7 +33,7 @@ def _modules() -> list[str]:
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*.py")):
             if path.parent.name == "integrations":
-                continue  # tests/integrations runs them
+                continue  # tests/linattn/integrations runs them
             if ">>>" in path.read_text(encoding="utf-8"):
                 inside = path.relative_to(ROOT).with_suffix("").parts
                 names.append(".".join(inside if room == "linattn" else ("linattn", *inside)).removesuffix(".__init__"))
