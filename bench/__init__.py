@@ -1,28 +1,15 @@
-"""Measuring speed, memory and error: every number this project publishes comes from here.
+"""Measure speed, memory and error: every number this project publishes comes from here.
 
-Rooms:
-    measuring      one number
-    gpu            `make gpu`
-    report         all results on one page
+Rooms, each with a README:
+    measuring   one number: the call, its time, memory and error, and its file
+    crossover   the main job: the length from which the linear form is the faster one
+    machine     roofline, scaling, scale-out, decoding, accuracy on hard inputs
+    peers       implementations that are not ours, and the proof of what they compute
+    suite       everything behind `pytest --benchmark`
+    studies     experiments with claims
+    codegen     the machine code of GPU kernels, without a GPU
+    gpu         `make gpu`
+    report      all results on one page, and what became slower
 
-What the commands share:
-    sweep          lengths in octaves, resumable
-    tables         rows as text
-    growth         how N* grows with the head size, time and memory with the length
-    plots          figures, drawn from result files only
-    heat_map       who wins where
-    targets        speed that is promised, as ratios
-    rnn_cases      recurrent layers beside torch.nn
-    pytest_plugin  `pytest --benchmark`, and its files bench_*.py
-
-Commands:
-    crossover      the main job: the sweep over N and D
-    scaling        every operation against N
-    roofline       every kernel below the limits of its machine
-    proofs         what peers compute, proved, and their times beside ours
-    calibrate      where the chunked form begins to pay
-    decode         time and memory of a token against its position
-    hard_inputs    errors where sums cancel
-    kernel_page    what GPU kernels compile to
-    scale_out      sequence parallelism, predicted
+`linattn.cli.main` lists the commands and their modules.
 """

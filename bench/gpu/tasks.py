@@ -1,4 +1,4 @@
-"""The stages of `make gpu` (gpu.py declares them): each measures, and writes every finding as soon as it is made.
+"""Do the work of each stage of `make gpu`, which command.py declares; write every finding as soon as it is made.
 
 A stage returns 0, or 1 if something of ours failed.
 """

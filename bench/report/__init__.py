@@ -1,4 +1,4 @@
-"""All results on one page, and what became slower since the last time.
+"""Put all results on one page, and tell what became slower since the last time.
 
 command        the page, and which files it is made of
 summaries      results as tables
