@@ -62,7 +62,7 @@ def _named_formula(found: re.Match[str]) -> str:
 
 
 def _link(text: str, target: str, here: PurePosixPath, files: Files) -> str:
-    """A link to a page of the site, or the path of what is only in the repository."""
+    """Return a link to a page of the site, or the path of what is only in the repository."""
     in_repository = f"kernels/{here.stem}" if here.parts[0] == "derivations" else f"docs/{here.parent}"
     path = normpath(f"{in_repository}/{target.partition('#')[0]}")
     derivation = re.fullmatch(r"kernels/(\w+)/README\.md", path)

@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predicted() -> calibration.Table:
-    """Lengths at which the direct and the chunked Triton kernels take as many flops as they do them, for every row of
-    their table. Per token, with F = D (D + 16) / 2 features: direct 2 N (D + M), half when causal; chunked
-    4 F M + 4 D M for sums over values, twice 4 D^2 for those of the row sum, in TF32 at half the rate, and causal
-    c (D + M) for the own chunk.
+    """Return lengths at which the direct and the chunked Triton kernels take as many flops as they do them, for every
+    row of their table. Per token, with F = D (D + 16) / 2 features: direct 2 N (D + M), half when causal; chunked 4 F M
+    + 4 D M for sums over values, twice 4 D^2 for those of the row sum, in TF32 at half the rate, and causal c (D + M)
+    for the own chunk.
     """
     from linattn.kernels.quadratic.gpu import config, state_layout
 
@@ -105,7 +105,7 @@ def predicted() -> calibration.Table:
 
 
 def _kept_or_not(problem: Problem, length: float, device: torch.device, budget_s: float) -> str:
-    """Forward and backward with the sums kept and with the sums made again, in words."""
+    """Say how forward and backward compare with the sums kept and with the sums made again, in words."""
     longer = replace(problem, N=max(16, round(length / 16) * 16), direction="training")
     tensors, found = longer.inputs(device), []
     for setting in ("always", "never"):
@@ -117,13 +117,13 @@ def _kept_or_not(problem: Problem, length: float, device: torch.device, budget_s
 
 
 def backend_of(problem: Problem, asked: str, device: torch.device) -> str:
-    """The backend that will run, by name. Raises BackendError if the one asked for cannot."""
+    """Return the backend that will run, by name. Raises BackendError if the one asked for cannot."""
     q, k, v = replace(problem, N=16).inputs(device)
     return linattn.explain(q, k, v, kernel="quadratic", form="chunked", backend=asked).backend
 
 
 def crossing_near(problem: Problem, backend: str, device: torch.device, budget_s: float) -> Crossing | None:
-    """N* of the chunked against the direct form, searched from `problem.N` outwards."""
+    """Find N* of the chunked against the direct form, searched from `problem.N` outwards."""
     chunked, direct = Samples(), Samples()
 
     def faster(N: int) -> bool:
@@ -154,7 +154,7 @@ def _walk(sizes: Sequence[int], holds: Callable[[int], bool]) -> None:
 
 
 def _ladder(near: int) -> list[int]:
-    """Multiples of 16 about a factor of sqrt(2) apart, from near / 16 to 16 near."""
+    """Return multiples of 16 about a factor of sqrt(2) apart, from near / 16 to 16 near."""
     return sorted({max(32, round(near * 2 ** (i / 2) / 16) * 16) for i in range(-8, 9)})
 
 

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(results: Results) -> str:
-    """The lines on N* of every group, together, and how N* grows with D."""
+    """Return the lines on N* of every group, together, and how N* grows with D."""
     lines = [f"{results.environment.device}, {results.environment.threads} threads, torch {results.environment.torch}"]
     for group, measurements in tables.grouped(results.measurements).items():
         lines += tables.crossing_lines(group, measurements)

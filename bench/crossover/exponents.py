@@ -1,4 +1,4 @@
-"""How fast things grow, as exponents with 95 % intervals: N* with the head size, time and memory with the length."""
+"""Fit growth as exponents with 95 % intervals: N* with the head size, time and memory with the length."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class CrossingExponent:
 
 
 def crossing_exponents(measurements: Iterable[Measurement]) -> list[CrossingExponent]:
-    """One fit for each mask, dtype, direction, batch and number of heads, against each rival; M = D only."""
+    """Fit N*(D) for each mask, dtype, direction, batch and number of heads, against each rival; M = D only."""
     series: dict[Group, dict[int, list[Measurement]]] = {}
     for group, members in grouped(measurements).items():
         if group.M == group.D:
@@ -93,7 +93,7 @@ def _fit(series: Group, rival: Method, heads: dict[int, list[Measurement]]) -> C
 
 
 def crossing_lines(measurements: Iterable[Measurement]) -> list[str]:
-    """A line on each fit of N*(D)."""
+    """Format a line on each fit of N*(D)."""
     return [str(found) for found in crossing_exponents(measurements)]
 
 
@@ -118,7 +118,7 @@ class MethodExponents:
 
 
 def method_exponents(measurements: Iterable[Measurement]) -> list[MethodExponents]:
-    """One entry for each method of each group, over the longest lengths that it was measured on."""
+    """Fit time and memory of each method of each group, over the longest lengths that it was measured on."""
     found = []
     for group, members in grouped(measurements).items():
         for method in dict.fromkeys(measurement.method for measurement in members):
@@ -171,7 +171,7 @@ def _sigma_of_median(measurement: Measurement) -> float:
 
 
 def _counted(method: Method, problem: Problem) -> float:
-    """Flops of the form, by `linattn.cost`."""
+    """Return flops of the form, by `linattn.cost`."""
     sizes = {"B": problem.B, "H": problem.H, "N": problem.N, "D": problem.D, "M": problem.M}
     passes = (False, True) if problem.direction == "training" else (False,)
     return sum(flops(method.kernel, method.form, is_causal=problem.is_causal, backward=p, **sizes) for p in passes)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Style:
-    """How a method looks in every figure. Colours are Okabe and Ito's, told apart with any colour vision."""
+    """The look of a method in every figure. Colours are Okabe and Ito's, told apart with any colour vision."""
 
     label: str
     color: str
@@ -70,7 +70,9 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
 
 def parts_of(measurements: Iterable[Measurement]) -> dict[str, dict[Group, list[Measurement]]]:
-    """Groups by what stands in one figure: a dtype, direction, batch and number of heads, as "fp32-forward-b1-h4"."""
+    """Collect the groups by what stands in one figure: a dtype, direction, batch and number of heads, as
+    "fp32-forward-b1-h4".
+    """
     parts: dict[str, dict[Group, list[Measurement]]] = {}
     for group, members in grouped(measurements).items():
         parts.setdefault(f"{group.dtype}-{group.direction}-b{group.B}-h{group.H}", {})[group] = members
@@ -106,7 +108,7 @@ def draw_time(groups: Mapping[Group, Sequence[Measurement]], environment: Enviro
 
 
 def draw_memory(groups: Mapping[Group, Sequence[Measurement]], environment: Environment) -> Figure:
-    """Peak memory beyond the inputs against N, one column a head size, non-causal above causal.
+    """Draw peak memory beyond the inputs against N, one column a head size, non-causal above causal.
 
     Peaks below `LEAST_MIB` are pages and thread stacks; the axis ends there.
     """
@@ -134,7 +136,7 @@ def _panels(
     ylabel: str,
     legend: list[Any],
 ) -> Figure:
-    """A grid against N: one column a head size, non-causal above causal."""
+    """Draw a grid against N: one column a head size, non-causal above causal."""
     heads = sorted({group.D for group in groups})
     masks = sorted({group.is_causal for group in groups})
     # Legend and title need some width however few the columns are.
@@ -154,7 +156,7 @@ def _panels(
 
 
 def draw_crossover(groups: Mapping[Group, Sequence[Measurement]], environment: Environment) -> Figure:
-    """N* against D beside D^2 and the number of features, one panel a mask."""
+    """Draw N* against D beside D^2 and the number of features, one panel a mask."""
     masks = sorted({group.is_causal for group in groups})
     figure = new_figure(4.6 * len(masks) + 0.6, 4.9)
     panels = figure.subplots(1, len(masks), sharey=True, squeeze=False)[0]
@@ -237,7 +239,7 @@ def _draw_marker(axes: Axes, x: float, y: float, crossing: Crossing, style: Styl
 
 
 def _interpolate(curve: Mapping[int, float], at: float) -> float:
-    """Log-log interpolation of a curve at a point within its range."""
+    """Interpolate a curve on logarithmic axes at a point within its range."""
     sizes = sorted(curve)
     right = next((i for i, N in enumerate(sizes) if at <= N and i > 0), len(sizes) - 1)
     a, b = sizes[right - 1], sizes[right]
@@ -318,14 +320,14 @@ def _title(figure: Figure, text: str, groups: Mapping[Group, Sequence[Measuremen
 
 
 def title(figure: Figure, text: str, details: str) -> None:
-    """A heading, and below it, smaller, what has to be known of the measurement."""
+    """Write a heading, and below it, smaller, what has to be known of the measurement."""
     # The empty lines keep room for the details below the title, whose place is fixed in inches.
     figure.suptitle(f"{text}\n\n", fontsize=13)
     figure.text(0.5, 1 - 0.42 / figure.get_figheight(), details, ha="center", va="top", fontsize=9, color=DARK_GREY)
 
 
 def machine_of(environment: Environment) -> str:
-    """Version and machine in a line."""
+    """Return version and machine in a line."""
     machine = environment.device
     if environment.slug.startswith("cpu"):
         machine += f", {environment.threads} thread{'s'[: environment.threads != 1]}, {environment.instruction_set}"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """How far and how long: lengths in octaves, seconds of timing a problem, and the longest call worth waiting for.
+    """Extent of a sweep: lengths in octaves, seconds of timing a problem, and the longest call worth waiting for.
 
     Once the chunked form is the fastest on a length, the order is settled and calls longer than `settled_s` are no
     longer worth it. `refine` adds lengths near the crossings.
@@ -42,12 +42,12 @@ class SweepPlan:
     refine: bool
 
     def sizes(self) -> list[int]:
-        """Powers of 2 from the smallest to the largest."""
+        """Return powers of 2 from the smallest to the largest."""
         return [N for N in (2**p for p in range(32)) if self.smallest <= N <= self.largest]
 
     @property
     def settings(self) -> dict[str, object]:
-        """What a result file says of the plan."""
+        """Describe the plan for a result file."""
         return {"plan": self.name, "budget_s": self.budget_s, "limit_s": self.limit_s, "settled_s": self.settled_s}
 
 
@@ -64,7 +64,7 @@ class Sweep:
     bar: Bar
 
     def group(self, problems: Sequence[Problem]) -> list[Measurement]:
-        """All lengths of one group in rising order, then, where the plan says so, lengths near the crossings."""
+        """Measure all lengths of one group in rising order, then, if the plan says so, lengths near the crossings."""
         measurements: list[Measurement] = []
         for problem in problems:
             measurements += self._rows(problem, self.plan.settled_s if _is_settled(measurements) else self.plan.limit_s)
@@ -156,7 +156,7 @@ def set_threads(count: int | None) -> None:
 
 
 def _is_settled(measurements: Sequence[Measurement]) -> bool:
-    """Whether the chunked form was the fastest on the longest length on which it was not alone."""
+    """Say whether the chunked form was the fastest on the longest length on which it was not alone."""
     for N in sorted({measurement.problem.N for measurement in measurements}, reverse=True):
         times = {
             measurement.method: measurement.median_ms

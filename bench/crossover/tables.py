@@ -35,13 +35,13 @@ class Group:
 
 
 def group_of(problem: Problem) -> Group:
-    """The group that a problem belongs to."""
+    """Return the group that a problem belongs to."""
     p = problem
     return Group(p.D, p.M, p.B, p.H, p.dtype, p.is_causal, p.direction)
 
 
 def grouped(measurements: Iterable[Measurement]) -> dict[Group, list[Measurement]]:
-    """Rows by group, groups by head size and then causal last, rows by N."""
+    """Sort measurements into groups: groups by head size and then causal last, measurements by N."""
     groups: dict[Group, list[Measurement]] = {}
     for measurement in measurements:
         groups.setdefault(group_of(measurement.problem), []).append(measurement)
@@ -50,7 +50,7 @@ def grouped(measurements: Iterable[Measurement]) -> dict[Group, list[Measurement
 
 
 def crossing_of(measurements: Sequence[Measurement], than: Method, ours: Method = QUADRATIC_CHUNKED) -> Crossing | None:
-    """N* of `ours` against `than` within one group."""
+    """Find N* of `ours` against `than` within one group."""
 
     def samples(method: Method) -> dict[int, list[float]]:
         return {
@@ -63,7 +63,7 @@ def crossing_of(measurements: Sequence[Measurement], than: Method, ours: Method 
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """The rows of one group as an aligned table, in the order given."""
+    """Format the measurements of one group as an aligned table, in the order given."""
     lines = [HEADINGS, *(cells(measurement) for measurement in measurements)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
     left = (1, 2)
@@ -74,7 +74,7 @@ def table(measurements: Sequence[Measurement]) -> str:
 
 
 def crossing_lines(group: Group, measurements: Sequence[Measurement]) -> list[str]:
-    """N* of the chunked form: against our direct form, and, last, against SDPA beside the theory."""
+    """Format N* of the chunked form: against our direct form, and, last, against SDPA beside the theory."""
     lines = []
     against_direct = crossing_of(measurements, QUADRATIC_DIRECT)
     if against_direct is not None:
@@ -88,7 +88,7 @@ def crossing_lines(group: Group, measurements: Sequence[Measurement]) -> list[st
 
 
 def report(measurements: Iterable[Measurement]) -> str:
-    """Every group: its heading, its table, its lines on N*."""
+    """Format every group: its heading, its table, its lines on N*."""
     blocks = []
     for group, members in grouped(measurements).items():
         heading = f"{group}, B={group.B} H={group.H} M={group.M}"
@@ -101,7 +101,7 @@ def _per_square(crossing: Crossing, D: int) -> str:
 
 
 def cells(measurement: Measurement) -> tuple[str, ...]:
-    """One row under `HEADINGS`."""
+    """Format one measurement under `HEADINGS`."""
     start = (str(measurement.problem.N), measurement.method.name, measurement.backend_used)
     if measurement.median_ms is None or measurement.p20_ms is None or measurement.p80_ms is None:
         return (*start, "-", measurement.skipped or "-", "-", "-", "-", "-")

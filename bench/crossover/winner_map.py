@@ -38,7 +38,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
 
 def draw_winners(parts: Mapping[str, Mapping[Group, Sequence[Measurement]]], environment: Environment) -> Figure:
-    """The fastest method at each power of 2 that was measured, and by what factor it beats the next."""
+    """Draw the fastest method at each power of 2 that was measured, and by what factor it beats the next."""
     masks = sorted({group.is_causal for groups in parts.values() for group in groups})
     heads = sorted({group.D for groups in parts.values() for group in groups})
     sizes = sorted(
@@ -66,7 +66,7 @@ def draw_winners(parts: Mapping[str, Mapping[Group, Sequence[Measurement]]], env
 
 
 def factors(measurements: Sequence[Measurement], N: int) -> tuple[Method, float] | None:
-    """The fastest of the three methods at one length and how many times as fast as the next it is.
+    """Return the fastest of the three methods at one length and how many times as fast as the next it is.
 
     None where fewer than two were measured.
     """
@@ -123,7 +123,7 @@ def _panel(
 def _curve(
     axes: Axes, heads: Sequence[int], sizes: Sequence[int], lengths: Sequence[int], color: str, style: str
 ) -> None:
-    """A curve N(D) in a grid whose lines are an octave apart."""
+    """Draw a curve N(D) in a grid whose lines are an octave apart."""
     lines = [math.log2(N / sizes[0]) for N in lengths]
     axes.plot(range(len(heads)), lines, color=color, linestyle=style, linewidth=1.5)
 

@@ -1,4 +1,4 @@
-"""What `make gpu` compares, and the speed that is to be reached: the tables of goals as data."""
+"""Hold the comparisons of `make gpu` and the speed that is to be reached, as tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OURS = "triton"
 
 @dataclass(frozen=True)
 class Goal:
-    """What `method` is to reach: at least `goal` and, if all goes well, `stretch`; at most, for ms and GiB.
+    """A goal for `method`: at least `goal` and, if all goes well, `stretch`; at most, for ms and GiB.
 
     A speedup is over the fastest of `rivals`, among those whose error shows that they compute what they stand for.
     """
@@ -54,7 +54,7 @@ class Goal:
         return self.quantity in ("ms", "GiB", "N*/D^2")
 
     def is_met_by(self, value: float) -> bool:
-        """Whether a measured value reaches the goal."""
+        """Say whether a measured value reaches the goal."""
         return value <= self.goal if self.at_most else value >= self.goal
 
 
@@ -165,7 +165,7 @@ class LengthSweep:
         return f"D{p.D} B{p.B} H{p.H} {'causal' if p.is_causal else 'non-causal'}"
 
     def problems(self) -> list[Problem]:
-        """The problem at every size."""
+        """Return the problem at every size."""
         return [replace(self.problem, N=N) for N in self.sizes]
 
 
@@ -222,17 +222,17 @@ STEPS = tuple(DecodeStep(op, 64, 16, D) for op, D in (("elu+1", 64), ("elu+1", 1
 
 
 def small(comparison: Comparison) -> Comparison:
-    """The same at sizes that Triton's interpreter can be waited for."""
+    """Shrink a problem to sizes that Triton's interpreter can be waited for."""
     return replace(comparison, problem=_small(comparison.problem))
 
 
 def small_sweep(sweep: LengthSweep) -> LengthSweep:
-    """The same over two short lengths."""
+    """Shrink a sweep to two short lengths."""
     return replace(sweep, problem=_small(sweep.problem), sizes=(16, 32))
 
 
 def small_step(step: DecodeStep) -> DecodeStep:
-    """The same of one head."""
+    """Shrink a step to one head."""
     return replace(step, B=1, H=1, D=16)
 
 
@@ -244,7 +244,7 @@ T = TypeVar("T", Comparison, LengthSweep, DecodeStep)
 
 
 def distinct(items: Iterable[T]) -> list[T]:
-    """Those that are still different at small sizes, whatever their goals."""
+    """Keep those that are still different at small sizes, whatever their goals."""
 
     def measured(item: T) -> object:
         return (item.problem, item.methods) if isinstance(item, Comparison) else str(item)
@@ -256,7 +256,7 @@ def distinct(items: Iterable[T]) -> list[T]:
 
 
 def value_of(goal: Goal, rows: Mapping[str, Mapping[str, object]], honest: Sequence[str]) -> float | None:
-    """What was measured of a goal's quantity, from rows by method name; None where a row is missing.
+    """Return the measured value of a goal's quantity, from measurements by method name; None where one is missing.
 
     `honest` names the methods whose error shows that they computed what they stand for.
     """

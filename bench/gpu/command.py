@@ -129,7 +129,7 @@ def prepare_environment(rehearse: bool) -> None:
 
 
 def summary(record: Record) -> str:
-    """The goals as a table, and the stages that are not done."""
+    """Format the goals as a table, and the stages that are not done."""
     lines = []
     for key, goal in record.section("goals").items():
         measured = "not measured" if goal["measured"] is None else f"{goal['measured']:.3g}"

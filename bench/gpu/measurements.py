@@ -1,4 +1,4 @@
-"""One comparison measured: a row a method, with time, useful work, share of the machine's limit, memory and error."""
+"""Measure one comparison: an entry for each method, with time, work, share of the machine's limit, memory and error."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SCORE_STD = 0.25
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """What the machine reached in this very run."""
+    """Rates that the machine reached in this very run."""
 
     copy_gb_s: float
     matmul_tflops: float
 
 
 def measure_limits(device: torch.device, rehearse: bool) -> MachineLimits:
-    """The rate of a large device-to-device copy, bytes read and written, and of a bf16 matrix product."""
+    """Measure the rate of a large device-to-device copy, bytes read and written, and of a bf16 matrix product."""
     extent = Extent(2**20, 256) if rehearse else Extent(2**32, 8192)
     samples, _ = in_rounds(calls_to_time(extent, ("bf16",), device), device=device, rep_ms=100)
     found = reached(extent, samples)
@@ -47,7 +47,7 @@ def measure_limits(device: torch.device, rehearse: bool) -> MachineLimits:
 
 
 def draw(problem: Problem, device: torch.device) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """q, k, v as `testing.make_inputs` scales them, but drawn on the device, and in training an upstream gradient."""
+    """Draw q, k, v as `testing.make_inputs` scales them, but on the device, and in training an upstream gradient."""
     generator = torch.Generator(device).manual_seed(0)
     factor = SCORE_STD**0.5 / problem.D**0.25
 
@@ -102,7 +102,7 @@ def compare(
 
 
 def rates(method: Method, problem: Problem, ms: float, limits: MachineLimits) -> Entry:
-    """Useful work and necessary traffic in a second, and the share of the time that the machine's limits allow."""
+    """Return useful work and necessary traffic in a second, and the share of the time that the limits allow."""
     moved = least_bytes(problem)
     bandwidth_ms = moved / limits.copy_gb_s / 1e6
     matmul_ms = _limiting_gflops(method, problem) / limits.matmul_tflops
@@ -118,7 +118,7 @@ def rates(method: Method, problem: Problem, ms: float, limits: MachineLimits) ->
 
 
 def _limiting_gflops(method: Method, problem: Problem) -> float:
-    """The work of the form itself: for a causal chunked quadratic form with the inside of its chunks."""
+    """Return the work of the form itself: for a causal chunked quadratic form with the inside of its chunks."""
     if method.kernel != "quadratic" or method.form != "chunked":
         return useful_gflops(method, problem)
     sizes = {"B": problem.B, "H": problem.H, "N": problem.N, "D": problem.D, "M": problem.M}
@@ -130,7 +130,7 @@ def _limiting_gflops(method: Method, problem: Problem) -> float:
 
 
 def judge_goals(comparison: Comparison, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Each goal of a comparison beside what was measured."""
+    """Put each goal of a comparison beside what was measured."""
     honest = [
         name for name, entry in entries.items() if isinstance(e := entry.get("error"), float) and e <= HONEST_ERROR
     ]
@@ -138,7 +138,7 @@ def judge_goals(comparison: Comparison, entries: Mapping[str, Entry]) -> dict[st
 
 
 def verdict(goal: Goal, value: object) -> Entry:
-    """A goal beside what was measured of it."""
+    """Put a goal beside what was measured of it."""
     return {
         "quantity": goal.quantity,
         "method": goal.method.name,
@@ -152,13 +152,15 @@ def verdict(goal: Goal, value: object) -> Entry:
 
 
 def failures_of_ours(entries: Sequence[Entry]) -> list[str]:
-    """Rows of our own that failed instead of running or refusing."""
+    """Collect the messages of methods of our own that failed instead of running or refusing."""
     ours = [entry for entry in entries if isinstance(m := entry.get("method"), dict) and m["backend"] == OURS]
     return [str(entry["failed"]) for entry in ours if "failed" in entry]
 
 
 def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    """Peak memory of a first call beyond what is held before it; the call also compiles what has to be compiled."""
+    """Measure the peak memory of a first call beyond what is held before it; the call also compiles what has to be
+    compiled.
+    """
     if device.type != "cuda":
         call()
         return None
@@ -172,7 +174,7 @@ def _peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
 
 
 def _describe_kernels(method: Method, problem: Problem, tensors: Sequence[Tensor]) -> str:
-    """The kernels that ran and their configuration, for methods of ours."""
+    """Return the kernels that ran and their configuration, for methods of ours."""
     if method.backend != OURS or method.op in ("power", "plain"):
         return method.backend
     q, k, v = tensors

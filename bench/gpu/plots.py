@@ -34,7 +34,7 @@ def draw_all(record: Record, folder: Path) -> list[Path]:
 
 
 def draw_goals(goals: dict[str, Any], device: str) -> Figure:
-    """What was reached as a multiple of each goal: right of 1 is met."""
+    """Draw what was reached as a multiple of each goal: right of 1 is met."""
     figure = new_figure(10.0, 1.4 + 0.28 * len(goals))
     axes = figure.subplots()
     ratios = [

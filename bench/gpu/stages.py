@@ -37,7 +37,7 @@ class Record:
         self.path = path
 
     def load(self) -> dict[str, dict[str, Any]]:
-        """All sections; none if there is no file yet.
+        """Return all sections; none if there is no file yet.
 
         Raises:
             DataError: the file cannot be read.
@@ -51,7 +51,7 @@ class Record:
         return found
 
     def section(self, name: str) -> dict[str, Any]:
-        """One section, empty if there is none."""
+        """Return one section, empty if there is none."""
         return self.load().get(name, {})
 
     def put(self, section: str, key: str, value: Any) -> None:
@@ -110,7 +110,7 @@ def run_stages(
 
 
 def _run(command: Sequence[str], limit_s: float) -> str:
-    """The state of a command that has ended or was made to; its own children end with it."""
+    """Run a command; return the state of a command that has ended or was made to; its own children end with it."""
     process = subprocess.Popen(command, start_new_session=True)
     try:
         status = process.wait(timeout=limit_s)

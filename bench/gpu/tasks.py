@@ -50,7 +50,7 @@ SEEDS_APART = 100_000
 
 @dataclass(frozen=True)
 class StageRun:
-    """Where a stage runs and writes."""
+    """The device of a stage and the folder that it writes to."""
 
     device: torch.device
     out: Path
@@ -64,7 +64,7 @@ class StageRun:
 
     @property
     def limits(self) -> MachineLimits:
-        """What the stage of that name found, or, where it did not run, measured now."""
+        """Return what the stage of that name found; measure it now where that did not run."""
         found = self.record.section("limits").get(self.device.type)
         return MachineLimits(**found) if found else measure_limits(self.device, self.rehearse)
 
@@ -78,7 +78,7 @@ def environment(run: StageRun) -> int:
 
 
 def correctness(run: StageRun) -> int:
-    """The tests of the Triton kernels: on all processors if pytest-xdist is there, for most of the time goes into
+    """Run the tests of the Triton kernels: on all processors if pytest-xdist is there, for most of the time goes into
     compiling. In a rehearsal all are collected and a few are run.
     """
     import pytest
@@ -124,12 +124,14 @@ class Outcomes:
 
 
 def _processes(run: StageRun) -> int:
-    """As many as there are processors, less one, for what compiles more than it computes; in a rehearsal one."""
+    """Choose as many processes as there are processors, less one, for what compiles more than it computes; in a
+    rehearsal one.
+    """
     return 1 if run.rehearse else max(1, min(16, (os.cpu_count() or 2) - 1))
 
 
 def fuzz(run: StageRun) -> int:
-    """`linattn fuzz` for a minute, in as many processes as compile side by side, from seeds far apart."""
+    """Run `linattn fuzz` for a minute, in as many processes as compile side by side, from seeds far apart."""
     seconds, extent = ("10", "tiny") if run.rehearse else ("60", "medium")
     words = ["--backend", "triton", "--seconds", seconds, "--extent", extent, "--device", run.device.type]
 
@@ -174,7 +176,7 @@ def _comparisons(stage: str, table: Iterable[cases.Comparison]) -> Callable[[Sta
 
 
 def crossover(run: StageRun) -> int:
-    """N* of the chunked form against the fastest softmax at each length."""
+    """Measure N* of the chunked form against the fastest softmax at each length."""
     limits, failures = run.limits, []
     for sweep in cases.distinct(map(cases.small_sweep, cases.SWEEPS)) if run.rehearse else cases.SWEEPS:
         ms: dict[str, dict[int, float]] = {}
@@ -190,7 +192,7 @@ def crossover(run: StageRun) -> int:
 
 
 def _put_crossing(record: Record, sweep: cases.LengthSweep, ms: dict[str, dict[int, float]]) -> None:
-    """From times by method and length: N* against the fastest softmax, and what it is in D^2."""
+    """Record, from times by method and length, N* against the fastest softmax, and what it is in D^2."""
     chunked, rivals = ms.get(cases.CHUNKED.name, {}), [ms.get(m.name, {}) for m in cases.FASTEST_SOFTMAX]
     softmax = {N: min(times[N] for times in rivals if N in times) for N in sweep.sizes if any(N in t for t in rivals)}
     found = find_crossing({N: [t] for N, t in chunked.items()}, {N: [t] for N, t in softmax.items()})
@@ -206,7 +208,7 @@ def _put_crossing(record: Record, sweep: cases.LengthSweep, ms: dict[str, dict[i
 
 
 def decode(run: StageRun) -> int:
-    """One step of decoding: what it takes is to read the state and to write it."""
+    """Measure one step of decoding, which reads the state and writes it."""
     bandwidth = run.limits.copy_gb_s
     for step in cases.distinct(map(cases.small_step, cases.STEPS)) if run.rehearse else cases.STEPS:
         try:
@@ -224,7 +226,7 @@ def decode(run: StageRun) -> int:
 
 
 def decoding_step(step: cases.DecodeStep, device: torch.device) -> Callable[[], object]:
-    """A call with one token and a state of random sums."""
+    """Return a call with one token and a state of random sums."""
     shape = (step.B, step.H, 1, step.D)
     q, k, v = (torch.randn(shape, device=device).mul(0.2).bfloat16() for _ in range(3))
     kind = QuadraticState if step.op == "quadratic" else FeatureMapState
@@ -268,7 +270,7 @@ def host(run: StageRun) -> int:
 
 
 def _host_us(call: Callable[[], None], run: StageRun, count: int = 200) -> float:
-    """Median of the microseconds until each of some calls has returned."""
+    """Measure the median of the microseconds until each of some calls has returned."""
     from linattn.kernels.common.gpu.launch import recording
 
     samples = []
@@ -283,7 +285,9 @@ def _host_us(call: Callable[[], None], run: StageRun, count: int = 200) -> float
 
 
 def million(run: StageRun) -> int:
-    """A million tokens; softmax is measured at an eighth of that and extrapolated by N^2, which the record says."""
+    """Measure a million tokens; softmax is measured at an eighth of that and extrapolated by N^2, which the record
+    says.
+    """
     comparison, softmax = (cases.small(c) if run.rehearse else c for c in (cases.MILLION, cases.MILLION_SOFTMAX))
     entries = compare(comparison, run.device, run.limits, rep_ms=200)
     ours = entries[cases.CHUNKED.name]
@@ -305,7 +309,7 @@ def million(run: StageRun) -> int:
 
 
 def sanitizer(run: StageRun) -> int:
-    """Memory errors and races that random calls may hide."""
+    """Look for memory errors and races that random calls may hide."""
     tool = shutil.which("compute-sanitizer")
     if tool is None or run.rehearse:
         run.record.put(

@@ -53,7 +53,7 @@ class HardCase:
     spread: float = 0.0
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v `[1, 1, N, D]` in float64, for scale 1."""
+        """Return q, k, v `[1, 1, N, D]` in float64, for scale 1."""
         generator = torch.Generator().manual_seed(1)
         q, k, v = (torch.randn(1, 1, self.N, self.D, generator=generator, dtype=torch.float64) for _ in range(3))
         if self.kind == "positive":
@@ -89,7 +89,7 @@ CASES = (
 
 
 def measure(case: HardCase, dtype: str, backend: str, device: str) -> dict[str, Any]:
-    """Relative errors, by norm, of the output and of the worst gradient, and the condition of the judged rows."""
+    """Measure relative errors, by norm, of the output and the worst gradient, and the condition of the queries."""
     low = [x.to(device, DTYPES[dtype]) for x in case.inputs()]
     rows = torch.arange(16, case.N) if case.N <= ALL_ROWS_UP_TO else torch.arange(case.N - JUDGED, case.N)
     training = case.N <= ALL_ROWS_UP_TO
@@ -114,7 +114,7 @@ def measure(case: HardCase, dtype: str, backend: str, device: str) -> dict[str, 
 
 
 def _truth(case: HardCase, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, float, float]:
-    """Rows of the result, and their median kappa and cancellation."""
+    """Return queries of the result, and their median kappa and cancellation."""
     c0, c1, c2 = case.coefficients
     q = q[:, :, rows]
     seen = torch.arange(case.N) <= rows[:, None]
@@ -128,7 +128,7 @@ def _truth(case: HardCase, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> tup
 
 
 def _tiles() -> contextlib.AbstractContextManager[None]:
-    """The interpreter's own tiles are small, for tests."""
+    """Choose the architecture whose tiles are used: the interpreter's own are small, for tests."""
     if not INTERPRETED:
         return contextlib.nullcontext()
     from linattn.kernels.common.gpu.architecture import as_architecture

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def decode(kernel: str, settings: dict[str, Any], device: torch.device) -> list[Stretch]:
-    """Stretches up to position `longest`, or until so many seconds are spent."""
+    """Decode stretches up to position `longest`, or until so many seconds are spent."""
     sizes = {name: settings[name] for name in ("layers", "dim", "heads")}
     torch.manual_seed(0)
     model = CausalLM(CausalLMConfig(vocabulary=65, kernel=kernel, **sizes)).eval().to(device)
@@ -137,7 +137,7 @@ def decode(kernel: str, settings: dict[str, Any], device: torch.device) -> list[
 
 
 def table(found: dict[str, Any]) -> str:
-    """One row a kernel and power of 10, and where each kernel stopped."""
+    """Format a line a kernel and power of 10, and where each kernel stopped."""
     rows: list[Sequence[object]] = []
     for kernel, stretches in found["kernels"].items():
         wanted = [p for p in (100, 1_000, 10_000, 100_000) if p < stretches[-1]["last"]] + [stretches[-1]["last"]]

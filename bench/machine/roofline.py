@@ -1,4 +1,4 @@
-"""How near each kernel comes to what the machine can do: `linattn roofline`.
+"""Place each kernel below the limits of its machine: `linattn roofline`.
 
 The ceilings are measured in the same run, before and after the kernels: the bandwidth of a large copy, and the rate of
 a large matrix product by torch in each dtype. A kernel's place is its useful work in a second (`useful_gflops`) over
@@ -62,20 +62,20 @@ class Place:
 
 
 def measure_ceilings(device: torch.device, dtypes: Sequence[str], budget_s: float = CEILINGS_S) -> Ceilings:
-    """Copy and products side by side, medians."""
+    """Measure copy and products side by side; return medians."""
     extent = EXTENTS[device.type]
     samples, _ = side_by_side(calls_to_time(extent, dtypes, device), device=device, budget_s=budget_s)
     return reached(extent, samples)
 
 
 def higher(a: Ceilings, b: Ceilings) -> Ceilings:
-    """The higher of each: a ceiling is what the machine can do when nothing disturbs it."""
+    """Return the higher of each: a ceiling is what the machine can do when nothing disturbs it."""
     rates = {dtype: max(rate, b.matmul_gflops[dtype]) for dtype, rate in a.matmul_gflops.items()}
     return Ceilings(max(a.copy_gb_s, b.copy_gb_s), rates)
 
 
 def ceilings_of(results: Results) -> Ceilings:
-    """The ceilings that a result file carries.
+    """Return the ceilings that a result file carries.
 
     Raises:
         DataError: it has none.
@@ -87,7 +87,7 @@ def ceilings_of(results: Results) -> Ceilings:
 
 
 def places(measurements: Iterable[Measurement], ceilings: Ceilings) -> list[Place]:
-    """Where each measured row lies."""
+    """Find where each measurement lies."""
     found = []
     for measurement in measurements:
         if measurement.gflops is None or measurement.gflops_per_s is None:
@@ -99,7 +99,7 @@ def places(measurements: Iterable[Measurement], ceilings: Ceilings) -> list[Plac
 
 
 def table(results: Results) -> list[tuple[str, ...]]:
-    """One line a row, under `HEADINGS`."""
+    """Format one line a measurement, under `HEADINGS`."""
     return [
         (
             place.measurement.problem.dtype,
@@ -160,13 +160,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe_ceilings(ceilings: Ceilings) -> str:
-    """The ceilings in a line."""
+    """Format the ceilings in a line."""
     rates = ", ".join(f"{dtype} products {rate:.0f} GFLOP/s" for dtype, rate in ceilings.matmul_gflops.items())
     return f"copy {ceilings.copy_gb_s:.1f} GB/s (read and written), {rates}"
 
 
 def draw(results: Results) -> Figure:
-    """Rate over intensity below the ceilings, a panel a dtype; hollow: forward and backward."""
+    """Draw rate over intensity below the ceilings, a panel a dtype; hollow: forward and backward."""
     ceilings = ceilings_of(results)
     found = places(results.measurements, ceilings)
     dtypes = [dtype for dtype in ceilings.matmul_gflops if any(p.measurement.problem.dtype == dtype for p in found)]

@@ -1,4 +1,4 @@
-"""What sequence parallelism should cost up to 1,024 GPUs and 100M tokens: table and figure of docs/distributed.md.
+"""Predict the cost of sequence parallelism up to 1,024 GPUs and 100M tokens: table and figure of docs/distributed.md.
 
     python bench/machine/scale_out.py
 
@@ -62,7 +62,7 @@ class Prediction:
 
 
 def predict(kernel: cost.Kernel, D: int, tokens: int, gpus: int) -> Prediction:
-    """One layer on so many GPUs, and softmax by ring attention on as many."""
+    """Predict one layer on so many GPUs, and softmax by ring attention on as many."""
     alone = _flops(kernel, "chunked", D, tokens) / RATE
     compute, sent, exchange = alone, 0.0, 0.0
     if gpus > 1:
@@ -89,7 +89,9 @@ def _flops(kernel: cost.Kernel, form: cost.Form, D: int, tokens: int) -> int:
 
 
 def _again(kernel: cost.Kernel, D: int, tokens: int) -> float:
-    """Flops of summing up keys for the other ranks: one product with the features forward, two (dK, dV) backward."""
+    """Count the flops of summing up keys for the other ranks: one product with the features forward, two (dK, dV)
+    backward.
+    """
     features = cost.feature_count(D) if kernel == "quadratic" else D
     return HEADS * tokens * (1 + 2) * 2 * features * (D + 1)
 
@@ -109,7 +111,7 @@ def table(predictions: Sequence[Prediction]) -> str:
 
 
 def draw(predictions: Sequence[Prediction]) -> Figure:
-    """Efficiency against the number of GPUs, a panel a kernel, a line a length."""
+    """Draw efficiency against the number of GPUs, a panel a kernel, a line a length."""
     from matplotlib.ticker import PercentFormatter
 
     figure = figures.new_figure(11, 3.8)

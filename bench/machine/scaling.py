@@ -1,4 +1,4 @@
-"""How time and memory grow with the length, for every operation: `linattn scaling`.
+"""Measure time and memory of every operation against the length: `linattn scaling`.
 
 Exponents are fitted with 95 % intervals and stand beside those of the flops that `linattn.cost` counts: 1 for sums, 2
 where every query meets every key. Results go to --out after every problem; what is there is not measured twice.
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
-    """One line a method and group, under `HEADINGS`."""
+    """Format one line a method and group, under `HEADINGS`."""
     return [
         (
             str(found.group),

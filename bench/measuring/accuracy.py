@@ -1,7 +1,7 @@
 """The error of the very outputs that were timed, against float64 on the same inputs.
 
 Long sequences are judged on a sample of rows: row i of an output, and of dq, depends on row i of q alone, so the truth
-of 64 rows costs 64 N (D + M) and not N^2 (D + M). dk and dv need every row; they are judged where all rows are.
+of 64 rows costs 64 N (D + M) and not N^2 (D + M). dk and dv need every row; they are judged where all queries are.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ SAMPLED_ROWS = 64
 
 @dataclass(frozen=True)
 class Truth:
-    """Outputs, and in training gradients, of the rows that are judged, in float64."""
+    """Outputs, and in training gradients, of the queries that are judged, in float64."""
 
     queries: Tensor
     tensors: tuple[Tensor, ...]
 
     def error(self, results: Sequence[Tensor]) -> float:
-        """Relative error of the output, by norm over the judged rows."""
+        """Return the relative error of the output, by norm over the judged queries."""
         return relative_error(results[0][:, :, self.queries], self.tensors[0])
 
     def gradient_error(self, results: Sequence[Tensor]) -> float | None:
-        """Largest relative error among the gradients that could be judged: dq, and dk, dv where all rows are."""
+        """Return the largest relative error of the gradients: dq, and dk, dv where all queries are judged."""
         if len(self.tensors) == 1:
             return None
         pairs = list(zip(results[1:], self.tensors[1:], strict=False))
@@ -43,12 +43,12 @@ class Truth:
 
 
 def judged_queries(N: int) -> Tensor:
-    """All rows of a short sequence, else 64 spread evenly, the first and the last among them."""
+    """Choose the queries to judge: all of a short sequence, else 64 spread evenly, first and last included."""
     return torch.arange(N) if N <= ALL_ROWS_UP_TO else torch.linspace(0, N - 1, SAMPLED_ROWS).round().long()
 
 
 def truth_of(method: Method, problem: Problem, tensors: Sequence[Tensor], upstream: Tensor | None = None) -> Truth:
-    """The truth of a method's operation on these inputs; methods with the same `op` share it."""
+    """Return the truth of a method's operation on these inputs; methods with the same `op` share it."""
     queries = judged_queries(problem.N).to(tensors[0].device)
     training = problem.direction == "training"
     q, k, v = (t.detach().double() for t in (tensors[0][:, :, queries], tensors[1], tensors[2]))
@@ -69,7 +69,7 @@ def truth_of(method: Method, problem: Problem, tensors: Sequence[Tensor], upstre
 
 
 def _similarity(op: str, q: Tensor, k: Tensor) -> Tensor:
-    """sim(q, k) of every pair, with the defaults of the public functions."""
+    """Return sim(q, k) of every pair, with the defaults of the public functions."""
     if op == "softmax":
         scores = q @ k.mT * q.shape[-1] ** -0.5
         return torch.exp(scores - scores.detach().amax(dim=-1, keepdim=True))

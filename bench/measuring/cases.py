@@ -1,4 +1,4 @@
-"""What is measured: a problem (the inputs), a method (who computes it), and the call the two make."""
+"""Define a measurement: a problem (the inputs), a method (who computes it), and the call the two make."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Problem:
         return f"D{self.D}-N{self.N}-{causal}-{self.dtype}-{self.direction}-B{self.B}H{self.H}"
 
     def inputs(self, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v on which every kernel is well conditioned, drawn the same on every device."""
+        """Return random q, k, v on which every kernel is well conditioned, drawn the same on every device."""
         return make_inputs(
             batch=self.B,
             heads=self.H,
@@ -105,7 +105,7 @@ ARGMAX = Method("argmax_attention", "argmax", "direct", GENERAL)
 
 
 def takes(method: Method, problem: Problem) -> bool:
-    """Whether a method is defined on a problem: decoding goes forwards in time, looking up the best key has no mask
+    """Say whether a method is defined on a problem: decoding goes forwards in time, looking up the best key has no mask
     and no gradient to queries and keys.
     """
     if method.form == "recurrent":
@@ -114,7 +114,7 @@ def takes(method: Method, problem: Problem) -> bool:
 
 
 def attention_of(method: Method) -> Callable[..., Tensor]:
-    """The function `(q, k, v, is_causal) -> out` that a method stands for."""
+    """Return the function `(q, k, v, is_causal) -> out` that a method stands for."""
     if method.backend in PEERS:
         peer = PEERS[method.backend]
         if peer.op != method.op:
@@ -157,7 +157,7 @@ def _general(method: Method) -> Callable[..., Tensor]:
 
 
 def prepare(method: Method, problem: Problem, tensors: Sequence[Tensor], upstream: Tensor | None = None) -> Call:
-    """The call to be timed: returns (out,) or, for training, (out, dq, dk, dv).
+    """Return the call to be timed: returns (out,) or, for training, (out, dq, dk, dv).
 
     Gradients are returned, not accumulated, so nothing has to be cleared between repeats.
     """
@@ -181,7 +181,7 @@ def prepare(method: Method, problem: Problem, tensors: Sequence[Tensor], upstrea
 
 
 def backend_used(method: Method, problem: Problem, tensors: Sequence[Tensor]) -> str:
-    """The backend that runs: what "auto" resolves to on these inputs, else the one that was named."""
+    """Return the backend that runs: what "auto" resolves to on these inputs, else the one that was named."""
     if method.backend != "auto":
         return method.backend
     q, k, v = tensors

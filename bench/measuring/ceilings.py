@@ -1,4 +1,4 @@
-"""What a machine can do at best: bandwidth of a large copy, and rate of a large matrix product in each dtype."""
+"""Measure the most that a machine can do: bandwidth of a large copy, rate of a large matrix product in each dtype."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COPY = "copy"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reached: GB/s of a copy, bytes read and written both counted, and GFLOP/s of products."""
+    """Rates that the machine reached: GB/s of a copy, bytes read and written both counted, and GFLOP/s of products."""
 
     copy_gb_s: float
     matmul_gflops: dict[str, float]
 
     def at(self, intensity: float, dtype: str) -> float:
-        """GFLOP/s that nothing of this intensity in flop/byte exceeds."""
+        """Return GFLOP/s that nothing of this intensity in flop/byte exceeds."""
         return min(self.matmul_gflops[dtype], self.copy_gb_s * intensity)
 
 
@@ -38,7 +38,7 @@ class Extent:
 
 
 def calls_to_time(extent: Extent, dtypes: Sequence[str], device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """The copy, and a product of each dtype under its name."""
+    """Return the calls: the copy, and a product of each dtype under its name."""
     source = torch.ones(extent.copy_bytes, dtype=torch.uint8, device=device)
     target, generator = torch.zeros_like(source), torch.Generator(device).manual_seed(0)
     calls: dict[str, Callable[[], Tensor]] = {COPY: lambda: target.copy_(source)}
@@ -50,7 +50,7 @@ def calls_to_time(extent: Extent, dtypes: Sequence[str], device: torch.device) -
 
 
 def reached(extent: Extent, samples_ms: Mapping[str, list[float]]) -> Ceilings:
-    """From the samples of these calls: medians."""
+    """Return the medians of the samples of these calls."""
     ms = {name: summarise(samples).median for name, samples in samples_ms.items()}
     copy_ms = ms.pop(COPY)
     rates = {dtype: 2 * extent.side**3 / product_ms / 1e6 for dtype, product_ms in ms.items()}

@@ -21,7 +21,7 @@ Samples = Mapping[int, Sequence[float]]
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where the ratio of two times passes 1 for the last time.
+    """The size at which the ratio of two times passes 1 for the last time.
 
     Attributes:
         value: N*, None when the order never changes within the sizes measured.
@@ -48,7 +48,7 @@ class Crossing:
 
 
 def find_crossing(ours: Samples, theirs: Samples, *, seed: int = 0) -> Crossing | None:
-    """N* from which `ours` takes less time than `theirs`, each samples in milliseconds by size.
+    """Find N*, from which `ours` takes less time than `theirs`, each samples in milliseconds by size.
 
     The ratio of medians is interpolated linearly in log N against log ratio; ratios within 3 % of 1 count as 1. Of
     several crossings the last counts: from there on ours is faster at every size measured. Samples taken in the same
@@ -73,7 +73,7 @@ def find_crossing(ours: Samples, theirs: Samples, *, seed: int = 0) -> Crossing 
 
 
 def refine(crossing: Crossing | None, sizes: Sequence[int], multiple: int = 16) -> list[int]:
-    """Sizes worth adding near a crossing: the geometric middle of its interval and of the intervals beside it.
+    """Choose sizes worth adding near a crossing: the geometric middle of its interval and of the intervals beside it.
 
     Beyond the longest size an interval of an octave is thought of, so that a crossing in the last one can be bracketed.
     """
@@ -89,7 +89,9 @@ def refine(crossing: Crossing | None, sizes: Sequence[int], multiple: int = 16) 
 
 
 def _last_upward(sizes: Sequence[int], log_ratios: Sequence[float]) -> float:
-    """Last size where the ratio rises through 1: 0 when it is above 1 everywhere, infinity when below at the end."""
+    """Find the last size where the ratio rises through 1: 0 when it is above 1 everywhere, infinity when below at the
+    end.
+    """
     if log_ratios[-1] <= 0:
         return math.inf
     for i in reversed(range(len(sizes) - 1)):

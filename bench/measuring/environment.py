@@ -25,7 +25,7 @@ class Environment(environment.Environment):
     sources: str
 
     def comparable(self) -> tuple[object, ...]:
-        """Rows may stand in one file only where all of this agrees."""
+        """Return what must agree where measurements stand in one file."""
         return (self.slug, self.device, self.threads, self.torch, self.triton, self.sources)
 
 

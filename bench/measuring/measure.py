@@ -104,7 +104,7 @@ def select_affordable(
 
 
 def useful_gflops(method: Method, problem: Problem) -> float:
-    """Work that cannot be avoided, in 1e9 flops by the formulas of `linattn.cost`.
+    """Count the work that cannot be avoided, in 1e9 flops by the formulas of `linattn.cost`.
 
     The direct form's own flops; for the others those of the state, without the inside of chunks, and never more than
     the direct form would take.
@@ -119,7 +119,7 @@ def useful_gflops(method: Method, problem: Problem) -> float:
 
 
 def least_bytes(problem: Problem) -> int:
-    """Bytes that must cross to and from memory: q, k, v are read and out is written once.
+    """Count the bytes that must cross to and from memory: q, k, v are read and out is written once.
 
     Backward q, k, v, out and its gradient are read again, and dq, dk, dv written.
     """

@@ -39,7 +39,7 @@ class MemoryProbe:
 
     @property
     def how(self) -> str:
-        """How peaks are measured here, in words."""
+        """Say how peaks are measured here."""
         if self._device.type == "cuda":
             return "torch.cuda.max_memory_allocated beyond the inputs"
         if _can_measure_cpu():
@@ -55,7 +55,9 @@ class MemoryProbe:
         self.close()
 
     def peak_mib(self, method: Method, problem: Problem) -> float | None:
-        """Peak MiB of one call; None where it cannot be measured, or where the call did not fit into memory."""
+        """Measure the peak MiB of one call; None where it cannot be measured, or where the call did not fit into
+        memory.
+        """
         if self._device.type == "cuda":
             return _peak_on_cuda(method, problem, self._device)
         if not _can_measure_cpu():

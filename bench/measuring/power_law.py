@@ -31,12 +31,12 @@ class PowerLaw:
         return f"{self.exponent:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
     def holds(self, exponent: float) -> bool:
-        """Whether the interval contains an exponent."""
+        """Say whether the interval contains an exponent."""
         return self.low <= exponent <= self.high
 
 
 def fit_power_law(points: Sequence[tuple[float, float, float]]) -> PowerLaw | None:
-    """Least squares of log y on log x, each point `(x, y, sigma of log y)` weighted by 1 / sigma^2.
+    """Fit log y on log x by least squares, each point `(x, y, sigma of log y)` weighted by 1 / sigma^2.
 
     Where the points scatter about the line by more than their sigmas say, all sigmas are scaled up until they say so
     (Birge's ratio); the interval is Student's, with as many degrees of freedom as there are points beyond two.

@@ -1,4 +1,4 @@
-"""Rows on disk: one JSON file with the environment and every sample, and the same rows as CSV for spreadsheets.
+"""Keep measurements on disk: JSON with the environment and every sample, and the same as CSV for spreadsheets.
 
 A file is written after every problem, whole and by renaming, so an interrupted run leaves a valid file behind; the next
 run continues it when machine, versions, measured sources and plan are the same.
@@ -58,7 +58,7 @@ class Measurement:
 
 @dataclass
 class Results:
-    """What a result file holds."""
+    """The content of a result file."""
 
     kind: str
     environment: Environment
@@ -66,7 +66,7 @@ class Results:
     measurements: list[Measurement] = field(default_factory=list)
 
     def measurements_of(self, problem: Problem) -> list[Measurement]:
-        """The rows of one problem, in the order they were measured."""
+        """Return the measurements of one problem, in the order they were measured."""
         return [measurement for measurement in self.measurements if measurement.problem == problem]
 
     def save(self, path: Path) -> None:
@@ -100,7 +100,7 @@ class Results:
 
     @classmethod
     def parse(cls, data: object, name: str) -> Results:
-        """What a result file called `name` holds, from its JSON.
+        """Build the results of a file called `name` from its JSON.
 
         Raises:
             DataError: it is of another schema, or something is missing.
@@ -126,7 +126,7 @@ class Results:
 
 
 def resume(path: Path, kind: str, environment: Environment, settings: dict[str, object]) -> tuple[Results, str | None]:
-    """The results to go on with: those in `path` when they can stand beside new rows, else empty ones.
+    """Return the results to go on with: those in `path` when they can stand beside new ones, else empty ones.
 
     A file from another machine, of other versions, sources or another plan is kept as `NAME.previous.json`: nothing is
     mixed, nothing is lost.

@@ -38,7 +38,7 @@ class Summary:
 
 
 def summarise(samples_ms: list[float]) -> Summary:
-    """Median and 20-80 % band of at least one sample, by linear interpolation."""
+    """Compute median and 20-80 % band of at least one sample, by linear interpolation."""
     if len(samples_ms) == 1:
         return Summary(samples_ms[0], samples_ms[0], samples_ms[0])
     fifths = statistics.quantiles(samples_ms, n=5, method="inclusive")

@@ -39,8 +39,8 @@ def _load_sdpa() -> Callable[..., Tensor]:
 
 
 def _load_flex() -> Callable[..., Tensor]:
-    """FlexAttention with the score 2 log|1 + s|, whose softmax is exactly (1 + s)^2 over its sum. Compiled: the eager
-    one builds N x N. The clamp keeps log(0) out of it.
+    """Load FlexAttention with the score 2 log|1 + s|, whose softmax is exactly (1 + s)^2 over its sum. Compiled: the
+    eager one builds N x N. The clamp keeps log(0) out of it.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -63,7 +63,7 @@ def _load_flex() -> Callable[..., Tensor]:
 
 
 def _load_sdpa_on(kind: str) -> Callable[..., Tensor]:
-    """One of the kernels behind SDPA and no other: it raises where it cannot run."""
+    """Load one of the kernels behind SDPA and no other: it raises where it cannot run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     chosen, sdpa = getattr(SDPBackend, kind), _load_sdpa()
@@ -76,7 +76,7 @@ def _load_sdpa_on(kind: str) -> Callable[..., Tensor]:
 
 
 def _causal_only(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """A peer that takes and gives `[B, T, H, D]` and has no other mask than the causal one."""
+    """Wrap a peer that takes and gives `[B, T, H, D]` and has no other mask than the causal one."""
 
     def causal(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         if not is_causal:
@@ -87,7 +87,7 @@ def _causal_only(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable
 
 
 def _load_rebased() -> Callable[..., Tensor]:
-    """fla-core: (q.k)^2 directly; on [q, 1] and [k, 1] exactly (1 + q.k)^2. D up to 127, padded to a power of 2."""
+    """Load fla-core's (q.k)^2; on [q, 1] and [k, 1] exactly (1 + q.k)^2. D up to 127, padded to a power of 2."""
     from fla.ops.rebased import parallel_rebased
 
     def one_more(x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _load_rebased() -> Callable[..., Tensor]:
 
 
 def _load_fla_linear() -> Callable[..., Tensor]:
-    """fla-core: linear attention with its normaliser; the feature map is applied before, as its layers do."""
+    """Load fla-core's linear attention with its normaliser; the feature map is applied before, as its layers do."""
     from fla.ops.linear_attn import chunk_linear_attn
 
     return _causal_only(
@@ -106,14 +106,14 @@ def _load_fla_linear() -> Callable[..., Tensor]:
 
 
 def _load_fla_plain() -> Callable[..., Tensor]:
-    """fla-core: linear attention without feature map and normaliser, what its own benchmark times."""
+    """Load fla-core's linear attention without feature map and normaliser, what its own benchmark times."""
     from fla.ops.linear_attn import chunk_linear_attn
 
     return _causal_only(lambda q, k, v: chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0])
 
 
 def _load_retention(chunk: int = 1024) -> Callable[..., Tensor]:
-    """retention: (q.k)^2 over its sum, no constant and no linear term; chunks as in its own benchmark."""
+    """Load retention's (q.k)^2 over its sum, no constant and no linear term; chunks as in its own benchmark."""
     from retention import power_retention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ def _load_retention(chunk: int = 1024) -> Callable[..., Tensor]:
 
 
 def _load_lightning() -> Callable[..., Tensor]:
-    """lightning-attn: q.k without feature map and normaliser, on `[B, H, T, D]`; no decay. Its public function fails
-    without decay in 0.0.5, so this is what that would call.
+    """Load lightning-attn's q.k without feature map and normaliser, on `[B, H, T, D]`; no decay. Its public function
+    fails without decay in 0.0.5, so this is what that would call.
     """
     from lightning_attn.ops.triton import lightning_attn2_no_decay
 
@@ -139,7 +139,7 @@ def _load_lightning() -> Callable[..., Tensor]:
 
 
 def _load_naive() -> Callable[..., Tensor]:
-    """(1 + q.k)^2 as it is written down: all N^2 scores at once."""
+    """Load (1 + q.k)^2 as it is written down: all N^2 scores at once."""
 
     def naive(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         weights = (1 + q @ k.mT).square()
@@ -151,7 +151,7 @@ def _load_naive() -> Callable[..., Tensor]:
 
 
 def _load_batched_cumsum(features: Callable[[Tensor], Tensor], chunk: int = 64) -> Callable[..., Tensor]:
-    """phi(q).phi(k) in plain PyTorch: features of all tokens, states of all chunks, and their cumulated sums."""
+    """Load phi(q).phi(k) in plain PyTorch: features of all tokens, states of all chunks, and their cumulated sums."""
 
     def whole(f_q: Tensor, f_k: Tensor, v: Tensor) -> Tensor:
         return (f_q @ (f_k.mT @ v)) / (f_q @ f_k.sum(dim=-2)[..., None])
@@ -181,7 +181,7 @@ def _elu_features(x: Tensor) -> Tensor:
 
 
 def _quadratic_features(x: Tensor) -> Tensor:
-    """[1, sqrt(2) x_i, x_i^2, sqrt(2) x_i x_j (i < j)], every one of them in memory."""
+    """Return [1, sqrt(2) x_i, x_i^2, sqrt(2) x_i x_j (i < j)], every one of them in memory."""
     D = x.shape[-1]
     i, j = torch.triu_indices(D, D, device=x.device)
     weight = torch.where(i == j, 1.0, 2**0.5).to(x)

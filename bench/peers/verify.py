@@ -1,4 +1,4 @@
-"""What peers compute, proved: each is held against the truth of its operation in float64 before it is compared.
+"""Prove what peers compute: each is held against the truth of its operation in float64 before it is compared.
 
     linattn peers             the proofs, then every peer that passed beside ours and SDPA
     linattn peers --proofs    the proofs only
@@ -53,7 +53,7 @@ COMPUTES = {
     "elu+1": "phi(q).phi(k) with phi = elu + 1, as ours",
     "plain": "q.k: no feature map, not divided by its sum",
 }
-"""What an operation is, beside ours."""
+"""Each operation, beside ours."""
 ACCEPTED = {"fp32": 1e-4, "bf16": 3e-2}
 """Largest relative error of outputs and gradients that passes as rounding: peers in bf16 round in many places."""
 LINEAR_PEERS = ("features-cumsum", "elu-cumsum", "fla-linear", "fla-plain", "retention", "lightning")
@@ -62,7 +62,7 @@ HEADINGS = ("peer", "from", "computes", "state", "error", "gradient", "detail")
 
 @dataclass(frozen=True)
 class Proof:
-    """What became of one peer: errors are relative, against float64; None where it was not run."""
+    """The outcome for one peer: errors are relative, against float64; None where it was not run."""
 
     peer: str
     package: str
@@ -74,7 +74,7 @@ class Proof:
 
 
 def method_of(peer: str) -> Method:
-    """The peer as a method that can be measured."""
+    """Return the peer as a method that can be measured."""
     form: Form = "chunked" if peer in LINEAR_PEERS else "direct"
     return SDPA if peer == "sdpa" else Method(peer, PEERS[peer].op, form, peer)
 
@@ -105,7 +105,7 @@ def prove(peer: str, device: torch.device, dtype: str) -> Proof:
 
 
 def table(proofs: Iterable[Proof]) -> list[tuple[str, ...]]:
-    """One line a peer, under `HEADINGS`."""
+    """Format one line a peer, under `HEADINGS`."""
     return [
         (p.peer, p.package, COMPUTES[p.op], p.state, _number(p.error), _number(p.gradient_error), p.detail)
         for p in proofs
@@ -113,7 +113,7 @@ def table(proofs: Iterable[Proof]) -> list[tuple[str, ...]]:
 
 
 def proofs_in(results: Results) -> list[Proof]:
-    """The proofs that a result file of this kind carries."""
+    """Return the proofs that a result file of this kind carries."""
     found = results.settings.get("proofs")
     return [Proof(**proof) for proof in found] if isinstance(found, list) else []
 
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(problem: Problem, proofs: Sequence[Proof], device: torch.device, budget_s: float) -> list[Measurement]:
-    """Every proved peer and ours on one problem, side by side; a peer that fails at this size says why."""
+    """Measure every proved peer and ours on one problem, side by side; a peer that fails at this size says why."""
     ours = (QUADRATIC_DIRECT, QUADRATIC_CHUNKED, ELU_CHUNKED)
     peers = [method_of(proof.peer) for proof in proofs if proof.state == "proved"]
     failures = {method: _failure(method, problem, device) for method in peers}
@@ -175,7 +175,7 @@ def _failure(method: Method, problem: Problem, device: torch.device) -> str | No
 
 
 def _errors(method: Method, problem: Problem, device: torch.device) -> tuple[float, float | None]:
-    """Error of the output and, in training, of the gradients."""
+    """Compute the error of the output and, in training, of the gradients."""
     tensors = problem.inputs(device)
     upstream = problem.inputs(device, seed=1)[2] if problem.direction == "training" else None
     results = prepare(method, problem, tensors, upstream)()
@@ -184,7 +184,7 @@ def _errors(method: Method, problem: Problem, device: torch.device) -> tuple[flo
 
 
 def _worst(errors: Sequence[float | None]) -> float | None:
-    """The largest; NaN counts as the largest of all."""
+    """Return the largest; NaN counts as the largest of all."""
     found = [error for error in errors if error is not None]
     return max(found, key=lambda error: math.inf if math.isnan(error) else error, default=None)
 

@@ -101,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def result_files(paths: Iterable[Path]) -> list[Path]:
-    """Files that were named, and those in folders that were; in folders results of another kind are passed over."""
+    """List the files that were named, and those in folders that were; in folders results of another kind are passed
+    over.
+    """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -113,7 +115,7 @@ def result_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def as_page(findings: Sequence[Finding], records: Sequence[Path] = (), *, figures: bool) -> str:
-    """The page of some result files, and of records of `make gpu`."""
+    """Build the page of some result files, and of records of `make gpu`."""
     flags = [f"{finding.path}: {flag}" for finding in findings for flag in finding.flags]
     compared = [finding for finding in findings if finding.source]
     count = len(findings) + len(records)
@@ -186,7 +188,7 @@ def _look_at(path: Path, baseline: Path | None) -> Finding:
 
 
 def _ours(path: Path) -> bool:
-    """Whether a file holds results of this kind at all: training runs and studies have files of the same name."""
+    """Say whether a file holds results of this kind at all: training runs and studies have files of the same name."""
     try:
         return "environment" in (data := json.loads(path.read_text())) and data.get("kind") in TITLES
     except (OSError, ValueError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""The part of the report that tells of `make gpu`: its record is a file of sections rather than of rows."""
+"""Build the part of the report on `make gpu`, whose record is a file of sections, not a list of measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECORD = "gpu.json"
 
 
 def gpu_section(path: Path, *, figures: bool) -> Section:
-    """Stages, tests, goals and rows of one record.
+    """Build the section on stages, tests, goals and measurements of one record.
 
     Raises:
         DataError: the file cannot be read.

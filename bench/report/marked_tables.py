@@ -27,7 +27,7 @@ MARK = re.compile(r"<!-- linattn report: (?P<section>\S+) (?P<file>\S+) -->\n")
 
 
 def updated(page: str, folder: Path) -> str:
-    """A page with every marked table as its file has it now; files are looked for from `folder`.
+    """Return a page with every marked table as its file has it now; files are looked for from `folder`.
 
     Raises:
         DataError: a table has no end, or its file cannot be read.
@@ -47,7 +47,7 @@ def updated(page: str, folder: Path) -> str:
 
 
 def replaced(page: str, begin: str, table: str) -> str:
-    """A page with another table after the mark `begin`, up to the next `END`.
+    """Return a page with another table after the mark `begin`, up to the next `END`.
 
     Raises:
         DataError: a mark is missing.

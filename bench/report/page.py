@@ -59,12 +59,12 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Where links to it lead."""
+        """Return the target of links to it."""
         return re.sub(r"[^a-z0-9]+", "-", self.heading.lower()).strip("-")
 
 
 def page(title: str, note: str, sections: Sequence[Section]) -> str:
-    """The whole page; headings and notes are plain text, parts are HTML."""
+    """Build the whole page; headings and notes are plain text, parts are HTML."""
     links = "".join(f'<a href="#{section.anchor}">{escape(section.heading)}</a>' for section in sections)
     body = "\n".join(
         f'<h2 id="{section.anchor}">{escape(section.heading)}</h2>\n<p class="note">{escape(section.note)}</p>\n'
@@ -80,12 +80,12 @@ def page(title: str, note: str, sections: Sequence[Section]) -> str:
 
 
 def heading(text: str) -> str:
-    """A heading within a section."""
+    """Write a heading within a section."""
     return f"<h3>{escape(text)}</h3>"
 
 
 def table(content: Table) -> str:
-    """A table; numbers to the right."""
+    """Write a table, numbers to the right."""
     columns = zip(content.head, *content.rows, strict=True)
     head = "".join(_cell("th", name, numbers=all(map(_is_number, cells))) for name, *cells in columns)
     rows = "\n".join(
@@ -95,19 +95,19 @@ def table(content: Table) -> str:
 
 
 def folded(summary: str, content: str) -> str:
-    """Something long that opens on a click."""
+    """Wrap something long that opens on a click."""
     return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"
 
 
 def notice(lines: Sequence[str], *, alarm: bool) -> str:
-    """A box: an alarm, or that there is none."""
+    """Write a box: an alarm, or that there is none."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     inside = f"<ul>{items}</ul>" if alarm else escape(" ".join(lines))
     return f'<div class="{"flags" if alarm else "clear"}">{inside}</div>'
 
 
 def picture(figure: Figure, caption: str) -> str:
-    """A figure as SVG inside the page: an image of its own, so that names in one cannot meet those in another."""
+    """Put a figure as SVG inside the page: an image of its own, so that names in one cannot meet those in another."""
     content = io.BytesIO()
     # Without a date the same results give the same page.
     figure.savefig(content, format="svg", metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""What became slower, larger or wrong since the last committed results: `linattn report` says it first.
+"""Find what became slower, larger or wrong since the last committed results: `linattn report` says it first.
 
 A time is compared as its ratio to SDPA in the same rounds, so that a machine that is slower today accuses nobody. Rows
 without SDPA are compared in milliseconds.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 RUN_TO_RUN = 0.10
-"""What two runs of the same code may differ by beyond what the repeats of one run tell: clocks and neighbours drift."""
+"""Share by which two runs of the same code may differ beyond their repeats: clocks and neighbours drift."""
 MEMORY_SHARE, MEMORY_MIB = 0.10, 2.0
 """A peak may grow by this share, and by this much, unnoticed: pages and thread stacks."""
 DRAWS = 400
@@ -52,7 +52,9 @@ class Flag:
 
 
 def compare(now: Results, before: Results | None) -> list[Flag]:
-    """Flags of `now`: outputs beyond their error budget, and, where there is a `before`, what it did better."""
+    """Collect the flags of `now`: outputs beyond their error budget, and, where there is a `before`, what it did
+    better.
+    """
     flags = [flag for measurement in now.measurements for flag in wrong(measurement)]
     if before is None:
         return flags
@@ -72,7 +74,7 @@ def compare(now: Results, before: Results | None) -> list[Flag]:
 
 
 def wrong(measurement: Measurement) -> list[Flag]:
-    """An output or gradient whose error is beyond the budget of its dtype, NaN included."""
+    """Flag an output or gradient whose error is beyond the budget of its dtype, NaN included."""
     budget = BUDGETS[DTYPES[measurement.problem.dtype]]
     pairs = (("output", measurement.error, budget.forward), ("gradient", measurement.gradient_error, budget.gradient))
     return [
@@ -92,7 +94,8 @@ def wrong(measurement: Measurement) -> list[Flag]:
 def log_slowdown(
     now: Measurement, before: Measurement, reference: Measurement | None, earlier_reference: Measurement | None
 ) -> tuple[float, float] | None:
-    """log(time now / time before), each as a ratio to SDPA where both have it, and the half-width of its noise band.
+    """Return log(time now / time before), each as a ratio to SDPA where both have it, and the half-width of its noise
+    band.
 
     The band holds 95 % of what redrawing the rounds of both runs gives, plus `RUN_TO_RUN`.
 
@@ -156,7 +159,7 @@ def _references(measurements: Iterable[Measurement]) -> Mapping[Problem, Measure
 
 
 def _rounds(measurement: Measurement, reference: Measurement | None) -> list[tuple[float, float]]:
-    """(time, SDPA's time in the same round) of every round; 1 for SDPA without a reference."""
+    """Return (time, SDPA's time in the same round) of every round; 1 for SDPA without a reference."""
     if not measurement.samples_ms:  # skipped
         return []
     theirs: Sequence[float] = [1.0] * len(measurement.samples_ms) if reference is None else reference.samples_ms
@@ -172,7 +175,8 @@ def _median_log(rounds: Sequence[tuple[float, float]]) -> float:
 
 
 def load_committed(path: Path, now: Results) -> tuple[Results, str] | None:
-    """The last committed results that `path` can be compared with, and where they are from; None if there are none.
+    """Load the last committed results that `path` can be compared with, and where they are from; None if there are
+    none.
 
     For a file that git tracks: the committed version, or, where the file is that version, the one before it. For any
     other: the file of the same kind under `bench/results/<device>/` of the checkout that the file lies in.

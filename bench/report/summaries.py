@@ -1,4 +1,4 @@
-"""What a result file says, as tables: for the page, for the README, each from the file alone."""
+"""Tabulate a result file: for the page, for the README, each from the file alone."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """As in a README."""
+        """Format the table as in a README."""
         lines = [self.head, ("---",) * len(self.head), *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def nstar(results: Results, direction: str) -> Table:
-    """N* of the chunked form and N*/D^2, with 95 % intervals, beside theory, for every D, mask and dtype."""
+    """Tabulate N* of the chunked form and N*/D^2, with 95 % intervals, beside theory, for every D, mask and dtype."""
     head = (
         "D", "", "dtype", "N* against our direct form", "N*/D²", "N* against PyTorch's SDPA", "N*/D²",
         "equal flops: N", "N/D²", f"SDPA's time / ours at N = {SHOWN_N:,}",
@@ -59,7 +59,7 @@ def nstar(results: Results, direction: str) -> Table:
 
 
 def crossing_exponents(results: Results) -> Table:
-    """The exponent of N*(D), with its 95 % interval, against each rival."""
+    """Tabulate the exponent of N*(D), with its 95 % interval, against each rival."""
     head = (
         "",
         "dtype",
@@ -91,22 +91,22 @@ def crossing_exponents(results: Results) -> Table:
 
 
 def scaling_exponents(results: Results) -> Table:
-    """Exponents of time and memory in N, operation by operation."""
+    """Tabulate exponents of time and memory in N, operation by operation."""
     return Table(scaling.HEADINGS, tuple(scaling.table(results.measurements)))
 
 
 def roofline_places(results: Results) -> Table:
-    """Each kernel below its ceiling."""
+    """Tabulate each kernel below its ceiling."""
     return Table(roofline.HEADINGS, tuple(roofline.table(results)))
 
 
 def peer_proofs(results: Results) -> Table:
-    """What every peer computes, and whether that was proved."""
+    """Tabulate what every peer computes, and whether that was proved."""
     return Table(verify.HEADINGS, tuple(verify.table(verify.proofs_in(results))))
 
 
 def targets_reached(results: Results) -> Table:
-    """Speed targets and what was reached, fp32 beside bf16; what is reached stands out."""
+    """Tabulate speed targets and what was reached, fp32 beside bf16; what is reached stands out."""
     cases: dict[str, dict[str, tuple[str, str]]] = {}
     wanted = targets.AVX2_TARGETS if results.environment.instruction_set == "avx2" else targets.TARGETS
     for target in wanted:
@@ -119,7 +119,7 @@ def targets_reached(results: Results) -> Table:
 
 
 def measured(results: Results) -> Table:
-    """Every row, as the terminal shows them."""
+    """Tabulate every measurement, as the terminal shows them."""
     groups = tables.grouped(results.measurements).items()
     rows = tuple((str(group), *tables.cells(one)) for group, members in groups for one in members)
     return Table(("group", *tables.HEADINGS), rows)
@@ -139,7 +139,7 @@ SECTIONS: dict[str, Callable[[Results], Table]] = {
 
 
 def section(name: str, results: Results) -> Table:
-    """One table by name. Raises ArgumentError for an unknown one."""
+    """Return one table by name. Raises ArgumentError for an unknown one."""
     if name not in SECTIONS:
         raise unknown_name("section", name, SECTIONS)
     return SECTIONS[name](results)

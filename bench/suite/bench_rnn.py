@@ -20,12 +20,12 @@ BUDGET_S, QUICK_BUDGET_S = 3.0, 1.0
 
 @pytest.fixture(scope="module")
 def results() -> list[RecurrentTiming]:
-    """What this session has measured so far."""
+    """Collect the results of this session."""
     return []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """With `--benchmark-quick` only the cases with a goal."""
+    """Choose the cases: with `--benchmark-quick` only the cases with a goal."""
     quick = metafunc.config.getoption("--benchmark-quick")
     cases = [case for case in CASES if case.goal is not None or not quick]
     metafunc.parametrize("case", cases, ids=map(str, cases))

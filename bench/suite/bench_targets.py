@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a problem; with `--benchmark-quick` only problems of up to 4096 tokens."""
+    """Make one test a problem; with `--benchmark-quick` only problems of up to 4096 tokens."""
     targets = of_this_process()
     longest = 4096 if metafunc.config.getoption("--benchmark-quick") else 1 << 30
     problems = list(dict.fromkeys(t.problem for t in targets if longest >= t.problem.N))

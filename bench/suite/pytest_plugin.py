@@ -1,4 +1,4 @@
-"""What `pytest --benchmark` adds to pytest: the fixture that measures, the result file, the table at the end.
+"""Add to pytest what `pytest --benchmark` needs: the fixture that measures, the result file, the table at the end.
 
 The root conftest.py registers it when the option is given, and only then.
 """
@@ -28,7 +28,7 @@ BUDGET_S, LIMIT_S = 3.0, 4.0
 
 
 class BenchmarkPlugin:
-    """One benchmark session: measures problems, keeps their rows, and reports them.
+    """One benchmark session: measures problems, keeps the measurements, and reports them.
 
     Args:
         folder: where results.json and results.csv go.
@@ -48,7 +48,7 @@ class BenchmarkPlugin:
 
     @pytest.fixture(scope="session")
     def benchmarks(self) -> BenchmarkPlugin:
-        """The session's benchmark recorder."""
+        """Give benchmarks the session's recorder."""
         return self
 
     def check(self, problem: Problem, methods: Sequence[Method]) -> None:

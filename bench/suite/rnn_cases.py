@@ -101,7 +101,7 @@ def measure(case: RecurrentCase, budget_s: float) -> RecurrentTiming:
 
 
 def _call(net: nn.Module, case: RecurrentCase, x: Tensor, upstream: Tensor, like: nn.Module | None = None) -> Call:
-    """A function that runs the network: outputs, and for training the gradients of inputs and parameters."""
+    """Make a function that runs the network: outputs, and for training the gradients of inputs and parameters."""
     if like is not None:
         net.load_state_dict(like.state_dict())
 

@@ -36,7 +36,7 @@ class Target:
     rival: Method = SDPA
 
     def reached(self, measurements: Iterable[Measurement]) -> float | None:
-        """Rival's time divided by ours, None where either is missing."""
+        """Compute the rival's time divided by ours, None where either is missing."""
         here = {
             measurement.method.name: measurement for measurement in measurements if measurement.problem == self.problem
         }
@@ -47,7 +47,7 @@ class Target:
 
 
 def _both(method: Method, N: int, D: int, fp32: float, bf16: float, kinds: str = "PP", **rest: object) -> list[Target]:
-    """One case in fp32 and bf16; causal unless `rest` says otherwise."""
+    """Make one case in fp32 and bf16; causal unless `rest` says otherwise."""
     rest = {"is_causal": True, **rest}
     pairs = zip(("fp32", "bf16"), (fp32, bf16), kinds, strict=True)
     return [Target(method, Problem(N, D, D, dtype=dtype, **rest), goal, kind) for dtype, goal, kind in pairs]  # type: ignore[arg-type]
@@ -77,18 +77,18 @@ SDPA's matrix products stay on AVX-512."""
 
 
 def of_this_process() -> tuple[Target, ...]:
-    """The targets for the instruction set that torch uses here."""
+    """Return the targets for the instruction set that torch uses here."""
     return AVX2_TARGETS if torch.backends.cpu.get_cpu_capability() == "AVX2" else TARGETS
 
 
 def methods_on(problem: Problem, targets: Sequence[Target]) -> list[Method]:
-    """Everything that the targets on one problem compare, SDPA apart."""
+    """Return everything that the targets on one problem compare, SDPA apart."""
     wanted = [m for t in targets if t.problem == problem for m in (t.method, t.rival) if m != SDPA]
     return list(dict.fromkeys(wanted))
 
 
 def table(measurements: Sequence[Measurement], targets: Sequence[Target]) -> str:
-    """One line a target that was measured: the case, the goal, what was reached; empty if none was."""
+    """Format one line a target that was measured: the case, the goal, what was reached; empty if none was."""
     lines = [
         (
             f"{t.method.name} {t.problem}",

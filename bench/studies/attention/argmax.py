@@ -67,7 +67,7 @@ class Lookup:
 
 
 def worked_example() -> Example:
-    """Four keys, one query. The loss behind the gradients is the sum of the output."""
+    """Compute the example of four keys and one query. The loss behind the gradients is the sum of the output."""
     q, k, v = (
         torch.tensor(rows, dtype=torch.float64).view(1, 1, -1, 3).requires_grad_() for rows in ([QUERY], KEYS, VALUES)
     )
@@ -112,12 +112,12 @@ def train_lookup(attention: Attention, steps: int, seed: int) -> Lookup:
 
 
 def softmax_lookup(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention at a temperature low enough to look up, high enough to learn."""
+    """Look up by softmax attention at a temperature low enough to look up, high enough to learn."""
     return softmax_attention(q, k, v, scale=1 / TRAINING_TEMPERATURE)
 
 
 def claims_of(example: Example, soft: Lookup, hard: Lookup) -> list[study.Claim]:
-    """The course's numbers, the zero gradients, the limit, and who learns."""
+    """Claim the course's numbers, the zero gradients, the limit, and who learns."""
     off = max(abs(a - b) for a, b in zip(example.scores + example.output, SCORES + OUTPUT, strict=True))
     return [
         study.Claim("distance of scores and output from (3, 11, 5, 2) and (1, 4, 3)", off, "<=", 0.0),
@@ -134,7 +134,7 @@ def claims_of(example: Example, soft: Lookup, hard: Lookup) -> list[study.Claim]
 
 
 def draw(example: Example, soft: Lookup, hard: Lookup) -> Figure:
-    """Softmax on its way to argmax, and the accuracy of both while training."""
+    """Draw softmax on its way to argmax, and the accuracy of both while training."""
     figure = figures.new_figure(10.5, 4)
     left, right = figure.subplots(1, 2)
     shown = [(T, d, g) for T, d, g in zip(TEMPERATURES, example.distances, example.softmax_q_gradients, strict=True)]

@@ -60,7 +60,7 @@ class Conversion:
     seed: int
 
     def validation_loss(self, model: CausalLM) -> float:
-        """Nats per character on held-out text."""
+        """Compute the nats per character on held-out text."""
         windows = consecutive_windows(self.text.validation, self.config.context)[:200]
         model.eval()
         with torch.no_grad():
@@ -73,7 +73,7 @@ class Conversion:
     def trained(
         self, stage: str, model: CausalLM, steps: int, rate: float, loss: Callable[[int], Tensor] | None = None
     ) -> CausalLM:
-        """The model after a stage of training, which goes on from its checkpoint if there is one.
+        """Train, and return the model after a stage of training, which goes on from its checkpoint if there is one.
 
         Raises:
             KeyboardInterrupt: it was interrupted, and is saved.
@@ -91,7 +91,7 @@ class Conversion:
 
 
 def swapped(teacher: CausalLM, kernel: str) -> CausalLM:
-    """The teacher with another kernel and the same weights; feature maps that learn stand at their first values."""
+    """Copy the teacher with another kernel and the same weights; maps that learn stand at their first values."""
     student = CausalLM(replace(teacher.config, kernel=kernel, form="chunked"))
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     assert not unexpected
@@ -105,7 +105,8 @@ def attentions(model: CausalLM) -> list[Attention]:
 
 
 def distilling_loss(teacher: CausalLM, student: CausalLM, tokens: Tensor) -> Tensor:
-    """Cross entropy of the student's attention rows against the teacher's, mean over layers, heads and positions.
+    """Return the cross entropy of the student's attention rows against the teacher's, mean over layers, heads and
+    positions.
 
         - sum_j a_ij log b_ij,    a = softmax(q k^T / sqrt(D)),    b_ij = phi(q_i).phi(k_j) / sum_j phi(q_i).phi(k_j)
 
@@ -132,7 +133,7 @@ def distilling_loss(teacher: CausalLM, student: CausalLM, tokens: Tensor) -> Ten
 
 
 def queries_keys(layer: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a layer's kernel is given for the input x: q and k, [B, H, T, D]."""
+    """Return what a layer's kernel is given for the input x: q and k, [B, H, T, D]."""
     heads = layer.qkv(x).unflatten(-1, (-1, layer.head_dim))
     q, k, _ = heads.split((layer.heads, layer.kv_heads, layer.kv_heads), dim=2)
     assert layer.rotary is not None
@@ -141,7 +142,9 @@ def queries_keys(layer: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convert(conversion: Conversion, steps: int) -> dict[str, float]:
-    """Losses by the model's name: of the teacher, after each step of the conversion, and of the controls."""
+    """Convert, and return losses by the model's name: of the teacher, after each step of the conversion, and of the
+    controls.
+    """
     torch.manual_seed(conversion.seed)
     teacher = conversion.trained("teacher", CausalLM(conversion.config), steps, 4e-3)
     losses = {"softmax, the teacher": conversion.validation_loss(teacher)}
@@ -172,7 +175,7 @@ def convert(conversion: Conversion, steps: int) -> dict[str, float]:
 
 
 def recovered(losses: dict[str, float], name: str) -> float:
-    """The share of what swapping in Hedgehog lost that this model has back."""
+    """Compute the share of what swapping in Hedgehog lost that this model has back."""
     teacher, lost = losses["softmax, the teacher"], losses["hedgehog, swapped"]
     return (lost - losses[name]) / (lost - teacher)
 
@@ -189,7 +192,7 @@ def claims(losses: dict[str, float]) -> list[study.Claim]:
 
 
 def draw(losses: dict[str, float]) -> Figure:
-    """Held-out losses as points, the teacher's as a line."""
+    """Draw held-out losses as points, the teacher's as a line."""
     figure = figures.new_figure(9, 4.5)
     axes = figure.subplots()
     colors = {"softmax": figures.GREY, "hedgehog": figures.BLUE, "elu+1": figures.ORANGE, "taylor": figures.GREEN}
@@ -209,7 +212,7 @@ def draw(losses: dict[str, float]) -> Figure:
 
 
 def own_source() -> str:
-    """This library's Python source: a text that is there offline."""
+    """Return this library's Python source: a text that is there offline."""
     root = Path(linattn.__file__).parent
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted(root.glob("*.py")))
 

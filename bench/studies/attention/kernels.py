@@ -1,4 +1,4 @@
-"""Which similarities make good attention, and what the exact feature map of (1 + s)^2 is.
+"""Test which similarities make good attention, and what the exact feature map of (1 + s)^2 is.
 
     out_i = sum_j sim(q_i, k_j) v_j / sum_j sim(q_i, k_j)
 
@@ -62,7 +62,7 @@ SMALL = 1e-3
 
 @dataclass(frozen=True)
 class Denominators:
-    """What a similarity does on random queries: smallest value over all keys, over rows of 4 keys, and small rows."""
+    """A similarity on random queries: smallest value over all keys, over rows of 4 keys, and small rows."""
 
     name: str
     infimum: float
@@ -102,23 +102,23 @@ class Weights:
 
 
 def quadratic_features(x: Tensor, linear: float) -> Tensor:
-    """[1, linear x_i, x_i^2, sqrt2 x_i x_j (i < j)] along the last axis: exact with linear = sqrt2."""
+    """Compute [1, linear x_i, x_i^2, sqrt2 x_i x_j (i < j)] along the last axis: exact with linear = sqrt2."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], offset=1)
     return torch.cat((torch.ones_like(x[..., :1]), linear * x, x.square(), math.sqrt(2) * x[..., i] * x[..., j]), -1)
 
 
 def exact_map(x: Tensor) -> Tensor:
-    """phi(q).phi(k) = (1 + q.k)^2."""
+    """Map so that phi(q).phi(k) = (1 + q.k)^2."""
     return quadratic_features(x, math.sqrt(2))
 
 
 def misprinted_map(x: Tensor) -> Tensor:
-    """The map without sqrt2 on the linear terms."""
+    """Map without sqrt2 on the linear terms."""
     return quadratic_features(x, 1.0)
 
 
 def measure_denominators(rows: int, generator: torch.Generator) -> list[Denominators]:
-    """Rows of 4 keys, as a causal sequence starts with; scores divided by sqrt(D) as in a model."""
+    """Measure the row sums over 4 keys, as a causal sequence starts with; scores divided by sqrt(D) as in a model."""
     q, k = (torch.randn(rows, n, SIZE, generator=generator, dtype=torch.float64) for n in (1, 4))
     score = (q @ k.mT).squeeze(1) / math.sqrt(SIZE)
     values = {name: sim(score) for name, sim in OF_SCORE.items()}
@@ -136,7 +136,9 @@ def measure_denominators(rows: int, generator: torch.Generator) -> list[Denomina
 
 
 def measure_maps(generator: torch.Generator) -> Maps:
-    """Both maps against the kernels that they should be, and attention through them against `quadratic_attention`."""
+    """Compare both maps against the kernels that they should be, and attention through them against
+    `quadratic_attention`.
+    """
     q, k, v = (torch.randn(1, 2, 40, SIZE, generator=generator, dtype=torch.float64) / 2 for _ in range(3))
     s = q @ k.mT
     products = {phi: phi(q) @ phi(k).mT for phi in (exact_map, misprinted_map)}
@@ -154,7 +156,7 @@ def measure_maps(generator: torch.Generator) -> Maps:
 
 
 def compare_weights(queries: int, keys: int, generator: torch.Generator) -> Weights:
-    """The library's attention over unit vectors as values is the weights themselves."""
+    """Compare weights: the library's attention over unit vectors as values is the weights themselves."""
     q, k = (torch.randn(1, 1, n, SIZE, generator=generator, dtype=torch.float64) for n in (queries, keys))
     all_scores = (q[0, 0] @ k[0, 0].mT) / math.sqrt(SIZE)
     # The query with the most opposite key shows best where the kernels part.
@@ -176,7 +178,7 @@ def _scaled(sim: Callable[[Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
 
 
 def claims_of(denominators: Sequence[Denominators], maps: Maps, weights: Weights) -> list[study.Claim]:
-    """Only Taylor is bounded away from 0; the exact map is exact, the misprinted one another kernel."""
+    """Claim that only Taylor is bounded away from 0; the exact map is exact, the misprinted one another kernel."""
     by_name = {row.name: row for row in denominators}
     rivals = [by_name[name].smallest_row for name in ("(1+s)^2", "s^2", "s", "relu(q)")]
     opposite = weights.weights["(1+s)^2"][-1] / weights.weights["exp(s)"][-1]
@@ -200,7 +202,7 @@ def claims_of(denominators: Sequence[Denominators], maps: Maps, weights: Weights
 
 
 def draw(denominators: Sequence[Denominators], weights: Weights) -> Figure:
-    """The similarities over s, the misprint beside the exact kernel, smallest rows, and one query's weights."""
+    """Draw the similarities over s, the misprint beside the exact kernel, smallest rows, and one query's weights."""
     figure = figures.new_figure(13, 8)
     (curves, misprint), (bars, attention) = figure.subplots(2, 2)
     s = torch.linspace(-3, 3, 301)

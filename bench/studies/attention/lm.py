@@ -1,4 +1,4 @@
-"""What each kernel learns of a text: character language models that differ in their attention only.
+"""Measure what each kernel learns of a text: character language models that differ in their attention only.
 
 One budget for all: the same number of optimiser steps, hence the same characters read, with the same model, learning
 rate and data order. Wall time is shown beside it, for kernels differ in speed. A run is a run of `linattn train lm`
@@ -59,7 +59,7 @@ COLORS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run of a study shares.
+    """The settings that every run of a study shares.
 
     Attributes:
         characters: of a step, whatever the context. validations: over the run, the last one at its end.
@@ -94,12 +94,12 @@ QUICK = Budget(
 
 
 def short(kernel: str) -> str:
-    """A kernel's name for tables and folders."""
+    """Return a kernel's name for tables and folders."""
     return "hybrid" if kernel == HYBRID else kernel.replace(",", "-")
 
 
 def plan_runs(budget: Budget, texts: Sequence[Path], seed: int, seeds: int, device: str) -> dict[str, dict[str, Any]]:
-    """The settings of `linattn train lm` for each run, by the run's name."""
+    """Return the settings of `linattn train lm` for each run, by the run's name."""
     groups = [(texts[0], budget.context, seeds), (texts[0], budget.long_context, 1)]
     groups += [(text, budget.context, 1) for text in texts[1:]]
     plan = {}
@@ -125,7 +125,7 @@ def plan_runs(budget: Budget, texts: Sequence[Path], seed: int, seeds: int, devi
 
 
 def train_run(options: Mapping[str, Any], folder: Path) -> bool:
-    """One run of `linattn train lm`, from its checkpoint if there is one; False when it was interrupted."""
+    """Train one run of `linattn train lm`, from its checkpoint if there is one; False when it was interrupted."""
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     words = ["--out", str(folder), "--no-figure"]
@@ -156,7 +156,7 @@ class RunOutcome:
 
 
 def outcomes_of(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[RunOutcome]:
-    """What the runs left behind."""
+    """Read what the runs left behind."""
     histories = {run.name: run for run in find(folder)}
     return [
         RunOutcome(
@@ -175,7 +175,7 @@ def outcomes_of(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[
 
 
 def group_seeds(outcomes: Sequence[RunOutcome]) -> dict[tuple[str, int], dict[str, list[RunOutcome]]]:
-    """By text and context, then by kernel: the seeds."""
+    """Group the seeds by text and context, then by kernel."""
     groups: dict[tuple[str, int], dict[str, list[RunOutcome]]] = {}
     for one in outcomes:
         groups.setdefault((one.text, one.context), {}).setdefault(one.kernel, []).append(one)
@@ -183,7 +183,7 @@ def group_seeds(outcomes: Sequence[RunOutcome]) -> dict[tuple[str, int], dict[st
 
 
 def table(outcomes: Sequence[RunOutcome]) -> str:
-    """One row a group and kernel."""
+    """Format one line a group and kernel."""
     rows = []
     for (text, context), kernels in group_seeds(outcomes).items():
         for kernel, runs in kernels.items():
@@ -197,7 +197,7 @@ def table(outcomes: Sequence[RunOutcome]) -> str:
 
 
 def claims_of(outcomes: Sequence[RunOutcome]) -> list[study.Claim]:
-    """Softmax beats the trigram in every group, and by far in the first one, or the setting is wrong."""
+    """Claim that softmax beats the trigram in every group, and by far in the first one, or the setting is wrong."""
     softmax = [runs["softmax"] for runs in group_seeds(outcomes).values() if "softmax" in runs]
     if not softmax:
         return []
@@ -210,7 +210,7 @@ def claims_of(outcomes: Sequence[RunOutcome]) -> list[study.Claim]:
 
 
 def draw(outcomes: Sequence[RunOutcome], budget: Budget) -> Figure:
-    """The first group's curves against steps and minutes, and where every group ended."""
+    """Draw the first group's curves against steps and minutes, and where every group ended."""
     groups = group_seeds(outcomes)
     colors = {kernel: COLORS[i % len(COLORS)] for i, kernel in enumerate(budget.kernels)}
     figure = figures.new_figure(15, 5)
@@ -240,7 +240,7 @@ def draw(outcomes: Sequence[RunOutcome], budget: Budget) -> Figure:
 
 
 def _curve(axes: Axes, runs: Sequence[Run], unit: str, color: str, label: str) -> None:
-    """Mean over seeds, and the band between the smallest and the largest."""
+    """Draw the mean over seeds, and the band between the smallest and the largest."""
     records = list(zip(*(run.history for run in runs), strict=True))
     x = [statistics.fmean(getattr(r, unit) for r in same) / (60 if unit == "seconds" else 1) for same in records]
     losses = [[r.validation_loss for r in same] for same in records]

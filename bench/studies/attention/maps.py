@@ -1,4 +1,4 @@
-"""How well feature maps stand in for softmax, by their number of features.
+"""Measure how well feature maps stand in for softmax, by their number of features.
 
     softmax    w_j ~ exp(s_j),    s_j = q.k_j / sqrt(D)        a map    w_j ~ phi(q).phi(k_j)
 
@@ -73,12 +73,12 @@ class Estimates:
 
     @property
     def slope(self) -> float:
-        """Of log(measured) over log(m), by least squares."""
+        """Fit log(measured) over log(m) by least squares."""
         return linear_regression(*([math.log(x) for x in along] for along in (self.counts, self.measured))).slope
 
 
 def draw_queries_and_keys(spread: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Gaussian q [QUERIES, D] and k [KEYS, D] whose scores q.k / sqrt(D) have standard deviation `spread`."""
+    """Draw Gaussian q [QUERIES, D] and k [KEYS, D] whose scores q.k / sqrt(D) have standard deviation `spread`."""
     q, k = (torch.randn(n, SIZE, generator=generator) * math.sqrt(spread) for n in (QUERIES, KEYS))
     return q, k
 
@@ -95,12 +95,12 @@ def map_weights(phi: Map, q: Tensor, k: Tensor) -> Tensor:
 
 
 def moved(phi: Map, q: Tensor, k: Tensor) -> float:
-    """Share of the weight that a map moves away from softmax's keys, mean over queries."""
+    """Return the share of the weight that a map moves away from softmax's keys, mean over queries."""
     return (map_weights(phi, q, k) - softmax_weights(q, k)).abs().sum(-1).mean().item() / 2
 
 
 def moved_share_of_favor(count: int, orthogonal: bool, spread: float, draws: int, generator: torch.Generator) -> float:
-    """The same, mean over draws of the random features."""
+    """Return the moved share of FAVOR+, mean over draws of the random features."""
     shares = []
     for _ in range(draws):
         q, k = draw_queries_and_keys(spread, generator)
@@ -109,7 +109,7 @@ def moved_share_of_favor(count: int, orthogonal: bool, spread: float, draws: int
 
 
 def learn_hedgehog(count: int, spread: float, steps: int, generator: torch.Generator) -> Hedgehog:
-    """A map whose weights come as near to softmax's, in cross entropy, as Adam finds on fresh queries and keys."""
+    """Train a map by Adam, on fresh queries and keys, to weights near softmax's in cross entropy."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
     phi = Hedgehog(SIZE, count)
     optimizer = torch.optim.Adam(phi.parameters(), lr=0.03)
@@ -123,7 +123,7 @@ def learn_hedgehog(count: int, spread: float, steps: int, generator: torch.Gener
 
 
 def measure_estimates(draws: int, generator: torch.Generator) -> Estimates:
-    """Independent features for one query and key of length sqrt(D) / 2, drawn again and again."""
+    """Estimate by independent features for one query and key of length sqrt(D) / 2, drawn again and again."""
     q, k = (x / x.norm() * math.sqrt(SIZE) / 2 for x in torch.randn(2, SIZE, generator=generator, dtype=torch.float64))
     counts = COUNTS[:6]
     measured = []
@@ -152,7 +152,7 @@ class Shares:
 
 
 def measure_shares(draws: int, steps: int, generator: torch.Generator) -> Shares:
-    """All maps."""
+    """Measure the share that each map moves."""
     test = {spread: draw_queries_and_keys(spread, generator) for spread in SPREADS}
     by_spread: dict[str, list[float]] = {
         "FAVOR+": [moved_share_of_favor(NEAR_TAYLOR, True, spread, draws, generator) for spread in SPREADS],
@@ -173,7 +173,7 @@ def measure_shares(draws: int, steps: int, generator: torch.Generator) -> Shares
 
 
 def claims_of(shares: Shares, estimates: Estimates) -> list[study.Claim]:
-    """Theory holds; orthogonal features help; Taylor is the better one at small scores."""
+    """Claim that theory holds; orthogonal features help; Taylor is the better one at small scores."""
     worst = max(abs(m / t - 1) for m, t in zip(estimates.measured, estimates.theory, strict=True))
     few, many = COUNTS[0], COUNTS[-1]
     ratio = sum(shares.favor.values()) / sum(shares.independent.values())
@@ -215,7 +215,7 @@ def claims_of(shares: Shares, estimates: Estimates) -> list[study.Claim]:
 
 
 def draw(shares: Shares, estimates: Estimates) -> Figure:
-    """Share against features, share against spread, and the estimate of one product against theory."""
+    """Draw share against features, share against spread, and the estimate of one product against theory."""
     figure = figures.new_figure(16, 5)
     by_count, by_spread, one = figure.subplots(1, 3)
     lines: Sequence[tuple[str, Mapping[int, float], str, str]] = (
@@ -256,7 +256,7 @@ def draw(shares: Shares, estimates: Estimates) -> Figure:
 
 
 def _plain_ticks(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
-    """Numbers as people write them, where a logarithmic axis would have powers of ten."""
+    """Write ticks as plain numbers, where a logarithmic axis would have powers of ten."""
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.set_yticks(y, [f"{value:g}" for value in y])
     axes.minorticks_off()

@@ -87,7 +87,7 @@ CELLS = tuple(Cell(N // part, N) for N in (64, 128, 256) for part in (16, 8, 4))
 
 @dataclass(frozen=True)
 class RecallSettings:
-    """What decides the outcome of a run."""
+    """The settings that decide the outcome of a run."""
 
     kernel: str
     head_dim: int
@@ -120,7 +120,9 @@ class RecallModel(nn.Module):
 
     @torch.no_grad()
     def state_bytes(self, length: int) -> int:
-        """What decoding has to keep after `length` tokens, all layers: keys and values for softmax, else the state."""
+        """Return what decoding has to keep after `length` tokens, all layers: keys and values for softmax, else the
+        state.
+        """
         cache = self.transformer.decode_cache()
         for layer in cache.layers:
             if isinstance(layer, KeyCache):
@@ -131,7 +133,9 @@ class RecallModel(nn.Module):
 
 
 def draw_sequences(cell: Cell, count: int, *, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Sequences int64 [count, N] and answers int64 [count, N], -100 where nothing is asked; of the arguments alone."""
+    """Draw sequences int64 [count, N] and answers int64 [count, N], -100 where nothing is asked; of the arguments
+    alone.
+    """
     P, N = cell
     random = np.random.default_rng((seed, step))
     tokens = np.full((count, N), NOTHING)
@@ -146,7 +150,7 @@ def draw_sequences(cell: Cell, count: int, *, seed: int, step: int) -> tuple[Ten
 
 
 def accuracy(model: RecallModel, cell: Cell, device: torch.device) -> float:
-    """Share of the questions answered rightly on fresh sequences."""
+    """Measure the share of the questions answered rightly on fresh sequences."""
     tokens, answers = draw_sequences(cell, TEST_SEQUENCES, seed=TEST_SEED, step=CELLS.index(cell))
     guesses = model(tokens.to(device)).argmax(-1).cpu()
     asked = answers >= 0
@@ -154,7 +158,7 @@ def accuracy(model: RecallModel, cell: Cell, device: torch.device) -> float:
 
 
 def train(settings: RecallSettings, folder: Path, device: torch.device) -> bool:
-    """One run, from its checkpoint if there is one; False when it was interrupted."""
+    """Train one run, from its checkpoint if there is one; False when it was interrupted."""
     torch.manual_seed(settings.seed)
     model = RecallModel(settings).to(device)
 
@@ -191,12 +195,12 @@ def train(settings: RecallSettings, folder: Path, device: torch.device) -> bool:
 
 
 def train_one(plan: Mapping[str, RecallSettings], device: torch.device, name: str, folder: Path) -> bool:
-    """The run of that name."""
+    """Train the run of that name."""
     return train(plan[name], folder, device)
 
 
 def accuracies(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int, cell: Cell) -> list[float]:
-    """Of every seed."""
+    """Collect the accuracy of every seed."""
     return [
         r["accuracy"][f"{cell.pairs} of {cell.length}"]
         for r in results
@@ -205,7 +209,7 @@ def accuracies(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int,
 
 
 def claims_of(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> list[study.Claim]:
-    """Softmax looks everything up at any head size; of the others the smallest states do not."""
+    """Claim that softmax looks everything up at any head size; of the others the smallest states do not."""
     hardest, small, large = CELLS[-1], min(sizes), max(sizes)
     what = f"{hardest.pairs} pairs in {hardest.length} tokens, accuracy"
     claims = []
@@ -224,7 +228,7 @@ def claims_of(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], size
 
 
 def state_bytes(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int, cell: Cell) -> int:
-    """The same for all seeds."""
+    """Return the size of the state, the same for all seeds."""
     return next(
         int(r["state_bytes"][str(cell.length)])
         for r in results
@@ -233,12 +237,14 @@ def state_bytes(results: Sequence[Mapping[str, Any]], kernel: str, head_dim: int
 
 
 def learned(accuracy: float, cell: Cell) -> bool:
-    """Clearly more than naming any of the values shown, which is the plateau that training has to leave first."""
+    """Say whether a run reached clearly more than naming any of the values shown, which is the plateau that training
+    has to leave first.
+    """
     return accuracy > 1.5 / cell.pairs
 
 
 def untrained(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> list[str]:
-    """Kernels and head sizes with the number of seeds that never left the plateau: they say nothing of memory."""
+    """Count, by kernel and head size, the seeds that never left the plateau: they say nothing of memory."""
     names = []
     for kernel in kernels:
         for D in sizes:
@@ -249,7 +255,9 @@ def untrained(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], size
 
 
 def table(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> str:
-    """Accuracy in percent: one row a kernel and head size, one column a difficulty; the best seed, and the others."""
+    """Format the accuracy in percent: one row a kernel and head size, one column a difficulty; the best seed, and the
+    others.
+    """
     rows = []
     for kernel in kernels:
         for D in sizes:
@@ -267,7 +275,7 @@ def table(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: S
 
 
 def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Sequence[int]) -> Figure:
-    """Accuracy against state size, one panel a difficulty: more pairs to the right, longer sequences below.
+    """Draw accuracy against state size, one panel a difficulty: more pairs to the right, longer sequences below.
 
     Lines join the best seeds, since what a state can hold is asked; pale dots are the other seeds, crosses models of
     which no seed left the plateau.

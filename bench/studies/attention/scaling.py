@@ -81,14 +81,16 @@ class Saturation:
 
 
 def sample_moments(D: int, mu: float, s: float, samples: int, generator: torch.Generator) -> Moments:
-    """Moments of q.k for entries drawn from N(mu, s^2)."""
+    """Sample the moments of q.k for entries drawn from N(mu, s^2)."""
     q, k = (mu + s * torch.randn(samples, D, generator=generator) for _ in range(2))
     scores = (q * k).sum(1).double()
     return Moments(D, mu, s, scores.mean().item(), scores.var().item())
 
 
 def measure_saturation(D: int, scale: float, queries: int, generator: torch.Generator) -> Saturation:
-    """Each query has its own keys and values from N(0, 1); the loss is a random projection of the output."""
+    """Measure saturation: each query has its own keys and values from N(0, 1); the loss is a random projection of the
+    output.
+    """
     q, k = (torch.randn(queries, 1, n, D, generator=generator).requires_grad_() for n in (1, KEYS))
     v, direction = (torch.randn(queries, 1, n, VALUE_SIZE, generator=generator) for n in (KEYS, 1))
     loss = (softmax_attention(q, k, v, scale=scale) * direction).sum()
@@ -102,7 +104,7 @@ def measure_saturation(D: int, scale: float, queries: int, generator: torch.Gene
 def claims_of(
     moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequence[Saturation], samples: int
 ) -> list[study.Claim]:
-    """Theory holds within sampling error; softmax saturates without the scale and does not with it."""
+    """Claim that theory holds within sampling error; softmax saturates without the scale and does not with it."""
     mean_error = max(abs(m.mean - m.true_mean) / math.sqrt(m.true_variance / samples) for m in moments)
     variance_error = max(abs(m.variance / m.true_variance - 1) for m in moments)
     D, most = bare[-1].D, math.log(KEYS)
@@ -139,7 +141,7 @@ def _spread(row: Saturation) -> float:
 
 
 def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequence[Saturation]) -> Figure:
-    """Variance against theory, entropy, and the gradient that reaches a query, all over D."""
+    """Draw variance against theory, entropy, and the gradient that reaches a query, all over D."""
     figure = figures.new_figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
     for (mu, s), color in zip(LAWS, (figures.BLUE, figures.ORANGE), strict=True):

@@ -1,4 +1,4 @@
-"""What the studies share: claims with their limits, and the files that a study leaves behind."""
+"""Give studies claims with limits, and the files that they leave behind."""
 
 from __future__ import annotations
 

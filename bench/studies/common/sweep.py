@@ -41,6 +41,6 @@ def sweep(
 
 
 def _one(name: str, how: tuple[Callable[[str, Path], bool], Path]) -> bool | None:
-    """One run; None when it was interrupted."""
+    """Do one run; None when it was interrupted."""
     work, folder = how
     return work(name, folder / name) or None

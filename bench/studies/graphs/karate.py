@@ -108,7 +108,7 @@ class GraphAttention(nn.Module):
         return torch.tanh(kernel_attention(q[None, None], k[None, None], v[None, None], sim=self.similarity)[0, 0])
 
     def similarity(self, q: Tensor, k: Tensor) -> Tensor:
-        """exp(q.k / sqrt(d)) between neighbours, 0 between others: a product of two kernels."""
+        """Return exp(q.k / sqrt(d)) between neighbours, 0 between others: a product of two kernels."""
         d = self.size
         among_neighbours: Tensor = (q[..., :d] @ k[..., :d].mT / d**0.5).exp() * (q[..., d:] @ k[..., d:].mT)
         return among_neighbours
@@ -144,14 +144,14 @@ class Trained:
 
 
 def held_out() -> Tensor:
-    """`[34]` bool: True for the members whose club is not seen in training."""
+    """Return `[34]` bool: True for the members whose club is not seen in training."""
     mask = torch.zeros(MEMBERS, dtype=torch.bool)
     mask[list(HELD_OUT)] = True
     return mask
 
 
 def train(layer: Layer, epochs: int, seed: int) -> Trained:
-    """Full-batch gradient descent on the mean cross entropy of the 24, in float64."""
+    """Train by full-batch gradient descent on the mean cross entropy of the 24, in float64."""
     torch.manual_seed(seed)
     net = NodeClassifier(layer, adjacency(torch.float64))
     labels, test = clubs(), held_out()
@@ -185,7 +185,8 @@ def train(layer: Layer, epochs: int, seed: int) -> Trained:
 
 
 def gradient_error(layer: Layer, seed: int) -> float:
-    """|g - c| / (|g| + |c|) for the gradient g of the training loss and c, by central differences in every parameter.
+    """Compute |g - c| / (|g| + |c|) for the gradient g of the training loss and c, by central differences in every
+    parameter.
 
     c = (L(w + eps) - L(w - eps)) / (2 eps)
     """
@@ -214,7 +215,7 @@ def gradient_error(layer: Layer, seed: int) -> float:
 
 
 def zachary() -> list[int]:
-    """The members whom Zachary's own method assigns wrongly: the cheapest cut between the two leaders.
+    """Find the members whom Zachary's own method assigns wrongly: the cheapest cut between the two leaders.
 
     Ford and Fulkerson's maximum flow along shortest paths (Edmonds and Karp 1972); the cut separates those whom the
     instructor still reaches through spare capacity.
@@ -241,7 +242,9 @@ def zachary() -> list[int]:
 
 
 def claims_of(trained: dict[str, Trained], errors: dict[str, float], by_zachary: Sequence[int]) -> list[study.Claim]:
-    """Both networks learn the split from 24 labels; convolution misses exactly the member that Zachary's method did."""
+    """Claim that both networks learn the split from 24 labels; convolution misses exactly the member that Zachary's
+    method did.
+    """
     claims = []
     for name, result in trained.items():
         claims += [
@@ -258,7 +261,9 @@ def claims_of(trained: dict[str, Trained], errors: dict[str, float], by_zachary:
 
 
 def positions(seed: int = 3, rounds: int = 300) -> Tensor:
-    """`[34, 2]`: friends pulled together, all pushed apart (Fruchterman and Reingold 1991), leaders side by side."""
+    """Place the members, `[34, 2]`: friends pulled together, all pushed apart (Fruchterman and Reingold 1991), leaders
+    side by side.
+    """
     a = adjacency()
     generator = torch.Generator().manual_seed(seed)
     place = torch.randn(MEMBERS, 2, generator=generator)
@@ -277,7 +282,7 @@ def positions(seed: int = 3, rounds: int = 300) -> Tensor:
 
 
 def draw(trained: dict[str, Trained], by_zachary: Sequence[int]) -> Figure:
-    """The graph with both clubs, then for each network its embedding, losses and accuracies."""
+    """Draw the graph with both clubs, then for each network its embedding, losses and accuracies."""
     figure = figures.new_figure(15, 9)
     grid: Any = figure.add_gridspec(2, 4, width_ratios=(1.35, 1, 1, 1))
     _draw_graph(figure.add_subplot(grid[:, 0]), trained["graph convolution"].wrong, by_zachary)

@@ -46,7 +46,7 @@ JOINED_THE_OFFICER = (9, 14, 15, 18, 20, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
 
 
 def edges() -> list[tuple[int, int]]:
-    """The 78 friendships, lower number first.
+    """Return the 78 friendships, lower number first.
 
     Example:
         >>> len(edges()), edges()[0]
@@ -56,7 +56,7 @@ def edges() -> list[tuple[int, int]]:
 
 
 def capacities() -> Tensor:
-    """`[34, 34]`, int64, symmetric: the number of contexts in which two friends met, 0 for others."""
+    """Return `[34, 34]`, int64, symmetric: the number of contexts in which two friends met, 0 for others."""
     c = torch.zeros(MEMBERS, MEMBERS, dtype=torch.int64)
     for member, friends in FRIENDS_ABOVE.items():
         for friend, contexts in friends.items():
@@ -65,12 +65,12 @@ def capacities() -> Tensor:
 
 
 def adjacency(dtype: torch.dtype = torch.float32) -> Tensor:
-    """`[34, 34]`, symmetric: 1 between friends, 0 elsewhere and on the diagonal."""
+    """Return `[34, 34]`, symmetric: 1 between friends, 0 elsewhere and on the diagonal."""
     return (capacities() > 0).to(dtype)
 
 
 def clubs() -> Tensor:
-    """`[34]`, int64: 0 for those who joined Mr. Hi's club, 1 for the officer's."""
+    """Return `[34]`, int64: 0 for those who joined Mr. Hi's club, 1 for the officer's."""
     labels = torch.zeros(MEMBERS, dtype=torch.int64)
     labels[list(JOINED_THE_OFFICER)] = 1
     return labels

@@ -61,7 +61,7 @@ class Difference:
 
 
 def compare(norm: str, digits: Digits, seed: int) -> list[Difference]:
-    """One batch of 32 in all splits, float64, training mode."""
+    """Compare one batch of 32 in all splits, float64, training mode."""
     torch.manual_seed(seed)
     start = ConvNet(DEPTH, width=WIDTH, norm=NORMS[norm]).double()
     images, labels = digits.images[:BATCH], digits.labels[:BATCH]
@@ -83,7 +83,7 @@ def compare(norm: str, digits: Digits, seed: int) -> list[Difference]:
 
 
 def _one_step(start: nn.Module, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and gradient of the batch in micro-batches of `size`; logits of the whole batch after an SGD step."""
+    """Compute logits and gradient of the batch in micro-batches of `size`, and logits after an SGD step."""
     net = copy.deepcopy(start)
     optimizer = torch.optim.SGD(net.parameters(), lr=STEP)
     logits = []
@@ -98,7 +98,7 @@ def _one_step(start: nn.Module, images: Tensor, labels: Tensor, size: int) -> tu
 
 
 def train(zero_grad: bool, digits: Digits, steps: int, seed: int) -> list[float]:
-    """Losses of a loop with or without `zero_grad()`, on the same batches."""
+    """Train; return the losses of a loop with or without `zero_grad()`, on the same batches."""
     torch.manual_seed(seed)
     net = ConvNet(DEPTH, width=WIDTH, norm="layer").double()
     optimizer = torch.optim.SGD(net.parameters(), lr=LOOP_RATE)
@@ -116,7 +116,7 @@ def train(zero_grad: bool, digits: Digits, steps: int, seed: int) -> list[float]
 
 
 def means_of_tenths(losses: Sequence[float]) -> list[float]:
-    """Means over ten equal parts of a curve; what is left over counts to the last."""
+    """Compute means over ten equal parts of a curve; what is left over counts to the last."""
     part = max(1, len(losses) // 10)
     starts = range(0, part * min(10, len(losses)), part)
     pieces = [losses[start : start + part] for start in starts[:-1]] + [losses[starts[-1] :]]
@@ -124,7 +124,7 @@ def means_of_tenths(losses: Sequence[float]) -> list[float]:
 
 
 def claims_of(rows: Sequence[Difference], losses: Sequence[Sequence[float]]) -> list[study.Claim]:
-    """LayerNorm agrees to rounding in every split, BatchNorm in none; without zero_grad() the loss grows.
+    """Claim that LayerNorm agrees to rounding in every split, BatchNorm in none; without zero_grad() the loss grows.
 
     Args:
         rows: differences of every split, under both normalisations.
@@ -155,7 +155,7 @@ def claims_of(rows: Sequence[Difference], losses: Sequence[Sequence[float]]) -> 
 
 
 def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[float]) -> Figure:
-    """Differences by split for both normalisations, and both loops."""
+    """Draw differences by split for both normalisations, and both loops."""
     figure = figures.new_figure(13, 4.2)
     panels = figure.subplots(1, 3)
     for axes, name, title in (

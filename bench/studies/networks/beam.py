@@ -68,13 +68,13 @@ class Cost:
 
 
 def example_step(tokens: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The step function of the example; the state is the text so far, int64 `[R, t]`."""
+    """Take a step of the example; the state is the text so far, int64 `[R, t]`."""
     text = tokens.new_zeros(len(tokens), 0) if text is None else torch.cat((text, tokens[:, None]), 1)
     return torch.tensor([EXAMPLE[tuple(row)] for row in text.tolist()]), text
 
 
 def exhaustive(step_fn: Step, words: int, steps: int) -> tuple[tuple[int, ...], float]:
-    """The most probable of all words^steps texts, and its log p."""
+    """Find the most probable of all words^steps texts, and its log p."""
     texts = torch.tensor(list(product(range(words), repeat=steps)))
     tokens, state, total = torch.zeros(len(texts), dtype=torch.int64), None, torch.zeros(len(texts))
     for t in range(steps):
@@ -86,7 +86,7 @@ def exhaustive(step_fn: Step, words: int, steps: int) -> tuple[tuple[int, ...], 
 
 
 def search_example(beams: int) -> list[tuple[str, float]]:
-    """What a search with so many beams finds in the example, best first."""
+    """Search the example with so many beams; return what is found, best first."""
     result = beam_search(example_step, None, torch.tensor([0]), beams=beams, max_length=STEPS, n_best=min(beams, 2))
     texts = (" ".join(WORDS[token] for token in row) for row in result.tokens[0].tolist())
     return list(zip(texts, result.log_probs[0].tolist(), strict=True))
@@ -105,21 +105,21 @@ def measure_costs(rounds_s: float, seed: int) -> list[Cost]:
 
 
 def make_searcher(T: int, K: int, M: int, generator: torch.Generator):  # type: ignore[no-untyped-def]
-    """A function that searches once."""
+    """Make a function that searches once."""
     log_probs = torch.randn(K, M, generator=generator).log_softmax(-1)
     first = torch.tensor([0])
     return lambda: beam_search(lambda tokens, _: (log_probs[: len(tokens)], None), None, first, beams=K, max_length=T)
 
 
 def cost_exponent(costs: Sequence[Cost], axis: str) -> float:
-    """The exponent of the time over T K M log M, along one axis from its middle to its end; below 1: slower."""
+    """Fit the exponent of the time over T K M log M, along one axis from its middle to its end; below 1: slower."""
     along = [cost for cost in costs if cost.axis == axis]
     middle, end = along[len(along) // 2], along[-1]
     return math.log(end.ms / middle.ms) / math.log(end.bound / middle.bound)
 
 
 def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs: Sequence[Cost]) -> list[study.Claim]:
-    """The example's numbers to its two digits, and the bound on the cost if it was measured."""
+    """Claim the example's numbers to its two digits, and the bound on the cost if it was measured."""
     first = beam_search(example_step, None, torch.tensor([0]), beams=2, max_length=1, n_best=2).log_probs[0]
     second = beam_search(example_step, None, torch.tensor([0]), beams=2, max_length=2, n_best=2).log_probs[0]
     reached = [*first.tolist(), *second.tolist(), two[0][1], two[1][1], best]
@@ -138,7 +138,7 @@ def claims_of(two: Sequence[tuple[str, float]], best: float, three: float, costs
 
 
 def draw(costs: Sequence[Cost]) -> Figure:
-    """The tree of the example, and time over the bound along each axis if it was measured."""
+    """Draw the tree of the example, and time over the bound along each axis if it was measured."""
     if not costs:
         figure = figures.new_figure(8, 6)
         _draw_tree(figure.subplots())
@@ -163,7 +163,7 @@ def draw(costs: Sequence[Cost]) -> Figure:
 
 
 def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
-    """Every text of the example at its log p: what two beams keep, what they drop, and the optimum."""
+    """Draw every text of the example at its log p: what two beams keep, what they drop, and the optimum."""
     kept: set[tuple[int, ...]] = {()}
     alive: list[tuple[int, ...]] = [()]
     score: dict[tuple[int, ...], float] = {(): 0.0}

@@ -49,7 +49,7 @@ RATE = 0.003
 
 
 class Recipe(NamedTuple):
-    """How one autoencoder is trained: the loss, and what PyTorch is given as weight decay."""
+    """The training of one autoencoder: the loss, and what PyTorch is given as weight decay."""
 
     name: str
     reduction: Literal["sum", "mean"]
@@ -69,7 +69,7 @@ class TrainedWeights(NamedTuple):
 
 
 def samples(seed: int) -> Tensor:
-    """`[200, 8]`, float64: mean 0 and exactly the variances above, along random directions."""
+    """Draw samples `[200, 8]`, float64: mean 0 and exactly the variances above, along random directions."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(SAMPLES, len(VARIANCES), generator=generator, dtype=torch.float64)
     u = torch.linalg.qr(noise - noise.mean(0))[0]
@@ -80,7 +80,7 @@ def samples(seed: int) -> Tensor:
 
 
 def train(x: Tensor, recipes: Sequence[Recipe], epochs: int, seed: int) -> list[TrainedWeights]:
-    """SGD over single samples, one autoencoder a recipe, from the same weights and in the same order.
+    """Train by SGD over single samples, one autoencoder a recipe, from the same weights and in the same order.
 
     The rate falls linearly to 0. A loss that is averaged over m entries gets a rate m times as large, so that all
     recipes take steps of one size.
@@ -110,7 +110,9 @@ def train(x: Tensor, recipes: Sequence[Recipe], epochs: int, seed: int) -> list[
 
 
 def recipes_of() -> list[Recipe]:
-    """nn.MSELoss with the right decay for each lambda; for one lambda the summed loss too, and the mistake."""
+    """Build the recipes: nn.MSELoss with the right decay for each lambda; for one lambda the summed loss too, and the
+    mistake.
+    """
     m = len(VARIANCES)
     right = [Recipe(f"lambda = {decay:g}", "mean", 2 * decay / m) for decay in DECAYS]
     return [
@@ -121,7 +123,7 @@ def recipes_of() -> list[Recipe]:
 
 
 def claims_of(found: dict[str, TrainedWeights]) -> list[study.Claim]:
-    """Singular values, their equality, what the mistake does, and how orthonormal the columns are."""
+    """Claim singular values, their equality, what the mistake does, and how orthonormal the columns are."""
     variances = torch.tensor(VARIANCES[:K], dtype=torch.float64)
     claims = []
     for decay in DECAYS[1:]:
@@ -144,7 +146,7 @@ def claims_of(found: dict[str, TrainedWeights]) -> list[study.Claim]:
 
 
 def draw(found: dict[str, TrainedWeights]) -> Figure:
-    """Singular values over lambda with theory as lines; defect of W2's columns over lambda; the mistake."""
+    """Draw singular values over lambda with theory as lines; defect of W2's columns over lambda; the mistake."""
     figure = figures.new_figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
     colours = (figures.BLUE, figures.ORANGE, figures.GREEN)

@@ -60,7 +60,7 @@ class Curve:
 
 
 def train(depth: int, residual: bool, digits: Digits, epochs: int, seed: int, width: int = 4) -> Curve:
-    """SGD with momentum on the first 1,500 digits; the order of the batches is the same for every network."""
+    """Train by SGD with momentum on the first 1,500 digits; the order of the batches is the same for every network."""
     torch.manual_seed(seed)
     net = ConvNet(depth, width=width, residual=residual)
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -86,7 +86,7 @@ def train(depth: int, residual: bool, digits: Digits, epochs: int, seed: int, wi
 
 
 def claims_of(curves: Sequence[Curve]) -> list[study.Claim]:
-    """The deeper plain network trains worse, the deeper residual one does not."""
+    """Claim that the deeper plain network trains worse, the deeper residual one does not."""
     error = {curve.name: 100 * curve.errors[-1] for curve in curves}
     (plain, plain_deep), (residual, residual_deep) = (
         (error[f"{kind} {DEPTHS[0]}"], error[f"{kind} {DEPTHS[1]}"]) for kind in ("plain", "residual")
@@ -106,7 +106,7 @@ def claims_of(curves: Sequence[Curve]) -> list[study.Claim]:
 
 
 def draw(curves: Sequence[Curve]) -> Figure:
-    """Training error and loss over the epochs: colour tells the kind, line style the depth."""
+    """Draw training error and loss over the epochs: colour tells the kind, line style the depth."""
     figure = figures.new_figure(10.5, 4.2)
     left, right = figure.subplots(1, 2)
     for curve in curves:

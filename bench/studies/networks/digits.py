@@ -18,7 +18,7 @@ class Digits(NamedTuple):
 
 
 def load_digits(dtype: torch.dtype = torch.float32) -> Digits:
-    """All digits, in the order of the set.
+    """Load all digits, in the order of the set.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""How gradients travel back through time: vanishing, exploding, and what keeps them alive.
+"""Follow gradients back through time: vanishing, exploding, and what keeps them alive.
 
 Over one step back, dL/dh_{t-1} = W_h^T diag(act'(z_t)) dL/dh_t + what h_{t-1} is asked for itself. Without an
 activation and with the last step alone as target, T - t such steps multiply dL/dh_T by (W_h^T)^(T-t): with W_h = rho Q,
@@ -57,7 +57,7 @@ class Trace:
 
     @property
     def ratio(self) -> float:
-        """What is left of the gradient at the first step, as a share of that at the last."""
+        """Return the gradient at the first step as a share of that at the last."""
         return self.gradient[0] / self.gradient[-1]
 
 
@@ -74,7 +74,7 @@ def trace(model: RecurrentRegressionModel, x: Tensor, y: Tensor, last_only: bool
 def scaled_model(
     cell: str, nonlinearity: str, hidden: int, scale: float, bias_scale: float
 ) -> RecurrentRegressionModel:
-    """A network as it is drawn at the start, its weights and biases multiplied."""
+    """Make a network as it is drawn at the start, its weights and biases multiplied."""
     net = LSTMLayer(1, hidden, dtype=FLOAT) if cell == "lstm" else RNNLayer(1, hidden, nonlinearity, dtype=FLOAT)
     with torch.no_grad():
         net.weight_x.mul_(scale)
@@ -84,25 +84,27 @@ def scaled_model(
 
 
 def rotation_model(rho: float, hidden: int, nonlinearity: str = "identity") -> RecurrentRegressionModel:
-    """W_h = rho times a random orthogonal matrix."""
+    """Make a network with W_h = rho times a random orthogonal matrix."""
     net = RNNLayer(1, hidden, nonlinearity, dtype=FLOAT)
     nn.init.orthogonal_(net.weight_h, gain=rho)
     return RecurrentRegressionModel(net)
 
 
 def largest_eigenvalue(weight: Tensor) -> float:
-    """Of the recurrence, by magnitude."""
+    """Compute the largest eigenvalue of the recurrence, by magnitude."""
     return float(torch.linalg.eigvals(weight.detach()).abs().max())
 
 
 def slope(path: Trace) -> float:
-    """The change of log |dL/dh_t| in a step back, by least squares."""
+    """Fit the change of log |dL/dh_t| in a step back, by least squares."""
     back = range(len(path.gradient), 0, -1)
     return linear_regression(back, [math.log(norm) for norm in path.gradient]).slope
 
 
 def residual_path(hidden: int, residual: bool) -> Trace:
-    """FAR layers h + f(h), f(h) = tanh(W h + b), or f(h) alone, as they are drawn; a gradient from the top."""
+    """Trace a gradient from the top through FAR layers h + f(h), f(h) = tanh(W h + b), or f(h) alone, as they
+    are drawn.
+    """
     layers = [nn.Linear(hidden, hidden, dtype=FLOAT) for _ in range(FAR)]
     h = torch.randn(1, hidden, dtype=FLOAT, requires_grad=True)
     kept = []
@@ -116,7 +118,7 @@ def residual_path(hidden: int, residual: bool) -> Trace:
 
 
 def far_paths(hidden: int) -> dict[str, Trace]:
-    """The gradient over FAR steps, of the last step's loss, for the cells that are compared."""
+    """Trace the gradient over FAR steps, of the last step's loss, for the cells that are compared."""
     x, y = running_average_batch(FAR, 1, dtype=FLOAT)
 
     def lstm(forget_bias: float) -> Trace:
@@ -139,12 +141,12 @@ def far_paths(hidden: int) -> dict[str, Trace]:
 
 
 def both_targets(model: RecurrentRegressionModel, x: Tensor, y: Tensor) -> tuple[Trace, Trace]:
-    """With the last step alone as target, and with every step."""
+    """Trace with the last step alone as target, and with every step."""
     return trace(model, x, y, last_only=True), trace(model, x, y, last_only=False)
 
 
 def claims_of(slopes: dict[float, float], far: dict[str, Trace], hidden: int) -> list[study.Claim]:
-    """Slopes as in theory, what targets on the way do to a tanh RNN, and who carries a gradient over FAR steps."""
+    """Claim slopes as in theory, the effect of targets on the way, and who carries a gradient over FAR steps."""
     last, every = both_targets(scaled_model("rnn", "tanh", hidden, 1, 1), *running_average_batch(20, 1, dtype=FLOAT))
     # A relative error, and at rho = 1, whose logarithm is 0, the slope itself.
     errors = [abs(s / math.log(rho) - 1) if rho != 1 else abs(s) for rho, s in slopes.items()]
@@ -178,7 +180,7 @@ def claims_of(slopes: dict[float, float], far: dict[str, Trace], hidden: int) ->
 def draw(
     args: argparse.Namespace, last: Trace, every: Trace, rotations: dict[float, Trace], far: dict[str, Trace]
 ) -> Figure:
-    """The network that was asked for, then the law of the identity RNN, then the cells over FAR steps."""
+    """Draw the network that was asked for, then the law of the identity RNN, then the cells over FAR steps."""
     figure = figures.new_figure(12, 8.4)
     (states, gradients), (law, cells) = figure.subplots(2, 2)
     steps = range(1, len(last.h) + 1)
@@ -214,7 +216,7 @@ def draw(
 
 
 def _shown(values: Sequence[float]) -> list[float]:
-    """A gradient of exactly 0 (all units of a ReLU off) has no logarithm: a gap in the line."""
+    """Leave a gap in the line where a gradient is exactly 0 (all units of a ReLU off)."""
     return [value if value > 0 else math.nan for value in values]
 
 

@@ -1,4 +1,4 @@
-"""What a linear autoencoder learns: the space of the principal components, but not the components.
+"""Test what a linear autoencoder learns: the space of the principal components, but not the components.
 
 With rows as samples, centred, S = X^T X / n, W1 [k, F] and W2 [F, k], the loss L = |X - X W1^T W2^T|^2 / n is
 stationary where
@@ -66,7 +66,7 @@ class FitOutcome:
 
 
 def load_centred(name: str, seed: int) -> Tensor:
-    """Training samples of a set with their mean taken off, float64."""
+    """Load the training samples of a set with their mean taken off, float64."""
     if name == "synthetic":
         x = synthetic_set(generator=torch.Generator().manual_seed(seed)).train.x.double()
     else:
@@ -75,7 +75,7 @@ def load_centred(name: str, seed: int) -> Tensor:
 
 
 def train(x: Tensor, k: int, steps: int, seed: int) -> Autoencoder:
-    """A linear autoencoder by Adam with a rate that falls to 0, so that what is left is not noise of the batches."""
+    """Train a linear autoencoder by Adam, with a rate that falls to 0 so that no noise of the batches is left."""
     torch.manual_seed(seed)
     model = Autoencoder(x.shape[1], k, "identity", dtype=torch.float64)
     generator = torch.Generator()
@@ -133,7 +133,7 @@ def outcome_of(name: str, k: int, steps: int, seed: int) -> FitOutcome:
 
 
 def claims_of(outcomes: Sequence[FitOutcome]) -> list[study.Claim]:
-    """Conditions, losses and angles, and the case in which angles say nothing."""
+    """Claim conditions, losses and angles, and the case in which angles say nothing."""
     claims = []
     for o in outcomes:
         what = f"{o.name}, k = {o.k}:"
@@ -155,7 +155,7 @@ def claims_of(outcomes: Sequence[FitOutcome]) -> list[study.Claim]:
 
 
 def draw(outcomes: Sequence[FitOutcome]) -> Figure:
-    """Above the variances, and which of them the code keeps; below the angles to PCA."""
+    """Draw above the variances, and which of them the code keeps; below the angles to PCA."""
     figure = figures.new_figure(3.6 * len(outcomes), 6)
     grid = figure.subplots(2, len(outcomes), squeeze=False)
     for o, (above, below) in zip(outcomes, grid.T, strict=True):
