@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from linattn._util.source_tree import search_path
 from linattn._util.version import __version__
 
@@ -39,3 +42,32 @@ __all__ = [
     "softmax_attention",
     "use_backend",
 ]
+
+# Imported at first use: `import linattn` alone makes `linattn.modules` work, and costs no more than the operations.
+_ROOMS = (
+    "autoencoders",
+    "bench",
+    "decode",
+    "distributed",
+    "feature_maps",
+    "functional",
+    "integrations",
+    "kernels",
+    "lm",
+    "modules",
+    "recurrence",
+    "rnn",
+    "states",
+    "testing",
+    "training",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ROOMS:
+        return importlib.import_module(f"linattn.{name}")
+    raise AttributeError(f"module 'linattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

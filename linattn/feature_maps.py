@@ -333,7 +333,7 @@ def _as_first_made(name: str, head_dim: int) -> nn.Module:
 # ---- in a call -------------------------------------------------------------------------------------------------------
 
 
-def mapped(
+def map_features(
     q: Tensor, k: Tensor, feature_map: FeatureMap, normalize: bool, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, str]:
     """Return q and k and the name of the map that the kernel still has to apply ("identity" where nothing is left).

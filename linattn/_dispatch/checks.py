@@ -26,6 +26,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None
     is_causal: bool
     q_offset: int
+    device: str
 
     @property
     def sequences(self) -> int:
@@ -51,7 +52,8 @@ def check_inputs(
     check_shapes(q, k, v, enable_gqa)
     check_key_mask(key_mask, k)
     check_cu_seqlens(cu_seqlens, q, k)
-    return Inputs(q, k, v, key_mask, cu_seqlens, is_causal, checked_offset(is_causal, q_offset, q.shape[2], k.shape[2]))
+    q_offset = check_offset(is_causal, q_offset, q.shape[2], k.shape[2])
+    return Inputs(q, k, v, key_mask, cu_seqlens, is_causal, q_offset, q.device.type)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -144,7 +146,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> None:
         raise DeviceError(f"cu_seqlens must be on {q.device} like q; given: {cu_seqlens.device}")
 
 
-def checked_offset(is_causal: bool, q_offset: int | None, T: int, Tk: int) -> int:
+def check_offset(is_causal: bool, q_offset: int | None, T: int, Tk: int) -> int:
     """The causal alignment: query i sees keys up to i + q_offset."""
     if q_offset is None:
         if is_causal and Tk != T:
@@ -162,13 +164,13 @@ def checked_offset(is_causal: bool, q_offset: int | None, T: int, Tk: int) -> in
     return q_offset
 
 
-def checked_scale(scale: float) -> float:
+def check_scale(scale: float) -> float:
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < math.inf:  # NaN fails too
         raise ArgumentError(f"scale must be a finite int or float; given: {scale!r}")
     return float(scale)
 
 
-def checked_coefficients(coefficients: Sequence[float], normalize: bool) -> tuple[float, float, float]:
+def check_coefficients(coefficients: Sequence[float], normalize: bool) -> tuple[float, float, float]:
     """c0, c1, c2 of sim = c0 + c1 s + c2 s^2 = c2 (s + b)^2 + r, which is non-negative when c2 > 0 and r >= 0."""
     three = isinstance(coefficients, Sequence) and len(coefficients) == 3
     if not three or not all(isinstance(c, int | float) and abs(c) < math.inf for c in coefficients):
