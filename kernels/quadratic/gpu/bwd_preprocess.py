@@ -36,7 +36,7 @@ class QueryGrads(NamedTuple):
 
     def of(self, group: HeadGroup) -> QueryGrads:
         """Return what belongs to a group of heads."""
-        return QueryGrads(*(group.of(x) for x in self))
+        return QueryGrads._make(group.of(x) for x in self)
 
 
 @triton.jit

@@ -70,8 +70,8 @@ def forward(inputs: ForwardInputs) -> Outputs:
         weight_0=weight_0,
         weight_1=weight_1,
         weight_2=weight_2,
-        BLOCK_PRODUCTS=products,
-        BLOCK_COLUMNS=columns,
+        PRODUCTS_PER_BLOCK=products,
+        COLUMNS_PER_BLOCK=columns,
         RETURN_STATE=return_state,
     )
     launch(
@@ -96,7 +96,8 @@ def forward(inputs: ForwardInputs) -> Outputs:
 
 def _state_args(suffix: str, state: State) -> dict[str, Any]:
     """Name the tensors of a canonical state, None if there is none."""
-    n, k_sum, kk, v_sum, kv, kkv = state or [None] * 6
+    tensors: list[Tensor | None] = [*state] if state else [None] * 6
+    n, k_sum, kk, v_sum, kv, kkv = tensors
     return {
         f"n{suffix}_ptr": n,
         f"k_sum{suffix}_ptr": k_sum,
@@ -158,13 +159,13 @@ def decode_products(
     D: tl.constexpr,
     M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_PRODUCTS: tl.constexpr,
+    PRODUCTS_PER_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     KEY_MASK: tl.constexpr,
     RETURN_STATE: tl.constexpr,
 ):
     """Compute o_part = w2 phi(q) kkv over some products; kkv += phi(k) v^T."""
-    product, offs_dv = block * BLOCK_PRODUCTS + tl.arange(0, BLOCK_PRODUCTS), tl.arange(0, BLOCK_DV)
+    product, offs_dv = block * PRODUCTS_PER_BLOCK + tl.arange(0, PRODUCTS_PER_BLOCK), tl.arange(0, BLOCK_DV)
     a, b = columns_of(product)
     inside = a < D
     offs, mask = product[:, None] * M + offs_dv[None, :], inside[:, None] & (offs_dv < M)[None, :]
@@ -216,7 +217,7 @@ def decode_moments(
     M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    COLUMNS_PER_BLOCK: tl.constexpr,
     PRODUCT_BLOCKS: tl.constexpr,
     MOMENT_BLOCKS: tl.constexpr,
     KEY_MASK: tl.constexpr,
@@ -227,7 +228,7 @@ def decode_moments(
     """
     # Over 60 lines: more than half of them are the signature.
     a, offs_d, offs_dv = (
-        block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS),
+        block * COLUMNS_PER_BLOCK + tl.arange(0, COLUMNS_PER_BLOCK),
         tl.arange(0, BLOCK_D),
         tl.arange(0, BLOCK_DV),
     )
@@ -301,8 +302,8 @@ def decode_state_kernel(
     M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_PRODUCTS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    PRODUCTS_PER_BLOCK: tl.constexpr,
+    COLUMNS_PER_BLOCK: tl.constexpr,
     PRODUCT_BLOCKS: tl.constexpr,
     MOMENT_BLOCKS: tl.constexpr,
     KEY_MASK: tl.constexpr,
@@ -350,7 +351,7 @@ def decode_state_kernel(
             D=D,
             M=M,
             BLOCK_DV=BLOCK_DV,
-            BLOCK_PRODUCTS=BLOCK_PRODUCTS,
+            PRODUCTS_PER_BLOCK=PRODUCTS_PER_BLOCK,
             BLOCKS=PRODUCT_BLOCKS + MOMENT_BLOCKS,
             KEY_MASK=KEY_MASK,
             RETURN_STATE=RETURN_STATE,
@@ -388,7 +389,7 @@ def decode_state_kernel(
             M=M,
             BLOCK_D=BLOCK_D,
             BLOCK_DV=BLOCK_DV,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
+            COLUMNS_PER_BLOCK=COLUMNS_PER_BLOCK,
             PRODUCT_BLOCKS=PRODUCT_BLOCKS,
             MOMENT_BLOCKS=MOMENT_BLOCKS,
             KEY_MASK=KEY_MASK,
