@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from linattn._util.source_tree import search_path
 from linattn._util.version import __version__
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __path__ = search_path(__path__)
 

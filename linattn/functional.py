@@ -85,7 +85,8 @@ def softmax_attention(
         >>> softmax_attention(q, k, v, is_causal=True).shape
         torch.Size([1, 2, 16, 8])
 
-    Formula:
+    For each query i
+
         out_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij),    s_ij = scale * q_i.k_j
 
     Args:
@@ -178,7 +179,8 @@ def quadratic_attention(  # noqa: PLR0913
         >>> torch.allclose(torch.cat([first, rest], 2), whole, atol=1e-4)
         True
 
-    Formula:
+    For each query i
+
         out_i = sum_j p(s_ij) v_j / l_i,    l_i = sum_j p(s_ij),    p(s) = c0 + c1 s + c2 s^2,    s_ij = scale * q_i.k_j
 
     The chunked form replaces keys by sums over C = (D+1)(D+2)/2 features, exactly, and pays from about T > D^2 on.
@@ -289,7 +291,8 @@ def linear_attention(  # noqa: PLR0913
         >>> torch.allclose(out, same, atol=1e-5)
         True
 
-    Formula:
+    For each query i
+
         out_i = sum_j p_ij v_j / l_i,    l_i = sum_j p_ij,    p_ij = scale * phi(q_i).phi(k_j)
 
     Args:
@@ -368,7 +371,8 @@ def kernel_attention(
         >>> torch.allclose(out, softmax_attention(q, k, v, scale=1.0), atol=1e-5)
         True
 
-    Formula:
+    For each query i
+
         out_i = sum_j sim(q_i, k_j) v_j / sum_j sim(q_i, k_j)
 
     Args:
@@ -406,7 +410,8 @@ def argmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         >>> argmax_attention(torch.tensor([1.0, 1, 2]).view(1, 1, 1, 3), k, v).flatten().tolist()
         [1.0, 4.0, 3.0]
 
-    Formula:
+    For each query i
+
         out_i = v_j,    j = argmax_j q_i.k_j    (the first of equals)
 
     The limit of softmax attention at falling temperature. Its gradient to q and k is zero wherever it exists, so
@@ -478,7 +483,8 @@ def quadratic_condition(
         >>> quadratic_condition(q, -0.45 * q).item() > 100    # s = -0.9
         True
 
-    Formula, with |c0|, |c1|, |c2| in the numerator:
+    For each query i, with |c0|, |c1|, |c2| in the numerator
+
         kappa_i = sum_j p(|s|_ij) / sum_j p(s_ij),    |s|_ij = |scale| |q_i|.|k_j|
 
     The relative error of query i is about kappa_i times the rounding unit. kappa is near 1 for positive scores and
