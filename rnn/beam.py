@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.errors import ArgumentError, ShapeError
+from linattn.errors import ArgumentError, ShapeError, refusal
 from linattn.rnn.checks import check_size
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
@@ -229,10 +229,19 @@ def _stepped(
 def _check_options(first_token: Tensor, beams: int, max_length: int, length_penalty: float, n_best: int) -> None:
     if not isinstance(first_token, Tensor) or first_token.dtype != torch.int64 or first_token.dim() != 1:
         given = f"{first_token.dtype} {list(first_token.shape)}" if isinstance(first_token, Tensor) else first_token
-        raise ShapeError(f"first_token must be an int64 tensor [B], got {given}")
+        raise refusal(
+            ShapeError, "first_token has the wrong type or shape", given=given, accepted="an int64 tensor [B]"
+        )
     for name, value in (("beams", beams), ("max_length", max_length), ("n_best", n_best)):
         check_size(name, value)
     if n_best > beams:
-        raise ArgumentError(f"n_best={n_best} and beams={beams} were given; accepted: n_best of at most beams")
+        raise refusal(
+            ArgumentError,
+            "more continuations than beams",
+            given=f"n_best={n_best} and beams={beams}",
+            accepted="n_best of at most beams",
+        )
     if not length_penalty >= 0:
-        raise ArgumentError(f"length_penalty={length_penalty} was given; accepted: 0 or more")
+        raise refusal(
+            ArgumentError, "length_penalty is negative", given=f"length_penalty={length_penalty}", accepted="0 or more"
+        )

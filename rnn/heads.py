@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 from linattn.rnn.checks import check_size
 
 
@@ -69,7 +69,9 @@ class RecurrentClassifier(nn.Module):
         super().__init__()
         check_size("classes", classes)
         if not 0 <= dropout < 1:
-            raise ArgumentError(f"dropout={dropout} was given; accepted: 0 <= dropout < 1")
+            raise refusal(
+                ArgumentError, "dropout is out of range", given=f"dropout={dropout}", accepted="0 <= dropout < 1"
+            )
         self.net = net
         self.dropout = nn.Dropout(dropout)
         self.head = _linear_behind(net, classes)
@@ -89,9 +91,19 @@ def _linear_behind(net: nn.Module, outputs: int) -> nn.Linear:
     """Make a linear layer as wide as the network's output, of its dtype and on its device."""
     hidden_size = getattr(net, "hidden_size", None)
     if not isinstance(hidden_size, int):
-        raise ArgumentError(f"net must have an int attribute hidden_size; {type(net).__name__} has {hidden_size!r}")
+        raise refusal(
+            ArgumentError,
+            "net has no width",
+            given=f"hidden_size={hidden_size!r} of {type(net).__name__}",
+            accepted="an int attribute hidden_size",
+        )
     if not getattr(net, "batch_first", True):
-        raise ArgumentError(f"net must be batch-first, [B, T, F]; this {type(net).__name__} has batch_first=False")
+        raise refusal(
+            ArgumentError,
+            "net is not batch-first",
+            given=f"{type(net).__name__} with batch_first=False",
+            accepted="batch_first=True, [B, T, F]",
+        )
     directions = 2 if getattr(net, "bidirectional", False) else 1  # of torch.nn's networks
     linear = nn.Linear(getattr(net, "output_size", directions * hidden_size), outputs)
     reference = next(net.parameters(), None)

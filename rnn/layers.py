@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linattn.errors import ArgumentError, StateError, unknown_name
+from linattn.errors import ArgumentError, StateError, refusal, unknown_name
 from linattn.recurrence import Activation, State, check_state, recur
 from linattn.rnn.checks import check_size
 from linattn.rnn.sequences import Sequences, sequences
@@ -90,7 +90,12 @@ class LSTMStateModule(RecurrentModule):
 def _check_pair(initial: object, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two halves of an LSTM's initial state, each of this shape, or raise StateError."""
     if not isinstance(initial, (tuple, list)) or len(initial) != 2:
-        raise StateError(f"the initial state of an LSTM must be a pair (h, c) of tensors, got {type(initial).__name__}")
+        raise refusal(
+            StateError,
+            "the initial state does not fit an LSTM",
+            given=type(initial).__name__,
+            accepted="a pair (h, c) of tensors",
+        )
     return check_state("initial h", initial[0], shape, x), check_state("initial c", initial[1], shape, x)
 
 
@@ -197,7 +202,12 @@ class RNNLayer(RecurrentLayer, HiddenStateModule):
         if isinstance(nonlinearity, str) and nonlinearity not in NONLINEARITIES:
             raise unknown_name("nonlinearity", nonlinearity, NONLINEARITIES)
         if not isinstance(nonlinearity, str) and not callable(nonlinearity):
-            raise ArgumentError(f"nonlinearity must be a name or a function of a tensor, got {nonlinearity!r}")
+            raise refusal(
+                ArgumentError,
+                "nonlinearity is no function",
+                given=repr(nonlinearity),
+                accepted="a name or a function of a tensor",
+            )
         self.nonlinearity = nonlinearity
 
     @property

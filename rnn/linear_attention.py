@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from linattn.errors import ArgumentError, ShapeError, unknown_name
+from linattn.errors import ArgumentError, ShapeError, refusal, unknown_name
 from linattn.feature_maps import CATALOGUE
 from linattn.functional import linear_attention
 from linattn.rnn.checks import check_sequence, check_size
@@ -67,8 +67,11 @@ class LinearAttentionLayer(nn.Module):
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("heads", heads)):
             check_size(name, size)
         if hidden_size % heads:
-            raise ArgumentError(
-                f"hidden_size={hidden_size} and heads={heads} were given; accepted: a multiple of heads"
+            raise refusal(
+                ArgumentError,
+                "hidden_size cannot be split",
+                given=f"hidden_size={hidden_size} and heads={heads}",
+                accepted="a multiple of heads",
             )
         if feature_map not in MAPS:
             raise unknown_name("feature map", feature_map, MAPS)
@@ -91,7 +94,7 @@ class LinearAttentionLayer(nn.Module):
         """
         if not isinstance(x, Tensor) or x.dim() != 2:
             given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ShapeError(f"x must have shape [B, {self.input_size}], got {given}")
+            raise refusal(ShapeError, "x has the wrong shape", given=given, accepted=f"[B, {self.input_size}]")
         q, k, v = (y[:, :, 0] for y in self._heads(check_sequence(x[:, None], self.input_size, self.weight_x)))
         D = self.hidden_size // self.heads
         phi, C = MAPS[self.feature_map].function, MAPS[self.feature_map].size(D)

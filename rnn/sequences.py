@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 from linattn.recurrence import check_lengths
 from linattn.rnn.checks import check_sequence
 
@@ -51,8 +51,8 @@ def sequences(x: Tensor | PackedSequence, lengths: Tensor | None, input_size: in
     packed = x if isinstance(x, PackedSequence) else None
     if packed is not None:
         if lengths is not None:
-            raise ArgumentError(
-                "lengths were given beside a PackedSequence, which has its own; accepted: one of the two"
+            raise refusal(
+                ArgumentError, "a PackedSequence has lengths of its own", given="both", accepted="one of the two"
             )
         x, lengths = pad_packed_sequence(packed, batch_first=True)
     x = check_sequence(x, input_size, weight)

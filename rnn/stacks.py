@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 from linattn.rnn.checks import check_size
 from linattn.rnn.layers import HiddenStateModule, LSTMLayer, LSTMStateModule, RecurrentLayer, RecurrentModule, RNNLayer
 
@@ -209,7 +209,9 @@ def _by_layer(
     for key, tensor in state.items():
         match = re.fullmatch(pattern, key)
         if match is None:
-            raise ArgumentError(f"unexpected key {key!r} in the state dict; accepted: keys matching {pattern}")
+            raise refusal(
+                ArgumentError, "unexpected key in the state dict", given=repr(key), accepted=f"keys matching {pattern}"
+            )
         layers.setdefault((int(match["level"]), match["reverse"] is not None), {})[match["name"]] = tensor
     directions = {is_reverse for _, is_reverse in layers} | {False}
     for level in range(max((level for level, _ in layers), default=0) + 1):
@@ -217,5 +219,10 @@ def _by_layer(
             missing = required - layers.get((level, is_reverse), {}).keys()
             if missing:
                 which = "reverse layer" if is_reverse else "layer"
-                raise ArgumentError(f"the state dict lacks {', '.join(sorted(missing))} of {which} {level}")
+                raise refusal(
+                    ArgumentError,
+                    f"the state dict lacks {', '.join(sorted(missing))} of {which} {level}",
+                    given="the other keys",
+                    accepted="every parameter of every layer",
+                )
     return layers

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linattn.errors import ArgumentError, DataError, ShapeError
+from linattn.errors import ArgumentError, DataError, ShapeError, refusal
 
 if TYPE_CHECKING:
     from linattn.autoencoders.data.synthetic import Split
@@ -48,7 +48,9 @@ def choose_labelled(split: Split, count: int | None, seed: int) -> Tensor:
         DataError: the split has no labels, or fewer than asked for.
     """
     if not len(split.y):
-        raise DataError("the samples have no labels; a probe needs one for every sample")
+        raise refusal(
+            DataError, "the samples have no labels", given="none", accepted="one for every sample, which a probe needs"
+        )
     if count is not None and count > len(split.y):
         raise DataError(f"{count} labelled samples were asked for; accepted: at most {len(split.y)}, all there are")
     order = torch.randperm(len(split.y), generator=torch.Generator().manual_seed(seed))
@@ -123,7 +125,12 @@ def _check(codes: Tensor, y: Tensor, test_codes: Tensor, test_y: Tensor, classes
         )
     for what, given, labels in (("codes", codes, y), ("test codes", test_codes, test_y)):
         if not len(labels):
-            raise DataError(f"the {what} have no labels; a probe needs one for every sample")
+            raise refusal(
+                DataError,
+                f"the {what} have no labels",
+                given="none",
+                accepted="one for every sample, which a probe needs",
+            )
         if labels.shape != (given.shape[1],):
             raise ShapeError(f"the {what} have labels of shape {list(labels.shape)}; accepted: [{given.shape[1]}]")
         if labels.min() < 0 or labels.max() >= classes:

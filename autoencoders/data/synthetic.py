@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,11 +68,18 @@ def synthetic_set(
     """
     for name, value in {"samples": samples, "input_size": input_size, "signal_size": signal_size}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ArgumentError(f"{name} must be an int of at least 1, got {value!r}")
+            raise refusal(ArgumentError, f"{name} is no count", given=repr(value), accepted="an int of at least 1")
     if signal_size > input_size:
-        raise ArgumentError(f"signal_size must be at most input_size = {input_size}, got {signal_size}")
+        raise refusal(
+            ArgumentError,
+            "signal_size is larger than input_size",
+            given=signal_size,
+            accepted=f"at most input_size = {input_size}",
+        )
     if not (math.isfinite(variance_scale) and variance_scale > 0):
-        raise ArgumentError(f"variance_scale must be finite and positive, got {variance_scale!r}")
+        raise refusal(
+            ArgumentError, "variance_scale is no variance", given=repr(variance_scale), accepted="finite and positive"
+        )
     sizes = _split_sizes(samples, fractions)
 
     # In float64, so that the rotation is orthogonal to far below the rounding of the float32 data.
@@ -90,11 +97,21 @@ def synthetic_set(
 
 def _split_sizes(samples: int, fractions: Sequence[float]) -> list[int]:
     if len(fractions) != 3 or not all(0 < f < 1 for f in fractions) or not math.isclose(sum(fractions), 1):
-        raise ArgumentError(f"fractions must be three positive numbers that sum to 1, got {tuple(fractions)}")
+        raise refusal(
+            ArgumentError,
+            "fractions cannot split a set",
+            given=tuple(fractions),
+            accepted="three positive numbers that sum to 1",
+        )
     train, valid = round(samples * fractions[0]), round(samples * fractions[1])
     sizes = [train, valid, samples - train - valid]
     if min(sizes) < 1:
-        raise ArgumentError(f"{samples} samples in fractions {tuple(fractions)} leave a split empty: {sizes}")
+        raise refusal(
+            ArgumentError,
+            f"fractions {tuple(fractions)} leave a split empty",
+            given=f"{samples} samples, splits of {sizes}",
+            accepted="more samples",
+        )
     return sizes
 
 

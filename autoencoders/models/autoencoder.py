@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linattn.autoencoders.models.corruption import AdditiveNoise, Masking
-from linattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, unknown_name
+from linattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, refusal, unknown_name
 
 Activation = str | Callable[[], nn.Module]
 
@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
         _check_size("input_size", input_size)
         sizes = list(hidden_sizes) if isinstance(hidden_sizes, Sequence) else [hidden_sizes]
         if not sizes:
-            raise ArgumentError("hidden_sizes must name at least one size, got none")
+            raise refusal(ArgumentError, "hidden_sizes is empty", given="none", accepted="at least one size")
         for size in sizes:
             _check_size("each of hidden_sizes", size)
         make_activation = _activation(activation)
@@ -101,15 +101,28 @@ class Autoencoder(nn.Module):
 
     def _check(self, name: str, given: object, size: int) -> None:
         if not isinstance(given, Tensor):
-            raise ArgumentError(f"{name} must be a torch.Tensor of shape [..., {size}], got {type(given).__name__}")
+            raise refusal(
+                ArgumentError,
+                f"{name} is no tensor",
+                given=type(given).__name__,
+                accepted=f"a torch.Tensor [..., {size}]",
+            )
         if given.dim() < 1 or given.shape[-1] != size:
-            raise ShapeError(f"{name} must have shape [..., {size}], got {list(given.shape)}")
+            raise refusal(ShapeError, f"{name} has the wrong shape", given=list(given.shape), accepted=f"[..., {size}]")
         weight = next(self.parameters())
         if given.device != weight.device:
-            raise DeviceError(f"{name} is on {given.device}, but the parameters are on {weight.device}")
+            raise refusal(
+                DeviceError,
+                f"{name} is on another device than the parameters",
+                given=given.device,
+                accepted=weight.device,
+            )
         if given.dtype != weight.dtype and not torch.is_autocast_enabled(given.device.type):
-            raise DtypeError(
-                f"{name} has dtype {given.dtype}, expected {weight.dtype}; only autocast accepts mixed dtypes"
+            raise refusal(
+                DtypeError,
+                f"{name} has another dtype than the parameters",
+                given=given.dtype,
+                accepted=f"{weight.dtype}, or autocast",
             )
 
 
@@ -187,9 +200,11 @@ def reconstruction_loss(reconstruction: Tensor, x: Tensor, reduction: str = "sum
     if reduction not in _REDUCTIONS:
         raise unknown_name("reduction", reduction, _REDUCTIONS)
     if reconstruction.shape != x.shape or x.dim() < 1 or x.numel() == 0:
-        raise ShapeError(
-            "reconstruction and x must share one non-empty shape [..., F], "
-            f"got {list(reconstruction.shape)} and {list(x.shape)}"
+        raise refusal(
+            ShapeError,
+            "reconstruction and x do not fit each other",
+            given=f"{list(reconstruction.shape)} and {list(x.shape)}",
+            accepted="one non-empty shape [..., F]",
         )
     return _REDUCTIONS[reduction]((reconstruction - x).square())
 
@@ -214,7 +229,12 @@ def _activation(given: Activation) -> Callable[[], nn.Module]:
             raise unknown_name("activation", given, _ACTIVATIONS)
         return _ACTIVATIONS[given]
     if isinstance(given, nn.Module) or not callable(given):
-        raise ArgumentError(f"activation must be a name or a function making a module, such as nn.ReLU; got {given!r}")
+        raise refusal(
+            ArgumentError,
+            "activation makes no module",
+            given=repr(given),
+            accepted="a name or a function making a module, such as nn.ReLU",
+        )
     return given
 
 
@@ -232,4 +252,4 @@ def _layers(
 
 def _check_size(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArgumentError(f"{name} must be an int of at least 1, got {value!r}")
+        raise refusal(ArgumentError, f"{name} is no count", given=repr(value), accepted="an int of at least 1")

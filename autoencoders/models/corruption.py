@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from linattn.errors import ArgumentError, DeviceError, DtypeError
+from linattn.errors import ArgumentError, DeviceError, DtypeError, refusal
 
 
 class AdditiveNoise(nn.Module):
@@ -32,7 +32,9 @@ class AdditiveNoise(nn.Module):
     def __init__(self, std: float = 0.5) -> None:
         super().__init__()
         if not (math.isfinite(std) and std >= 0):
-            raise ArgumentError(f"std must be finite and at least 0, got {std!r}")
+            raise refusal(
+                ArgumentError, "std is no standard deviation", given=repr(std), accepted="finite and at least 0"
+            )
         self.std = std
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -64,9 +66,13 @@ class Masking(nn.Module):
     def __init__(self, probability: float = 0.25, fill_value: float = 0.0) -> None:
         super().__init__()
         if not 0 <= probability < 1:
-            raise ArgumentError(f"probability must lie in [0, 1), got {probability!r}")
+            raise refusal(
+                ArgumentError, "probability is out of range", given=repr(probability), accepted="a number in [0, 1)"
+            )
         if not math.isfinite(fill_value):
-            raise ArgumentError(f"fill_value must be finite, got {fill_value!r}")
+            raise refusal(
+                ArgumentError, "fill_value is NaN or infinite", given=repr(fill_value), accepted="a finite number"
+            )
         self.probability = probability
         self.fill_value = fill_value
 
@@ -85,6 +91,8 @@ class Masking(nn.Module):
 
 def _check(x: Tensor, generator: torch.Generator | None) -> None:
     if not x.is_floating_point():
-        raise DtypeError(f"x must have a floating dtype, got {x.dtype}")
+        raise refusal(DtypeError, "x cannot be corrupted", given=x.dtype, accepted="a floating dtype")
     if generator is not None and generator.device.type != x.device.type:
-        raise DeviceError(f"the generator is on {generator.device}, but x is on {x.device}")
+        raise refusal(
+            DeviceError, "the generator is on another device than x", given=generator.device, accepted=x.device
+        )

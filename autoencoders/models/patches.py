@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linattn.autoencoders.models.autoencoder import reconstruction_loss
-from linattn.errors import ArgumentError, DtypeError, ShapeError
+from linattn.errors import ArgumentError, DtypeError, ShapeError, refusal
 from linattn.modules import Transformer
 
 
@@ -63,7 +63,9 @@ class PatchAutoencoder(nn.Module):
                 "positive sizes, patch a divisor of height and width"
             )
         if not 0 <= probability < 1:
-            raise ArgumentError(f"probability must lie in [0, 1), got {probability!r}")
+            raise refusal(
+                ArgumentError, "probability is out of range", given=repr(probability), accepted="a number in [0, 1)"
+            )
         self.grid = (height // patch, width // patch)
         self.patch, self.code_size, self.input_size = patch, dim, height * width
         self.tokens = self.grid[0] * self.grid[1]
@@ -138,7 +140,9 @@ class PatchAutoencoder(nn.Module):
 
     def _flat(self, x: Tensor) -> Tensor:
         if x.ndim < 1 or x.shape[-1] != self.input_size:
-            raise ShapeError(f"x must have shape [..., {self.input_size}], got {list(x.shape)}")
+            raise refusal(
+                ShapeError, "x has the wrong shape", given=list(x.shape), accepted=f"[..., {self.input_size}]"
+            )
         if not x.is_floating_point():
-            raise DtypeError(f"x must have a floating dtype, got {x.dtype}")
+            raise refusal(DtypeError, "x is no image", given=x.dtype, accepted="a floating dtype")
         return x.reshape(-1, self.input_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from linattn.autoencoders.models.autoencoder import Autoencoder, reconstruction_loss
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +83,12 @@ class Batched(nn.Module):
         first = dict(models[0].named_parameters())
         for model in models:
             if repr(model) != repr(models[0]):
-                raise ArgumentError(f"models of different architectures were given: {model} and {models[0]}")
+                raise refusal(
+                    ArgumentError,
+                    "models of different architectures cannot be batched",
+                    given=f"{model} and {models[0]}",
+                    accepted="one architecture",
+                )
         self.names = list(first)
         self.stacked = nn.ParameterList(
             torch.stack([model.get_parameter(name).detach() for model in models]) for name in self.names

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from linattn._util.version import __version__
-from linattn.errors import DeviceError
+from linattn.errors import DeviceError, refusal
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,14 @@ def pick_device(name: str | None = None) -> torch.device:
     if name is None or name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    refusal = f"device={name!r} was given; accepted: 'auto', 'cpu', 'cuda', 'cuda:0', ...; CUDA devices here: {seen}"
+    accepted = f"'auto', 'cpu', 'cuda', 'cuda:0', ...; CUDA devices here: {seen}"
+    unusable = refusal(DeviceError, "the device cannot be used", given=f"device={name!r}", accepted=accepted)
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DeviceError(refusal) from error
+        raise unusable from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= seen):
-        raise DeviceError(refusal)
+        raise unusable
     return device
 
 

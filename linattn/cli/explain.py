@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import linattn
-from linattn.errors import ArgumentError, DeviceError
+from linattn.errors import ArgumentError, DeviceError, refusal
 
 if TYPE_CHECKING:
     import argparse
@@ -44,9 +44,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _inputs(shape: list[int], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if len(shape) not in (4, 5):
-        raise ArgumentError(f"--shape takes B H N D or B H N D M; given {len(shape)} sizes: {shape}")
+        raise refusal(
+            ArgumentError,
+            "--shape has the wrong number of sizes",
+            given=f"{len(shape)} sizes: {shape}",
+            accepted="B H N D or B H N D M",
+        )
     if min(shape) < 1:
-        raise ArgumentError(f"--shape takes sizes of at least 1; given {shape}")
+        raise refusal(ArgumentError, "--shape has a size below 1", given=shape, accepted="sizes of at least 1")
     batch, heads, length, size = shape[:4]
     try:
         # One element seen from every position: a question about a million tokens must not need their memory.

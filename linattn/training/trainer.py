@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from linattn._util.files import atomic_file
 from linattn._util.progress import Bar, progress
-from linattn.errors import ArgumentError, CheckpointError
+from linattn.errors import ArgumentError, CheckpointError, refusal
 from linattn.training.checkpoint import CHECKPOINT_NAME, HISTORY_NAME, describe_earlier, write_checkpoint
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
-            raise ArgumentError("neither steps nor minutes was given; at least one says when to stop")
+            raise refusal(
+                ArgumentError, "the run has no end", given="neither steps nor minutes", accepted="at least one of them"
+            )
         for name in ("steps", "minutes", "learning_rate", "clip", "validate_every", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linattn._util.tables import text_table
-from linattn.errors import CheckpointError
+from linattn.errors import CheckpointError, refusal
 from linattn.rnn.tasks.name_model import saved_classifier
 from linattn.training.checkpoint import CHECKPOINT_NAME
 
@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the most probable languages of each name."""
     found = sorted(args.run.glob(f"seed-*/{CHECKPOINT_NAME}"))
     if not found:
-        raise CheckpointError(f"there is no trained model in {args.run}; `linattn train names` makes one")
+        raise refusal(
+            CheckpointError, "there is no trained model", given=args.run, accepted="a folder of `linattn train names`"
+        )
     model, languages = saved_classifier(found[0])
     rows = [(name, language, p) for name in args.names for language, p in model.guesses(name, languages, args.top)]
     print(text_table(("name", "language", "probability"), rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linattn.errors import DtypeError, ShapeError
+from linattn.errors import DtypeError, ShapeError, refusal
 from linattn.rnn.checks import check_size
 
 
@@ -35,7 +35,7 @@ def running_average_batch(
     check_size("seq_len", seq_len)
     check_size("batch_size", batch_size)
     if dtype is not None and not dtype.is_floating_point:
-        raise DtypeError(f"dtype must be a floating dtype, got {dtype}")
+        raise refusal(DtypeError, "numbers cannot be drawn", given=dtype, accepted="a floating dtype")
     x = torch.randn(batch_size, seq_len, 1, generator=generator, device=device, dtype=dtype)
     steps = torch.arange(1, seq_len + 1, device=x.device, dtype=x.dtype)
     return x, x.cumsum(1) / steps[:, None]
@@ -58,11 +58,18 @@ def running_average_loss(predictions: Tensor, targets: Tensor, last_timestep_onl
     """
     # Broadcasting [B, T] against [B, T, 1] would give a plausible wrong number, so shapes must be equal.
     if predictions.shape != targets.shape or predictions.dim() not in (2, 3) or predictions.numel() == 0:
-        raise ShapeError(
-            "predictions and targets must share one non-empty shape [B, T] or [B, T, O], "
-            f"got {list(predictions.shape)} and {list(targets.shape)}"
+        raise refusal(
+            ShapeError,
+            "predictions and targets do not fit each other",
+            given=f"{list(predictions.shape)} and {list(targets.shape)}",
+            accepted="one non-empty shape [B, T] or [B, T, O]",
         )
     if predictions.dtype != targets.dtype:
-        raise DtypeError(f"predictions and targets must share one dtype, got {predictions.dtype} and {targets.dtype}")
+        raise refusal(
+            DtypeError,
+            "predictions and targets do not fit each other",
+            given=f"{predictions.dtype} and {targets.dtype}",
+            accepted="one dtype",
+        )
     error = (predictions - targets).square()
     return error[:, -1].mean() if last_timestep_only else error.mean()

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,9 +58,14 @@ def scalar_rnn(weight: float, inputs: Sequence[float]) -> ScalarRNN:
     (4.0, 24.0, 124.0)
     """
     if len(inputs) == 0:
-        raise ArgumentError("inputs must hold at least one number, got none")
+        raise refusal(ArgumentError, "inputs are empty", given="none", accepted="at least one number")
     if not all(map(math.isfinite, (weight, *inputs))):
-        raise ArgumentError(f"weight and inputs must be finite, got weight {weight!r} and inputs {list(inputs)!r}")
+        raise refusal(
+            ArgumentError,
+            "weight or inputs are NaN or infinite",
+            given=f"weight {weight!r} and inputs {list(inputs)!r}",
+            accepted="finite numbers",
+        )
 
     states: list[float] = []
     before_weight: list[float] = []

@@ -110,7 +110,7 @@ def test_a_finished_run_is_neither_overwritten_nor_changed_unasked(
     [
         (("--set", "mnits"), "Did you mean 'mnist'"),
         (("--objective", "mask"), "Did you mean 'masked'"),
-        (("--objective", "masked", "--mask", "1"), "[0, 1), got 1.0"),
+        (("--objective", "masked", "--mask", "1"), "given: 1.0; accepted: a number in [0, 1)"),
         (("--activation", "rleu"), "Did you mean 'relu'"),
         (("--patch", 2), "one size"),
         (("--labels", 500), "500 labelled samples were asked for; accepted: at most"),

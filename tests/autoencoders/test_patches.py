@@ -83,9 +83,17 @@ def test_it_learns_to_fill_in_digits() -> None:
     [
         (lambda: PatchAutoencoder((8, 8), 3, 16), ArgumentError, "patch=3 .* a divisor"),
         (lambda: PatchAutoencoder((8, 8), 0, 16), ArgumentError, "patch=0"),
-        (lambda: PatchAutoencoder((8, 8), 2, 16, probability=1.0), ArgumentError, r"\[0, 1\), got 1.0"),
+        (
+            lambda: PatchAutoencoder((8, 8), 2, 16, probability=1.0),
+            ArgumentError,
+            r"given: 1\.0; accepted: .* \[0, 1\)",
+        ),
         (lambda: PatchAutoencoder((8, 8), 2, 16, kernel="sofmax"), ArgumentError, "Did you mean 'softmax'"),
-        (lambda: PatchAutoencoder((8, 8), 2, 16)(torch.ones(2, 63)), ShapeError, r"\[..., 64\], got \[2, 63\]"),
+        (
+            lambda: PatchAutoencoder((8, 8), 2, 16)(torch.ones(2, 63)),
+            ShapeError,
+            r"given: \[2, 63\]; accepted: \[..., 64\]",
+        ),
         (lambda: PatchAutoencoder((8, 8), 2, 16)(torch.ones(2, 64).long()), DtypeError, "int64"),
     ],
 )

@@ -72,9 +72,9 @@ def test_a_linear_autoencoder_reaches_the_pca_bound_and_its_code_keeps_the_label
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 0}, "samples must be an int of at least 1, got 0"),
+        ({"samples": 0}, "samples is no count; given: 0; accepted: an int of at least 1"),
         ({"input_size": 2.0}, "input_size .* 2.0"),
-        ({"input_size": 10}, "signal_size must be at most input_size = 10, got 20"),
+        ({"input_size": 10}, "signal_size .*; given: 20; accepted: at most input_size = 10"),
         ({"signal_size": 0}, "signal_size"),
         ({"variance_scale": 0.0}, "variance_scale"),
         ({"variance_scale": float("nan")}, "variance_scale"),

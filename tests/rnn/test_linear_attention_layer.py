@@ -69,7 +69,7 @@ def test_bad_calls() -> None:
     with pytest.raises(ArgumentError, match="Did you mean 'elu"):
         LinearAttentionLayer(3, 8, feature_map="elu1")
     layer, x = made()
-    with pytest.raises(ShapeError, match=r"\[B, 3\], got \[4, 21, 3\]"):
+    with pytest.raises(ShapeError, match=r"given: \[4, 21, 3\]; accepted: \[B, 3\]"):
         layer.step(x, None)
     with pytest.raises(DtypeError, match="float32"):
         layer(x.float())

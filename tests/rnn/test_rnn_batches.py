@@ -136,7 +136,7 @@ def test_regression_head_on_both_directions(kind: type) -> None:
         (
             lambda: RNN(2, 3)(pack_padded_sequence(torch.zeros(1, 4, 2), [4], batch_first=True), lengths=LENGTHS[:1]),
             ArgumentError,
-            "beside a PackedSequence",
+            "a PackedSequence has lengths of its own",
         ),
         (
             lambda: RNN(2, 3, 2, bidirectional=True)(torch.zeros(4, 5, 2), torch.zeros(2, 4, 3)),

@@ -278,12 +278,12 @@ def test_regression_head_on_torch_networks(kind: type) -> None:
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (torch.zeros(4, 2), ShapeError, r"\[B, T, 2\], got \[4, 2\]"),
-        (torch.zeros(1, 4, 3), ShapeError, r"got \[1, 4, 3\]"),
+        (torch.zeros(4, 2), ShapeError, r"given: \[4, 2\]; accepted: \[B, T, 2\]"),
+        (torch.zeros(1, 4, 3), ShapeError, r"given: \[1, 4, 3\]"),
         (torch.zeros(1, 0, 2), ShapeError, "at least one time step"),
         (torch.zeros(1, 4, 2, dtype=torch.float64), DtypeError, "float64, expected torch.float32"),
         (torch.zeros(1, 4, 2, dtype=torch.int64), DtypeError, "int64"),
-        ([[[0.0, 0.0]]], ArgumentError, "got list"),
+        ([[[0.0, 0.0]]], ArgumentError, "given: list"),
     ],
 )
 def test_bad_sequences(kind: type, x: object, error: type[Exception], message: str) -> None:
@@ -311,13 +311,13 @@ def test_bad_states(net: nn.Module, initial: object, error: type[Exception], mes
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: RNNLayer(0, 3), ArgumentError, "input_size must be an int of at least 1, got 0"),
+        (lambda: RNNLayer(0, 3), ArgumentError, "input_size is no count; given: 0; accepted: an int of at least 1"),
         (lambda: RNNLayer(2, 1.5), ArgumentError, "hidden_size .* 1.5"),
         (lambda: LSTM(2, 3, 0), ArgumentError, "num_layers"),
         (lambda: RNN(2, 3, True), ArgumentError, "num_layers"),
         (lambda: RNNLayer(2, 3, "tahn"), ArgumentError, "Did you mean 'tanh'"),
-        (lambda: RNNLayer(2, 3, 7), ArgumentError, "got 7"),
-        (lambda: RecurrentRegressionModel(nn.Linear(2, 3)), ArgumentError, "Linear has None"),
+        (lambda: RNNLayer(2, 3, 7), ArgumentError, "given: 7"),
+        (lambda: RecurrentRegressionModel(nn.Linear(2, 3)), ArgumentError, "None of Linear"),
         (lambda: RecurrentRegressionModel(nn.RNN(2, 3)), ArgumentError, "batch_first=False"),
         (lambda: RecurrentRegressionModel(RNN(2, 3), 0), ArgumentError, "output_dim"),
         (lambda: running_average_batch(0), ArgumentError, "seq_len"),

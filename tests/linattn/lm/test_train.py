@@ -181,7 +181,7 @@ def test_a_finished_run_is_not_overwritten_unasked(
         (("--text", "TEXT", "--batch", "0"), "batch=0"),
         (("--text", "TEXT", "--seed", "-1"), "seed=-1"),
         (("--text", "TEXT", "--device", "abacus"), "device='abacus'"),
-        (("--text", "TEXT", "--device", "cuda:99"), "device='cuda:99' was given; accepted: 'auto', 'cpu', 'cuda'"),
+        (("--text", "TEXT", "--device", "cuda:99"), "given: device='cuda:99'; accepted: 'auto', 'cpu', 'cuda'"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(

@@ -42,6 +42,6 @@ def test_the_gpu_is_picked_where_there_is_one(
 @pytest.mark.parametrize("name", ["abacus", "meta", "cuda", "cuda:0", "cuda:7", "cuda:-1"])
 def test_a_device_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match=f"device='{name}' was given; accepted: 'auto', 'cpu', 'cuda', .* here: 0"):
+    with pytest.raises(DeviceError, match=f"given: device='{name}'; accepted: 'auto', 'cpu', 'cuda', .* here: 0"):
         pick_device(name)
     assert pick_device("cpu") == torch.device("cpu")
