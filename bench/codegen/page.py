@@ -17,7 +17,7 @@ from linattn._util import figures
 from linattn._util.files import write_text
 from linattn.bench.codegen import command
 from linattn.bench.codegen.command import ARCHITECTURES, OPERATIONS, KernelRecord
-from linattn.bench.report.marked_tables import replaced
+from linattn.bench.report.marked_tables import replace_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_text(RESULTS, _one_record_per_line(report))
     report = json.loads(RESULTS.read_text())
     figures.save(draw(report), FIGURE)
-    write_text(PAGE, replaced(PAGE.read_text(), BEGIN, table(report["rows"])))
+    write_text(PAGE, replace_table(PAGE.read_text(), BEGIN, table(report["rows"])))
     failed = command.broken(report)
     print(f"{len(report['rows'])} rows; {len(failed)} of the required ones break the gate")
     return 1 if failed else 0

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print a line a head size, and write the table."""
     if args.predict:
-        calibration.save(args.out or calibration.PREDICTED, predicted())
+        calibration.save(args.out or calibration.PREDICTED, predict_lengths())
         return 0
     device = pick_device(args.device)
     path = args.out or calibration.user_file()
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def predicted() -> calibration.Table:
+def predict_lengths() -> calibration.Table:
     """Return lengths at which the direct and the chunked Triton kernels take as many flops as they do them, for every
     row of their table. Per token, with F = D (D + 16) / 2 features: direct 2 N (D + M), half when causal; chunked 4 F M
     + 4 D M for sums over values, twice 4 D^2 for those of the row sum, in TF32 at half the rate, and causal c (D + M)

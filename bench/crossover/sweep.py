@@ -11,7 +11,7 @@ import torch
 
 from linattn._util.progress import Bar, progress
 from linattn.bench.crossover import tables
-from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem, takes
+from linattn.bench.measuring.cases import QUADRATIC_CHUNKED, QUADRATIC_DIRECT, SDPA, Method, Problem, supports
 from linattn.bench.measuring.crossing import refine
 from linattn.bench.measuring.environment import describe
 from linattn.bench.measuring.measure import measure, select_affordable, useful_gflops
@@ -94,7 +94,7 @@ class Sweep:
         found = self.results.measurements_of(problem)
         if not found:
             self.bar.set_postfix_str(str(problem))
-            defined = [method for method in self.methods if takes(method, problem)]
+            defined = [method for method in self.methods if supports(method, problem)]
             methods, skipped = select_affordable(defined, problem, self.results.measurements, limit_s)
             found = measure(problem, methods, device=self.device, budget_s=self.plan.budget_s, memory=self.memory)
             found += skipped
@@ -193,7 +193,7 @@ def _announce(
         seconds = 0.0
         for problem in missing:
             calls = {
-                m: useful_gflops(m, problem) / rate * (1 if m == SDPA else 2) for m in methods if takes(m, problem)
+                m: useful_gflops(m, problem) / rate * (1 if m == SDPA else 2) for m in methods if supports(m, problem)
             }
             # Beyond twice the expected crossing the order is settled.
             settled = problem.N > 2 * problem.D**2

@@ -23,7 +23,7 @@ from linattn import cost
 from linattn._util import figures
 from linattn._util.files import write_text
 from linattn.bench.crossover.figures import require_matplotlib
-from linattn.bench.report.marked_tables import replaced
+from linattn.bench.report.marked_tables import replace_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,7 +147,7 @@ def main() -> int:
     writer.writerows(asdict(prediction) for prediction in predictions)
     write_text(RESULTS, text.getvalue())
     figures.save(draw(predictions), FIGURE)
-    write_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), BEGIN, table(predictions)))
+    write_text(PAGE, replace_table(PAGE.read_text(encoding="utf-8"), BEGIN, table(predictions)))
     return 0
 
 

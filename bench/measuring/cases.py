@@ -104,7 +104,7 @@ KERNEL_ATTENTION = Method("kernel_attention", "quadratic", "direct", GENERAL)
 ARGMAX = Method("argmax_attention", "argmax", "direct", GENERAL)
 
 
-def takes(method: Method, problem: Problem) -> bool:
+def supports(method: Method, problem: Problem) -> bool:
     """Say whether a method is defined on a problem: decoding goes forwards in time, looking up the best key has no mask
     and no gradient to queries and keys.
     """

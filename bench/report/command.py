@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the page, or update others, and say what is worse."""
     if args.update:
         for path in args.update:
-            write_text(path, marked_tables.updated(_read(path), path.parent))
+            write_text(path, marked_tables.update_tables(_read(path), path.parent))
             print(f"written: {path}")
         return 0
     if not args.no_figures:
@@ -150,7 +150,9 @@ def _section(finding: Finding, *, figures: bool) -> Section:
             found.parts += [page.heading(heading), page.table(content)]
     if figures:
         found.parts += _pictures(results)
-    found.parts.append(page.folded(f"all {len(results.measurements)} rows", page.table(section("measured", results))))
+    found.parts.append(
+        page.collapsible(f"all {len(results.measurements)} rows", page.table(section("measured", results)))
+    )
     return found
 
 

@@ -38,7 +38,7 @@ def gpu_section(path: Path, *, figures: bool) -> Section:
         found.parts += _pictures(record)
     rows = record.section("rows")
     if rows:
-        found.parts.append(page.folded(f"all {len(rows)} rows", page.table(_rows(rows))))
+        found.parts.append(page.collapsible(f"all {len(rows)} rows", page.table(_rows(rows))))
     return found
 
 

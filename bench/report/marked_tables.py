@@ -26,7 +26,7 @@ END = "<!-- end of table -->"
 MARK = re.compile(r"<!-- linattn report: (?P<section>\S+) (?P<file>\S+) -->\n")
 
 
-def updated(page: str, folder: Path) -> str:
+def update_tables(page: str, folder: Path) -> str:
     """Return a page with every marked table as its file has it now; files are looked for from `folder`.
 
     Raises:
@@ -46,7 +46,7 @@ def updated(page: str, folder: Path) -> str:
     return "".join(pieces) + page[at:]
 
 
-def replaced(page: str, begin: str, table: str) -> str:
+def replace_table(page: str, begin: str, table: str) -> str:
     """Return a page with another table after the mark `begin`, up to the next `END`.
 
     Raises:

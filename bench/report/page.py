@@ -94,7 +94,7 @@ def table(content: Table) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
 
 
-def folded(summary: str, content: str) -> str:
+def collapsible(summary: str, content: str) -> str:
     """Wrap something long that opens on a click."""
     return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"
 

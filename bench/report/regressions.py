@@ -55,7 +55,7 @@ def compare(now: Results, before: Results | None) -> list[Flag]:
     """Collect the flags of `now`: outputs beyond their error budget, and, where there is a `before`, what it did
     better.
     """
-    flags = [flag for measurement in now.measurements for flag in wrong(measurement)]
+    flags = [flag for measurement in now.measurements for flag in find_wrong(measurement)]
     if before is None:
         return flags
     earlier = {(measurement.method, measurement.problem): measurement for measurement in before.measurements}
@@ -73,7 +73,7 @@ def compare(now: Results, before: Results | None) -> list[Flag]:
     return flags
 
 
-def wrong(measurement: Measurement) -> list[Flag]:
+def find_wrong(measurement: Measurement) -> list[Flag]:
     """Flag an output or gradient whose error is beyond the budget of its dtype, NaN included."""
     budget = BUDGETS[DTYPES[measurement.problem.dtype]]
     pairs = (("output", measurement.error, budget.forward), ("gradient", measurement.gradient_error, budget.gradient))

@@ -16,7 +16,7 @@ from linattn.bench.measuring.environment import describe
 from linattn.bench.measuring.measure import measure, select_affordable
 from linattn.bench.measuring.memory import MemoryProbe
 from linattn.bench.measuring.results import Results
-from linattn.bench.report.regressions import wrong
+from linattn.bench.report.regressions import find_wrong
 from linattn.bench.suite import targets
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class BenchmarkPlugin:
         measurements = measure(problem, kept, device=self._device, budget_s=budget, memory=self._memory) + skipped
         self._results.measurements += measurements
         self._results.save(self.path)
-        flags = [str(flag) for measurement in measurements for flag in wrong(measurement)]
+        flags = [str(flag) for measurement in measurements for flag in find_wrong(measurement)]
         assert not flags, "; ".join(flags)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

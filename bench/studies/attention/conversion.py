@@ -90,7 +90,7 @@ class Conversion:
         return model
 
 
-def swapped(teacher: CausalLM, kernel: str) -> CausalLM:
+def swap_kernel(teacher: CausalLM, kernel: str) -> CausalLM:
     """Copy the teacher with another kernel and the same weights; maps that learn stand at their first values."""
     student = CausalLM(replace(teacher.config, kernel=kernel, form="chunked"))
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
@@ -154,7 +154,7 @@ def convert(conversion: Conversion, steps: int) -> dict[str, float]:
         model.requires_grad_(True)
         return conversion.validation_loss(conversion.trained(stage, model, short, FINE_TUNING_RATE))
 
-    student = swapped(teacher, "hedgehog")
+    student = swap_kernel(teacher, "hedgehog")
     losses["hedgehog, swapped"] = conversion.validation_loss(student)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(".kernel." in name)
@@ -165,7 +165,7 @@ def convert(conversion: Conversion, steps: int) -> dict[str, float]:
     losses["hedgehog, distilled"] = conversion.validation_loss(student)
     losses["hedgehog, distilled and fine-tuned"] = fine_tune("hedgehog-fine-tuned", student)
     for kernel in ("hedgehog", "elu+1", "taylor"):
-        control = swapped(teacher, kernel)
+        control = swap_kernel(teacher, kernel)
         losses.setdefault(f"{kernel}, swapped", conversion.validation_loss(control))
         losses[f"{kernel}, fine-tuned"] = fine_tune(f"{kernel}-only-fine-tuned", control)
     again = CausalLM(teacher.config)

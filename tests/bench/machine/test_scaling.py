@@ -9,7 +9,7 @@ from linattn.bench.crossover import sweep
 from linattn.bench.crossover.sweep import SweepPlan
 from linattn.bench.machine import scaling
 from linattn.bench.measuring import memory, timing
-from linattn.bench.measuring.cases import ARGMAX, KERNEL_ATTENTION, Problem, takes
+from linattn.bench.measuring.cases import ARGMAX, KERNEL_ATTENTION, Problem, supports
 from linattn.bench.measuring.environment import describe
 from linattn.bench.measuring.results import Measurement, Results
 from linattn.cli.main import main
@@ -24,7 +24,7 @@ def test_every_operation_is_measured_where_it_is_defined_and_right(tmp_path, mon
     assert main(["scaling", *options]) == 0
     measurements = Results.load(tmp_path / "results.json").measurements
     for causal, direction in scaling.SERIES:
-        wanted = [m for m in scaling.METHODS if takes(m, Problem(32, 8, 8, is_causal=causal, direction=direction))]
+        wanted = [m for m in scaling.METHODS if supports(m, Problem(32, 8, 8, is_causal=causal, direction=direction))]
         for N in (32, 64):
             problem = Problem(N, 8, 8, H=1, is_causal=causal, direction=direction)
             assert [measurement.method for measurement in measurements if measurement.problem == problem] == wanted
@@ -36,12 +36,12 @@ def test_every_operation_is_measured_where_it_is_defined_and_right(tmp_path, mon
 
 def test_where_operations_are_defined() -> None:
     recurrent = next(m for m in scaling.METHODS if m.form == "recurrent")
-    assert takes(recurrent, Problem(8, 4, 4, is_causal=True))
-    assert not takes(recurrent, Problem(8, 4, 4))
-    assert takes(ARGMAX, Problem(8, 4, 4))
-    assert not takes(ARGMAX, Problem(8, 4, 4, is_causal=True))
-    assert not takes(ARGMAX, Problem(8, 4, 4, direction="training"))
-    assert takes(KERNEL_ATTENTION, Problem(8, 4, 4, is_causal=True, direction="training"))
+    assert supports(recurrent, Problem(8, 4, 4, is_causal=True))
+    assert not supports(recurrent, Problem(8, 4, 4))
+    assert supports(ARGMAX, Problem(8, 4, 4))
+    assert not supports(ARGMAX, Problem(8, 4, 4, is_causal=True))
+    assert not supports(ARGMAX, Problem(8, 4, 4, direction="training"))
+    assert supports(KERNEL_ATTENTION, Problem(8, 4, 4, is_causal=True, direction="training"))
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def test_a_page_is_updated_between_its_marks_only(tmp_path: Path) -> None:
     assert "old" not in found
     assert found.count("| 32 | non-causal | fp32 | 600 [600, 600] |") == 2
     assert re.sub(r"\|.*\|\n", "", found) == text.replace("old\n", "")
-    assert marked_tables.updated(found, tmp_path) == found
+    assert marked_tables.update_tables(found, tmp_path) == found
 
 
 @pytest.mark.parametrize(
@@ -179,14 +179,16 @@ def test_a_page_is_updated_between_its_marks_only(tmp_path: Path) -> None:
 def test_bad_marks_are_named(text: str, error: type[Exception], message: str, tmp_path: Path) -> None:
     crossover_results().save(tmp_path / "r.json")
     with pytest.raises(error, match=message):
-        marked_tables.updated(text, tmp_path)
+        marked_tables.update_tables(text, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_tables_of_this_repository_equal_the_files(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert marked_tables.updated(text, path.parent) == text, f"run: linattn report --update {path.relative_to(ROOT)}"
+    assert marked_tables.update_tables(text, path.parent) == text, (
+        f"run: linattn report --update {path.relative_to(ROOT)}"
+    )
 
 
 def test_there_are_tables_to_hold_against_the_files() -> None:

@@ -64,10 +64,10 @@ def test_predicted_lengths_are_used_where_nothing_was_measured_and_said_to_be_pr
 def test_the_predicted_table_is_what_the_kernels_flops_say() -> None:
     """Nobody has edited it, and the kernels' chunks are still those that it counted."""
     pytest.importorskip("triton")
-    from linattn.bench.crossover.calibrate import predicted
+    from linattn.bench.crossover.calibrate import predict_lengths
 
-    assert calibration.load(calibration.PREDICTED) == predicted()
-    assert predicted()["triton/sm_90/bf16"]["causal"][64] == (4 * 2560 * 64 + 12 * 64**2) / 128 + 512
+    assert calibration.load(calibration.PREDICTED) == predict_lengths()
+    assert predict_lengths()["triton/sm_90/bf16"]["causal"][64] == (4 * 2560 * 64 + 12 * 64**2) / 128 + 512
 
 
 def test_a_table_survives_saving_and_wins_over_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

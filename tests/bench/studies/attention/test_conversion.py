@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from linattn import softmax_attention
-from linattn.bench.studies.attention.conversion import distilling_loss, queries_keys, swapped
+from linattn.bench.studies.attention.conversion import distilling_loss, queries_keys, swap_kernel
 from linattn.lm.model import CausalLM, CausalLMConfig
 
 
@@ -16,7 +16,7 @@ def make_teacher() -> CausalLM:
 
 def test_swapping_keeps_every_weight() -> None:
     teacher = make_teacher()
-    student = swapped(teacher, "hedgehog")
+    student = swap_kernel(teacher, "hedgehog")
     kept = dict(student.named_parameters())
     assert all(torch.equal(kept.pop(name), weight) for name, weight in teacher.named_parameters())
     assert len(kept) == 2
@@ -33,7 +33,7 @@ def test_queries_and_keys_are_those_of_the_layer() -> None:
 
 def test_distilling_trains_the_maps_and_brings_the_rows_nearer() -> None:
     teacher, tokens = make_teacher(), torch.randint(11, (2, 20))
-    student = swapped(teacher, "hedgehog")
+    student = swap_kernel(teacher, "hedgehog")
     maps = [weight for name, weight in student.named_parameters() if ".kernel." in name]
     optimizer = torch.optim.Adam(maps, lr=0.05)
     losses = []
