@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from linattn import cost, functional
 from linattn.errors import ArgumentError, ShapeError, StateError, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap
-from linattn.kernels.common.reference.scan import DIRECT_KEYS
+from linattn.kernels.common.op.conditioning import DIRECT_KEYS
 from linattn.states import FeatureMapState, QuadraticState
 
 if TYPE_CHECKING:

@@ -42,26 +42,26 @@ FeatureMap = str | Callable[[Tensor], Tensor]
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """X + 1 for x > 0, else exp(x), elementwise. Source: Katharopoulos et al. 2020, "Transformers are RNNs"."""
-    return MAPS["elu+1"][0](x)
+    return MAPS["elu+1"].phi(x)
 
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), elementwise; a row may vanish. Source: Kasai et al. 2021, "Finetuning pretrained transformers into
     RNNs".
     """
-    return MAPS["relu"][0](x)
+    return MAPS["relu"].phi(x)
 
 
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2, elementwise; a row may vanish. Source of the activation: So et al. 2021, "Primer"."""
-    return MAPS["relu2"][0](x)
+    return MAPS["relu2"].phi(x)
 
 
 def exp(x: Tensor) -> Tensor:
     """exp(x), elementwise: each feature is positive. Source of exponential features: Choromanski et al. 2021,
     "Rethinking attention with performers".
     """
-    return MAPS["exp"][0](x)
+    return MAPS["exp"].phi(x)
 
 
 def softmax_features(x: Tensor) -> Tensor:
@@ -291,12 +291,13 @@ def _pairs(D: int) -> int:
     return (D + 1) * (D + 2) // 2
 
 
+ELEMENTWISE = {
+    key: entry
+    for name, elementwise in MAPS.items()
+    for key, entry in _fixed(name, elementwise.phi, _same, elementwise.positive).items()
+}
 CATALOGUE: dict[str, Entry] = {
-    **_fixed("elu+1", elu_plus_one, _same),
-    **_fixed("relu", relu, _same),
-    **_fixed("relu2", relu2, _same),
-    **_fixed("exp", exp, _same),
-    **_fixed("identity", MAPS["identity"][0], _same, positive=False),
+    **ELEMENTWISE,
     **_fixed("softmax-features", softmax_features, _same),
     **_fixed("dpfp", dpfp, lambda D: 2 * D),
     **_fixed("quadratic-features", quadratic_features, _pairs),

@@ -8,11 +8,10 @@ from linattn._native import FeatureMapOptions, feature_map_backward, feature_map
 from linattn.kernels.common.native import binding
 from linattn.kernels.common.native.binding import describe as describe
 from linattn.kernels.feature_map.contract import Options, state_shapes
+from linattn.kernels.feature_map.maps import MAPS
 
 if TYPE_CHECKING:
     from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs, Plan
-
-MAPS = {"identity": 0, "elu+1": 1, "relu": 2, "relu2": 3, "exp": 4}
 
 
 def forward(inputs: ForwardInputs) -> Outputs:
@@ -26,4 +25,4 @@ def backward(inputs: BackwardInputs) -> Gradients:
 
 
 def _native_options(options: Options, plan: Plan) -> FeatureMapOptions:
-    return FeatureMapOptions(MAPS[options.feature_map], 1 if plan.form == "recurrent" else plan.chunk_size)
+    return FeatureMapOptions(MAPS[options.feature_map].native, 1 if plan.form == "recurrent" else plan.chunk_size)

@@ -37,7 +37,7 @@ def _problem(inputs: ForwardInputs | BackwardInputs) -> Problem:
     is_causal, q_offset, scale, name, normalize = inputs.options
     q, k, dtype = inputs.q, inputs.k, accumulation_dtype(inputs.q.dtype)
     if name != "identity":
-        phi, _ = MAPS[name]
+        phi = MAPS[name].phi
         q, k = phi(q.to(dtype)), phi(k.to(dtype))
     tensors = (q, k, inputs.v, inputs.key_mask)
     return Problem(*tensors, is_causal, q_offset, scale, coefficients=LINEAR, normalize=normalize, degree=1)
@@ -45,5 +45,5 @@ def _problem(inputs: ForwardInputs | BackwardInputs) -> Problem:
 
 def _pullback(feature_map: str, dphi: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of x, given that of phi(x)."""
-    _, slope = MAPS[feature_map]
+    slope = MAPS[feature_map].slope
     return empty_in_storage_order(x, x.shape[3]).copy_(dphi * slope(x.to(dphi.dtype)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from linattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, StateError, unknown_name
+from linattn.kernels.common.op.conditioning import complete_square
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Form = Literal["auto", "direct", "chunked", "recurrent"]
@@ -127,7 +128,7 @@ def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> None:
-    """Its values are checked inside the op, before any kernel: `kernels.common.packed`."""
+    """Its values are checked inside the op, before any kernel: `kernels.common.op.varlen`."""
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -181,8 +182,8 @@ def check_coefficients(coefficients: Sequence[float], normalize: bool) -> tuple[
             f"coefficients with c2 = 0 are not a quadratic kernel; given: {tuple(coefficients)}. "
             "linear_attention computes similarities of degree 1"
         )
-    r = c0 - c1 * c1 / (4 * c2)
-    if normalize and (c2 < 0 or r < -1e-9 * max(abs(c0), c1 * c1 / (4 * abs(c2)))):
+    _, r = complete_square((c0, c1, c2))
+    if normalize and (c2 < 0 or r < 0):
         raise ArgumentError(
             f"normalize=True needs a similarity that is never negative: c2 > 0 and c0 >= c1^2 / (4 c2); given: "
             f"{tuple(coefficients)}, smallest value {r if c2 > 0 else -math.inf:g}. normalize=False accepts any c2 != 0"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from linattn.kernels.common.reference.problem import Coefficients, complete_square
+from linattn.kernels.common.op.conditioning import Coefficients, complete_square
 
 
 class Similarity(NamedTuple):

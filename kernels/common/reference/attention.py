@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_row_sums
+from linattn.kernels.common.op.conditioning import DIRECT_KEYS
 from linattn.kernels.common.reference import direct, scan
 from linattn.kernels.common.reference.few_keys import FewKeyRows
 from linattn.kernels.common.reference.state import KeySumGradients, KeySums
@@ -57,7 +58,7 @@ def concat_states(states: list[State]) -> State:
 
 def runs_direct(problem: Problem, form: str, initial_state: State) -> bool:
     """Return whether scores are computed for all pairs: on request, or because no row sees enough keys for the sums."""
-    too_few = problem.degree == 2 and problem.Tk < scan.DIRECT_KEYS and not initial_state
+    too_few = problem.degree == 2 and problem.Tk < DIRECT_KEYS and not initial_state
     return form == "direct" or too_few
 
 

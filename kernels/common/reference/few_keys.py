@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from linattn.kernels.common.op.conditioning import DIRECT_KEYS
 from linattn.kernels.common.reference import direct
-from linattn.kernels.common.reference.scan import DIRECT_KEYS
 from linattn.kernels.common.reference.state import KeySumGradients, KeySums
 
 if TYPE_CHECKING:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from linattn.kernels.common.op.conditioning import complete_square
 from linattn.kernels.common.reference.tiles import Tiles, divided
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Coefficients = tuple[float, float, float]
+    from linattn.kernels.common.op.conditioning import Coefficients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,3 @@ class Problem(Tiles):
             return do, do.new_zeros(do.shape[:-1])
         do = divided(do, self.fold(row_sums[:, :, i0:i1]))
         return do, (do * self.fold(out[:, :, i0:i1])).sum(-1)
-
-
-def complete_square(coefficients: Coefficients) -> tuple[float, float]:
-    """B and r of c0 + c1 s + c2 s^2 = c2 (s + b)^2 + r; an r that is negative by rounding only is zero."""
-    c0, c1, c2 = coefficients
-    r = c0 - c1 * c1 / (4 * c2)
-    return c1 / (2 * c2), max(r, 0.0) if abs(r) <= 1e-9 * abs(c0) else r

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from linattn.kernels.common.op.conditioning import DIRECT_KEYS
 from linattn.kernels.common.reference.direct import Rows, add_tile, add_tile_gradients, load_rows
 from linattn.kernels.common.reference.features import features_for
 from linattn.kernels.common.reference.tiles import TileGradients, spans
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from linattn.kernels.common.reference.state import KeySumGradients, KeySums
 
 CHUNK_ELEMENTS = 1 << 23  # features held at once: 32 MiB in fp32
-DIRECT_KEYS = 16  # rows that have seen fewer keys are ill-conditioned through the sums: their scores are computed
 
 
 class Step(NamedTuple):

@@ -6,11 +6,9 @@
 #pragma once
 
 #include "common/native/attention_call.hpp"
+#include "feature_map/native/maps.hpp"
 
 namespace linattn::feature_map {
-
-// In the order of MAPS in cpu.py.
-enum class Map : int { identity, elu_plus_one, relu, relu_squared, exp };
 
 // Sums over keys in the canonical layout (linattn/states.py): dense fp32, leading sizes [sequences, Hkv]; n is
 // [sequences].

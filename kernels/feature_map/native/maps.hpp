@@ -1,8 +1,17 @@
 // The feature maps and their derivatives, a vector at a time, and rows of tensors as features.
 #pragma once
 
+namespace linattn::feature_map {
+
+// Numbered as in kernels/feature_map/maps.py.
+enum class Map : int { identity, elu_plus_one, relu, relu_squared, exp };
+
+}  // namespace linattn::feature_map
+
+// The rest is compiled once for each instruction set (simd.hpp); callers of the library need the names alone.
+#if defined(LINATTN_ISA)
+
 #include "common/native/packing.hpp"
-#include "feature_map/native/feature_map.hpp"
 
 namespace linattn::LINATTN_ISA::feature_map {
 
@@ -88,3 +97,5 @@ inline void store_map_gradient(Map map, const float* gradient, const RowView& at
 }
 
 }  // namespace linattn::LINATTN_ISA::feature_map
+
+#endif

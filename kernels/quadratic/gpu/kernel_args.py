@@ -166,7 +166,7 @@ class ChunkedProblem:
     def tables(self) -> tuple[Tensor, Tensor] | None:
         """The tables `state_boundary` and `first_position`, where they are not simply the boundary itself."""
         Tk = self.k.shape[2]
-        regular = self.key_mask is None and self.cu_seqlens is None and Tk >= state_layout.FEW_KEYS
+        regular = self.key_mask is None and self.cu_seqlens is None and Tk >= state_layout.DIRECT_KEYS
         if regular and not self.all_scores:
             return None
         device, num_seqs = self.k.device, self.num_seqs

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from linattn.kernels.common.op.conditioning import DIRECT_KEYS
 from linattn.kernels.quadratic.gpu.chunk_schedule import NOWHERE
-
-FEW_KEYS = 16
-"""Queries that have seen fewer keys are ill-conditioned through a state: their scores are computed."""
 
 State = list[Tensor]
 
@@ -136,7 +134,7 @@ def boundary_tables(
             seen = pad(key_mask.flatten().cumsum(0), (1, 0))
         before = seen[starts]
         first = (torch.searchsorted(seen, before, right=True) - 1 - starts) // chunk
-        sixteenth = torch.searchsorted(seen, before + FEW_KEYS - 1, right=True) - 1
+        sixteenth = torch.searchsorted(seen, before + DIRECT_KEYS - 1, right=True) - 1
         enough = torch.where(sixteenth < ends, (sixteenth - starts) // chunk + 1, last + 1)
         if n_before is not None:  # a state's keys are gone: queries multiply with it however few they are
             enough = torch.where(n_before > 0, 0, enough)
