@@ -64,7 +64,7 @@ class Stretch:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of a decoding measurement."""
     parser.add_argument("--out", type=Path, default=Path("runs/decode"), help="folder for results (%(default)s)")
     parser.add_argument("--kernels", default=",".join(KERNELS), help="separated by commas (%(default)s)")
     parser.add_argument("--longest", type=int, default=100_000, metavar="N", help="last position (%(default)s)")

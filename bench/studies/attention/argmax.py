@@ -170,7 +170,7 @@ def draw(example: Example, soft: Lookup, hard: Lookup) -> Figure:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study argmax`."""
     study.add_common_arguments(parser, "argmax")
     parser.add_argument("--steps", type=whole, default=300, help="of training (%(default)s)")
 

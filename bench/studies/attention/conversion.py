@@ -218,7 +218,7 @@ def own_source() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study conversion`."""
     study.add_common_arguments(parser, "conversion")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="UTF-8 text to learn (default: this library's source)"

@@ -243,7 +243,7 @@ def _pretty(name: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study kernels`."""
     study.add_common_arguments(parser, "kernels")
     parser.add_argument("--rows", type=whole, default=100_000, help="of random keys (%(default)s)")
 

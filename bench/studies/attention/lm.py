@@ -249,7 +249,7 @@ def _curve(axes: Axes, runs: Sequence[Run], unit: str, color: str, label: str) -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study lm`."""
     study.add_common_arguments(parser, "lm")
     parser.add_argument(
         "--text", type=Path, action="append", default=[], metavar="FILE", help="UTF-8 text; repeat it for more texts"

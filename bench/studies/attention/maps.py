@@ -263,7 +263,7 @@ def _plain_ticks(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study maps`."""
     study.add_common_arguments(parser, "maps")
     parser.add_argument("--draws", type=whole, default=10, help="of random features (%(default)s)")
     parser.add_argument("--steps", type=whole, default=300, help="of learning a map (%(default)s)")

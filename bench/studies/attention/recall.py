@@ -315,7 +315,7 @@ def draw(results: Sequence[Mapping[str, Any]], kernels: Sequence[str], sizes: Se
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study recall`."""
     study.add_common_arguments(parser, "recall")
     parser.add_argument("--seeds", type=whole, default=2, help="runs with seeds from --seed on (%(default)s)")
     parser.add_argument("--steps", type=whole, default=1000, help="of training for each run (%(default)s)")

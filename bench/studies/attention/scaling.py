@@ -174,7 +174,7 @@ def draw(moments: Sequence[Moments], bare: Sequence[Saturation], scaled: Sequenc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study scaling`."""
     study.add_common_arguments(parser, "scaling")
     parser.add_argument("--samples", type=whole, default=20_000, help="of q.k for each moment (%(default)s)")
     parser.add_argument("--queries", type=whole, default=256, help="for each gradient (%(default)s)")

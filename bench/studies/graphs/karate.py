@@ -356,7 +356,7 @@ def _point(point: Tensor) -> tuple[float, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study karate`."""
     study.add_common_arguments(parser, "karate")
     parser.add_argument("--epochs", type=whole, default=5_000, help="of gradient descent (%(default)s)")
 

@@ -185,7 +185,7 @@ def draw(rows: Sequence[Difference], mended: Sequence[float], broken: Sequence[f
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study accumulation`."""
     study.add_common_arguments(parser, "accumulation")
     parser.add_argument("--steps", type=whole, default=200, help="of both training loops (%(default)s)")
 

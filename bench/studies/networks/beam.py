@@ -206,7 +206,7 @@ def _draw_tree(axes) -> None:  # type: ignore[no-untyped-def]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study beam`."""
     study.add_common_arguments(parser, "beam")
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="of timing along each axis; 0 for none (%(default)s)"

@@ -208,7 +208,7 @@ def draw(found: dict[str, TrainedWeights]) -> Figure:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study decay`."""
     study.add_common_arguments(parser, "decay")
     parser.add_argument("--epochs", type=whole, default=200, help=f"of {SAMPLES} samples each (%(default)s)")
 

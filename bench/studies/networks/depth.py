@@ -129,7 +129,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study depth`."""
     study.add_common_arguments(parser, "depth")
     parser.add_argument("--epochs", type=whole, default=15, help="of 15 batches each (%(default)s)")
 

@@ -228,7 +228,7 @@ def _finish_axes(axes: Axes) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study gradients`."""
     study.add_common_arguments(parser, "gradients")
     parser.add_argument("--cell", choices=("rnn", "lstm"), default="rnn", help="of the network shown (%(default)s)")
     parser.add_argument(

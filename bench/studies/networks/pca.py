@@ -175,7 +175,7 @@ def draw(outcomes: Sequence[FitOutcome]) -> Figure:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the options of `linattn study pca`."""
     study.add_common_arguments(parser, "pca")
     parser.add_argument("--steps", type=whole, default=3000, help="of training (%(default)s)")
 
