@@ -31,7 +31,7 @@ def truth(**options: Any) -> Function:
 
 
 def masked(keep: str, keys: int) -> Tensor:
-    """[2, keys]. One element has 20 keys or more, so that rows of both kinds, with and without sums, are there."""
+    """[2, keys]. One element has 20 keys or more, so that queries of both kinds, with and without a state, exist."""
     mask = make_key_mask(2, keys)
     if keep == "left padding":
         mask[0, :40], mask[1, :3] = False, False

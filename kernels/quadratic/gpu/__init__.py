@@ -2,9 +2,10 @@
 
 Read downhill: this module (which form runs) -> `direct` (no state: kernels/common/gpu/direct), `decode` (a few tokens
 beside a state) or `launch` (chunked; or direct beside a state), which runs, in order, `chunk_state` (with
-`chunk_state_scan`), `chunk_output`; backward `bwd_preprocess`, `chunk_dq`, `chunk_dkv` -> `inter_chunk` (a tile times a
-state) -> `chunk_schedule` (which sequence, tokens and state a program works on). Beside them `kernel_args` (sizes and
-shared arguments; `config` holds the tile sizes), `workspace` (memory) and `state_layout` (states in memory).
+`chunk_state_scan`), `chunk_output`; backward `bwd_preprocess`, `chunk_dq`, `chunk_dkv`, `cancelled_dkv` ->
+`inter_chunk` (a tile times a state) -> `chunk_schedule` (which sequence, tokens and state a program works on). Beside
+them `kernel_args` (sizes and shared arguments; `config` holds the tile sizes), `workspace` (memory) and `state_layout`
+(states in memory).
 """
 
 from __future__ import annotations

@@ -78,6 +78,33 @@ def queries_between(first, end, q_offset, T, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def tokens_of_boundary(
+    boundary,
+    last,
+    slot,
+    first_position_ptr,
+    q_offset,
+    T,
+    CHUNK,
+    REVERSE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_TABLES: tl.constexpr,
+):
+    """Return which keys are added at a boundary (the chunk before it), or in reverse which queries multiply with just
+    this state.
+    """
+    if REVERSE:
+        first = first_position(boundary, last, slot, first_position_ptr, CHUNK, CAUSAL, HAS_TABLES)
+        end = first_position(boundary + 1, last, slot + 1, first_position_ptr, CHUNK, CAUSAL, HAS_TABLES)
+        begin, stop = queries_between(first, end, q_offset, T, CAUSAL)
+    elif CAUSAL:
+        begin, stop = tl.maximum((boundary - 1) * CHUNK, 0), tl.minimum(boundary * CHUNK, T)
+    else:
+        begin, stop = 0, T * boundary
+    return begin, stop
+
+
+@triton.jit
 def state_boundary(position, last, slot, state_boundary_ptr, CHUNK, CAUSAL: tl.constexpr, HAS_TABLES: tl.constexpr):
     """Return the boundary whose state the query at a position multiplies with; `slot` is that of boundary 0."""
     boundary = tl.minimum(tl.maximum(position, 0) // CHUNK, last) if CAUSAL else last

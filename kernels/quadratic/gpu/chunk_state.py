@@ -23,11 +23,10 @@ from linattn.kernels.common.gpu.numerics import TRITON_DTYPE, dot, precision, ro
 from linattn.kernels.common.gpu.varlen_schedule import bounds_of
 from linattn.kernels.quadratic.gpu import state_layout
 from linattn.kernels.quadratic.gpu.chunk_schedule import (
-    first_position,
     last_boundary,
     locate_tile,
-    queries_between,
     slot_of,
+    tokens_of_boundary,
 )
 from linattn.kernels.quadratic.gpu.chunk_state_scan import RunSums, ScanEnds, launch_scan
 from linattn.kernels.quadratic.gpu.inter_chunk import SLICE, multiply
@@ -79,33 +78,6 @@ def load_slice(tile, columns, size, mask_t, MASKED: tl.constexpr, EVEN: tl.const
     if EVEN:
         return tl.load(tile + columns[None, :])
     return tl.load(tile + columns[None, :], mask=(columns < size)[None, :], other=0.0)
-
-
-@triton.jit
-def tokens_of_boundary(
-    boundary,
-    last,
-    slot,
-    first_position_ptr,
-    q_offset,
-    T,
-    CHUNK,
-    REVERSE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_TABLES: tl.constexpr,
-):
-    """Return which keys are added at a boundary (the chunk before it), or in reverse which queries multiply with just
-    this state.
-    """
-    if REVERSE:
-        first = first_position(boundary, last, slot, first_position_ptr, CHUNK, CAUSAL, HAS_TABLES)
-        end = first_position(boundary + 1, last, slot + 1, first_position_ptr, CHUNK, CAUSAL, HAS_TABLES)
-        begin, stop = queries_between(first, end, q_offset, T, CAUSAL)
-    elif CAUSAL:
-        begin, stop = tl.maximum((boundary - 1) * CHUNK, 0), tl.minimum(boundary * CHUNK, T)
-    else:
-        begin, stop = 0, T * boundary
-    return begin, stop
 
 
 @triton.jit
@@ -449,31 +421,3 @@ def _run_length(problem: ChunkedProblem, T: int) -> int:
     length, step = (problem.k.shape[2], problem.chunk) if causal else (T, 8 * tile.BLOCK_T)
     enough = triton.cdiv(problem.tiles.programs, problem.feature_count // FEATURES.value * problem.total_heads)
     return max(length // (step * enough), 1) * step
-
-
-def state_after(problem: ChunkedProblem, state: ChunkState, before: State) -> State:
-    """Return the canonical state after the call."""
-    T = problem.k.shape[2]
-    if problem.cu_seqlens is not None:
-        seen = torch.arange(T + 1, device=problem.k.device)
-        if problem.key_mask is not None:
-            seen = torch.nn.functional.pad(problem.key_mask[0].cumsum(0), (1, 0))
-        n = seen[problem.cu_seqlens.long()].diff()
-    elif problem.key_mask is not None:
-        n = problem.key_mask.sum(1)
-    else:
-        n = torch.full((problem.num_seqs,), T, dtype=torch.int64, device=problem.k.device)
-    assert state.final is not None
-    products, moments = state.final
-    D, M = problem.q.shape[3], problem.v.shape[3]
-    sums = state_layout.from_moments(moments, before[1:], D, M, problem.block_d, problem.block_dv)
-    return [n + before[0] if before else n, *sums, state_layout.from_blocks(products, D, M)]
-
-
-def initial_state_gradients(problem: ChunkedProblem, state: ChunkState, dafter: State) -> State:
-    """Return the gradients to the canonical state before the call; n has none."""
-    assert state.final is not None
-    products, moments = state.final
-    D, M = problem.q.shape[3], problem.v.shape[3]
-    sums = state_layout.from_moments(moments, dafter, D, M, problem.block_d, problem.block_dv)
-    return [*sums, state_layout.gradient_from_blocks(products, D, M)]

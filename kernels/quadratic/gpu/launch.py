@@ -3,8 +3,8 @@
 Keys are summed into a state, chunk by chunk; queries multiply with the state before their chunk and compute the scores
 inside it. Forward: the state over keys at all boundaries (chunk_state.py), then out (chunk_output.py). Backward: dO / l
 (bwd_preprocess.py), the state over keys again unless it was kept (workspace.py), dq (chunk_dq.py); then the state over
-queries in reverse, dk and dv (chunk_dkv.py). Beyond out and l, forward saves which queries are cancelled, and by the
-rule of workspace.py the state.
+queries in reverse, dk and dv (chunk_dkv.py, cancelled_dkv.py). Beyond out and l, forward saves which queries are
+cancelled, and by the rule of workspace.py the state.
 
 The direct form beside a state runs on the same kernels: one chunk, in which all scores are computed.
 """
@@ -22,17 +22,17 @@ from linattn.kernels.common.op.allocation import empty_in_storage_order, empty_r
 from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Gradients, Outputs, Plan
 from linattn.kernels.quadratic.contract import Options
 from linattn.kernels.quadratic.gpu.bwd_preprocess import bwd_preprocess
-from linattn.kernels.quadratic.gpu.chunk_dkv import launch_cancelled_dkv, launch_dkv
+from linattn.kernels.quadratic.gpu.cancelled_dkv import launch_cancelled_dkv
+from linattn.kernels.quadratic.gpu.chunk_dkv import launch_dkv
 from linattn.kernels.quadratic.gpu.chunk_dq import launch_dq
 from linattn.kernels.quadratic.gpu.chunk_output import launch_output
 from linattn.kernels.quadratic.gpu.chunk_state import (
     ChunkState,
-    initial_state_gradients,
     state_over_keys,
     state_over_queries,
 )
-from linattn.kernels.quadratic.gpu.chunk_state import state_after as canonical_state
 from linattn.kernels.quadratic.gpu.kernel_args import STATE_DTYPE, ChunkedProblem
+from linattn.kernels.quadratic.gpu.state_layout import gradients_to_initial_state, state_after_call
 from linattn.kernels.quadratic.gpu.workspace import HeadGroup, concat_states, head_groups, keeps_states
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def forward(inputs: ForwardInputs) -> Outputs:
         launch_output(part, state, group.of(out), group.of(l), group.of(cancelled))
         if inputs.save and keeps_states(problem):
             kept.extend((state.products, state.moments))
-        return canonical_state(part, state, before) if inputs.return_state else []
+        return state_after_call(part, state.final, before) if inputs.return_state else []
 
     after = concat_states((group, run(group)) for group in head_groups(problem))
     return out, l, after, [cancelled, *kept] if inputs.save and cancelled is not None else kept
@@ -98,7 +98,7 @@ def backward(inputs: BackwardInputs) -> Gradients:
             launch_dkv(part, state, own, group.of(dv), of_values=True)
         if problem.check_cancellation and (needs_dk or needs_dv):
             launch_cancelled_dkv(part, own, group.of(dk), group.of(dv), needs_dk, needs_dv)
-        return initial_state_gradients(part, state, after) if needs_initial else []
+        return gradients_to_initial_state(part, state.final, after) if needs_initial else []
 
     def run(group: HeadGroup) -> State:
         if needs_dq:
@@ -112,7 +112,7 @@ def state_after(inputs: ForwardInputs) -> State:
     """Return the state of a call that began without one."""
     options, plan = inputs.options._replace(is_causal=False), Plan("direct", "triton")
     problem = ChunkedProblem.of(inputs._replace(options=options, plan=plan))
-    return canonical_state(problem, state_over_keys(problem, [], keep_final=True), [])
+    return state_after_call(problem, state_over_keys(problem, [], keep_final=True).final, [])
 
 
 def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> str:
@@ -120,12 +120,12 @@ def describe(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> str:
     options, plan = Options(is_causal, 0, 1.0, 1.0, 2.0, 1.0, True), Plan("chunked", "triton")
     problem = ChunkedProblem.of(ForwardInputs(q, k, v, None, None, [], options, False, False, plan))
     tile, groups, kept = problem.tiles.output, len(list(head_groups(problem))), keeps_states(problem)
-    tiles_of = f"{tile.BLOCK_T} rows x {tile.WIDTH * 16} features, {tile.num_warps} warps"
+    tiles_of = f"{tile.BLOCK_T} queries x {tile.WIDTH * 16} features, {tile.num_warps} warps"
     sums_over = f"chunks of {problem.chunk}" if is_causal else "all keys"
     in_groups = f" in {groups} groups of heads" if groups > 1 else ""
     launches = f"{4 * groups} launches forward, {1 + groups * (7 if kept else 10)} backward"
     for_backward = "kept" if kept else "made again"
     return (
-        f"Triton, {architecture(q.device)}: sums over {sums_over}{in_groups}, read by tiles of {tiles_of}; {launches} "
+        f"Triton, {architecture(q.device)}: sums over {sums_over}{in_groups}, in tiles of {tiles_of}; {launches} "
         f"(sums {for_backward})"
     )

@@ -10,6 +10,7 @@ and the count, with 15 zeros after it.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch.nn.functional import pad
 
 from linattn.kernels.common.op.conditioning import DIRECT_KEYS
 from linattn.kernels.quadratic.gpu.chunk_schedule import NOWHERE
+
+if TYPE_CHECKING:
+    from linattn.kernels.quadratic.gpu.kernel_args import ChunkedProblem
 
 State = list[Tensor]
 
@@ -104,6 +108,39 @@ def from_moments(moments: Tensor, before: State, D: int, M: int, BLOCK_D: int, B
         kk = kk + (before[1] - before[1].mT) / 2
     kv = linear.unflatten(2, (BLOCK_D, BLOCK_DV))[..., :D, :M]
     return [x.contiguous() for x in (k_sum[..., :D], kk, v_sum[..., :M], kv)]
+
+
+# Whole states.
+
+
+def state_after_call(problem: ChunkedProblem, final: tuple[Tensor, Tensor] | None, before: State) -> State:
+    """Return the canonical state, from products and moments after all keys and from the state they started from."""
+    assert final is not None, "the state after all keys was not kept"
+    T = problem.k.shape[2]
+    if problem.cu_seqlens is not None:
+        seen = torch.arange(T + 1, device=problem.k.device)
+        if problem.key_mask is not None:
+            seen = pad(problem.key_mask[0].cumsum(0), (1, 0))
+        n = seen[problem.cu_seqlens.long()].diff()
+    elif problem.key_mask is not None:
+        n = problem.key_mask.sum(1)
+    else:
+        n = torch.full((problem.num_seqs,), T, dtype=torch.int64, device=problem.k.device)
+    products, moments = final
+    D, M = problem.q.shape[3], problem.v.shape[3]
+    sums = from_moments(moments, before[1:], D, M, problem.block_d, problem.block_dv)
+    return [n + before[0] if before else n, *sums, from_blocks(products, D, M)]
+
+
+def gradients_to_initial_state(problem: ChunkedProblem, final: tuple[Tensor, Tensor] | None, dafter: State) -> State:
+    """Return the gradients to the canonical state before the call, from products and moments before all queries; n has
+    none.
+    """
+    assert final is not None, "the state before all queries was not kept"
+    products, moments = final
+    D, M = problem.q.shape[3], problem.v.shape[3]
+    sums = from_moments(moments, dafter, D, M, problem.block_d, problem.block_dv)
+    return [*sums, gradient_from_blocks(products, D, M)]
 
 
 # Tables of boundaries.

@@ -32,6 +32,7 @@ def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[s
     from linattn.kernels.common.gpu.launch import launch
     from linattn.kernels.quadratic.gpu import (
         bwd_preprocess,
+        cancelled_dkv,
         chunk_dkv,
         chunk_dq,
         chunk_output,
@@ -46,7 +47,7 @@ def launched(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[s
         launch(kernel, *grid, **arguments)
 
     with monkeypatch.context() as patch:
-        for module in (bwd_preprocess, chunk_dkv, chunk_dq, chunk_output, chunk_state, chunk_state_scan):
+        for module in (bwd_preprocess, cancelled_dkv, chunk_dkv, chunk_dq, chunk_output, chunk_state, chunk_state_scan):
             patch.setattr(module, "launch", note)
         call()
     return names

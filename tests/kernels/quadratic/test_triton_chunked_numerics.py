@@ -45,15 +45,15 @@ CROWDED = [
 
 @pytest.mark.parametrize(("dtype", "how", "options"), CROWDED, ids=str)
 def test_truth_where_all_scores_are_near_minus_one(dtype: torch.dtype, how: Any, options: Any) -> None:
-    """The sums would lose all digits of bf16, most of fp32, so these rows compute their scores."""
+    """A state would lose all digits of bf16, most of fp32, so these queries compute their scores."""
     x = [t.to(dtype) for t in near_minus_one(0.05, **how)]
     assert cancelled_queries(*x, **options) > 20
     assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), x)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_some_rows_near_minus_one_among_packed_and_masked_ones(is_causal: bool) -> None:
-    """Only some rows of a tile, of one sequence, with masked keys before them."""
+def test_some_queries_near_minus_one_among_packed_and_masked_ones(is_causal: bool) -> None:
+    """Only some queries of a tile, of one sequence, with masked keys before them."""
     cu_seqlens = torch.tensor([0, 45, 50, 130], device=DEVICE, dtype=torch.int32)
     q, k, v = inputs(dtype=torch.float64, keys=130, heads=2, kv_heads=1)
     crowded = near_minus_one(0.03, keys=130, heads=2, kv_heads=1)
@@ -64,7 +64,7 @@ def test_some_rows_near_minus_one_among_packed_and_masked_ones(is_causal: bool) 
     assert_matches_truth(chunked(**options, enable_gqa=True), truth(**options), x)
 
 
-def test_rows_orthogonal_to_all_keys() -> None:
+def test_queries_orthogonal_to_all_keys() -> None:
     """s^2 vanishes in directions that no axis shows: no term of the row sum is large, only what it is summed from."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 1, 70, 16, generator=generator, dtype=torch.float64) for _ in range(3))

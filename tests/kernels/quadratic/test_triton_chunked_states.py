@@ -91,7 +91,7 @@ def test_not_causal_rows_see_the_state_and_all_keys(form: str) -> None:
 
 
 def test_a_state_without_keys_is_no_state() -> None:
-    """Its rows with few keys are computed from scores, and its gradient is that of the reference."""
+    """Its queries with few keys are computed from scores, and its gradient is that of the reference."""
     q, k, v = inputs(dtype=torch.float32, batch=2, keys=60)
     mask = masked("few keys", 60)
     past = [x[:, :, :0] for x in (k, v)]
