@@ -1,4 +1,4 @@
-"""Which row of a configuration table applies: by GPU architecture."""
+"""Which entries of a configuration table apply: by GPU architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 KNOWN = ("sm_80", "sm_90", "sm_100", "gfx942", "consumer", "interpreter")
-"""consumer: 99 KB of shared memory a program (sm_86, sm_89, sm_120), and whatever else has no row of its own.
+"""consumer: 99 KB of shared memory a program (sm_86, sm_89, sm_120), and whatever else has no entry of its own.
 interpreter: small tiles, so that short sequences cross several."""
 
 _forced: list[str] = []
@@ -32,12 +32,12 @@ def as_architecture(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """What `as_architecture` asks for here, if it does."""
+    """Return what `as_architecture` asks for here, if it does."""
     return _forced[-1] if _forced else None
 
 
 def architecture(device: torch.device) -> str:
-    """The name, out of KNOWN, under which a device's configurations are filed."""
+    """Return the name, out of KNOWN, under which a device's configurations are filed."""
     if name := forced():
         return name
     if INTERPRETED:

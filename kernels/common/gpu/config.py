@@ -1,6 +1,6 @@
 """How the kernels' tiles are described, for all tables of tile sizes.
 
-A table is written by hand, row by row, with the reason beside it. There is no autotuning: a row is chosen, never
+A table is written by hand, with the reason beside its entries. There is no autotuning: an entry is chosen, never
 searched, so that sums have one order and results repeat bit by bit.
 """
 
@@ -37,5 +37,5 @@ class KernelConfig:
 
 
 def size_class(sizes: Iterable[int], head_size: int) -> int:
-    """Return the smallest of the head sizes that have a row which is not below this one."""
+    """Return the smallest of the head sizes with an entry that is not below this one."""
     return min(size for size in sizes if size >= head_size)

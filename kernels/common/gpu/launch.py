@@ -56,13 +56,6 @@ def strides_bht(x: Tensor) -> tuple[int, int, int]:
     return b, h, t
 
 
-def strides(name: str, x: Tensor, letter: str = "") -> dict[str, Any]:
-    """`name`_ptr, a tensor `[B, H, T, size]`, and its strides: stride_qb, stride_qh, stride_qt for letter "q"."""
-    b, h, t, _ = x.stride()
-    letter = letter or name
-    return {f"{name}_ptr": x, f"stride_{letter}b": b, f"stride_{letter}h": h, f"stride_{letter}t": t}
-
-
 _recorded: list[list[Launch]] = []
 
 

@@ -25,16 +25,20 @@ class Similarity(NamedTuple):
 
 
 def softmax(scale: float) -> Similarity:
+    """Return exp(scale t), as a power of two."""
     return Similarity("softmax", scale * math.log2(math.e), 0.0, 0.0, scale)
 
 
 def linear(scale: float) -> Similarity:
+    """Return scale t."""
     return Similarity("linear", scale, 0.0, 0.0, scale)
 
 
 def quadratic(scale: float, coefficients: Coefficients, normalize: bool) -> Similarity:
-    """A sum of squares cannot turn negative where it is divided by; without a division the polynomial itself keeps
-    more digits, since its root may be far from all scores.
+    """Return c0 + c1 s + c2 s^2 with s = scale t.
+
+    A sum of squares cannot turn negative where it is divided by; without a division the polynomial itself keeps more
+    digits, since its root may be far from all scores.
     """
     c0, c1, c2 = coefficients
     if not normalize:

@@ -76,18 +76,7 @@ def chunk_output_kernel(
     offs_t = tl.arange(0, CHUNK)
     stride_lh = Tq
     s, r, start, Tq, Tk, offset = locate_chunk(
-        tile,
-        b,
-        cu_seqlens_ptr,
-        NUM_SEQS,
-        Tq,
-        Tk,
-        q_offset,
-        TILES_PER_NUMBER,
-        FROM_KEYS=False,
-        CHUNK=CHUNK,
-        PACKED=PACKED,
-        IS_CAUSAL=IS_CAUSAL,
+        tile, b, cu_seqlens_ptr, NUM_SEQS, Tq, Tk, q_offset, TILES_PER_NUMBER, CHUNK, PACKED, IS_CAUSAL, FROM_KEYS=False
     )
     first = r * CHUNK - offset
     if first >= Tq:

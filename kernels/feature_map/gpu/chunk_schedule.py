@@ -41,10 +41,10 @@ def locate_chunk(
     Tk,
     q_offset,
     TILES_PER_NUMBER,
-    FROM_KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
     PACKED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    FROM_KEYS: tl.constexpr,
 ):
     """Locate tile `tile` of batch element b: its sequence, its number r in it, where that starts, how many queries and
     keys it has, and its offset. FROM_KEYS: tiles of keys count, also those before the first query.

@@ -46,11 +46,12 @@ def _tiles(
     """
     chunk, keys, values, output_warps = output
     backward_chunk, columns, backward_warps = backward
-    features, state_warps, *stages = state
+    features, state_warps, key_stages, query_stages = state
     return FeatureMapConfig(
-        KernelConfig(chunk, keys, output_warps, 1, BLOCK_DV=values),
-        KernelConfig(backward_chunk, backward_chunk, backward_warps, 1, BLOCK_D=columns),
-        *(KernelConfig(0, 0, state_warps, num_stages, BLOCK_D=features) for num_stages in stages),
+        output=KernelConfig(chunk, keys, output_warps, 1, BLOCK_DV=values),
+        backward=KernelConfig(backward_chunk, backward_chunk, backward_warps, 1, BLOCK_D=columns),
+        state=KernelConfig(0, 0, state_warps, key_stages, BLOCK_D=features),
+        state_gradient=KernelConfig(0, 0, state_warps, query_stages, BLOCK_D=features),
     )
 
 

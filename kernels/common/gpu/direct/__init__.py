@@ -1,4 +1,4 @@
-"""The direct form: every pair's score is computed, a tile at a time, and none is kept."""
+"""The direct form: all scores are computed, a tile at a time, and none is kept."""
 
 from linattn.kernels.common.gpu.direct.launch import DirectProblem, backward, describe, forward
 

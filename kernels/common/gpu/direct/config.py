@@ -4,7 +4,7 @@ Chosen by reading compiled code (`linattn kernels`); none was timed yet. On sm_9
 all products run on the asynchronous matrix unit, and nothing in the long loops serialises it or is spilled, with Triton
 3.6 and 3.9. For dk and dv of head size 128, 64 queries a step instead of 32 should be a few percent faster where the
 compiler finds the registers (the square on 3.6, not on 3.9): to be timed. dk and dv of head size 256 spill, and so does
-fp32 from 128 on; on sm_80 that has a row without spills in the loop at 128.
+fp32 from 128 on; on sm_80 that has an entry without spills in the loop at 128.
 """
 
 from __future__ import annotations
@@ -39,22 +39,34 @@ def _tiles(*kernels: tuple[int, int, int, int]) -> DirectConfig:
 
 INTERPRETER = _tiles((16, 32, 4, 2), (16, 32, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2))
 
+# sm_90. 128 queries give each of two groups of four warps the 64 that its matrix instruction takes.
 _HOPPER = {
+    # 206 to 235 registers, nothing spilled.
     (BYTES_16BIT, 64): _tiles((128, 128, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2), (16, 64, 4, 3)),
+    # 213 to 255 registers; dq holds an operand more than forward, dk and dv a sum too: shorter steps.
     (BYTES_16BIT, 128): _tiles((128, 128, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2), (16, 64, 4, 3)),
+    # dk and dv spill.
     (BYTES_16BIT, 256): _tiles((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (16, 32, 4, 3)),
+    # Forward spills nothing.
     (BYTES_32BIT, 64): _tiles((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2), (16, 64, 4, 3)),
+    # Spills: of the tiles that were tried those that spill less lose more (docs/gpu-kernels.md).
     (BYTES_32BIT, 128): _tiles((64, 32, 4, 2), (64, 32, 8, 2), (32, 64, 8, 2), (16, 32, 4, 3)),
+    # Spills; dk and dv most.
     (BYTES_32BIT, 256): _tiles((16, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1), (16, 16, 4, 3)),
 }
+# sm_80. Products take both factors from registers, so tiles are smaller.
 _AMPERE = {
+    # 242 to 255 registers, at most 4 bytes spilled; two programs fit.
     (BYTES_16BIT, 64): _tiles((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (16, 64, 4, 3)),
     (BYTES_16BIT, 128): _tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 4, 3)),
     (BYTES_16BIT, 256): _tiles((64, 64, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1), (16, 32, 4, 2)),
     (BYTES_32BIT, 64): _tiles((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2)),
+    # Spills nothing in the loop of the quadratic kernels.
     (BYTES_32BIT, 128): _tiles((32, 32, 4, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 32, 4, 2)),
+    # Up to 100 bytes spilled forward and 204 for dq, where 32 queries and more spilled kilobytes; dk and dv still do.
     (BYTES_32BIT, 256): _tiles((16, 32, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1), (16, 16, 4, 2)),
 }
+# sm_86, sm_89, sm_120 and gfx942: 99 KB or 64 KB of shared memory a program, so tiles are small.
 _CONSUMER = {
     (BYTES_16BIT, 64): _tiles((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (16, 64, 4, 2)),
     (BYTES_16BIT, 128): _tiles((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2)),
