@@ -216,7 +216,12 @@ def _stepped(
     if log_probs.dim() != 2 or log_probs.shape[0] != rows or log_probs.shape[1] != (width or log_probs.shape[1]):
         raise ShapeError(f"step_fn returned log_probs of shape {list(log_probs.shape)}; {accepted}")
     if end_token is not None and not 0 <= end_token < log_probs.shape[1]:
-        raise ArgumentError(f"end_token={end_token} was given; accepted: 0 to {log_probs.shape[1] - 1}, or None")
+        raise refusal(
+            ArgumentError,
+            "end_token is no token",
+            given=f"end_token={end_token}",
+            accepted=f"0 to {log_probs.shape[1] - 1}, or None",
+        )
     highest = log_probs.max()
     if not highest <= 1e-3:
         raise ArgumentError(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.errors import ArgumentError, ShapeError
+from linattn.errors import ArgumentError, ShapeError, refusal
 
 
 class Components(NamedTuple):
@@ -44,9 +44,14 @@ def principal_components(x: Tensor, k: int) -> Components:
     [0.0, 1.0, 0.0]
     """
     if x.ndim != 2 or not len(x):
-        raise ShapeError(f"x has shape {list(x.shape)}; accepted: [n, F] with n at least 1")
+        raise refusal(ShapeError, "x has the wrong shape", given=list(x.shape), accepted="[n, F] with n at least 1")
     if not 1 <= k <= x.shape[1]:
-        raise ArgumentError(f"k={k} was given for samples of size {x.shape[1]}; accepted: 1 to {x.shape[1]}")
+        raise refusal(
+            ArgumentError,
+            f"samples of size {x.shape[1]} have other components",
+            given=f"k={k}",
+            accepted=f"1 to {x.shape[1]}",
+        )
     centred = x.double() - x.double().mean(0)
     variances, directions = torch.linalg.eigh(centred.mT @ centred / len(x))
     return Components(x.double().mean(0), directions.flip(1)[:, :k], variances.flip(0).clamp_min(0))
@@ -67,9 +72,11 @@ def first_order_residuals(encoder: Tensor, decoder: Tensor, x: Tensor) -> tuple[
     """
     W1, W2, x = encoder.double(), decoder.double(), x.double()
     if W1.ndim != 2 or W2.shape != W1.shape[::-1] or x.ndim != 2 or x.shape[1] != W1.shape[1]:
-        raise ShapeError(
-            f"encoder, decoder and x have shapes {list(encoder.shape)}, {list(decoder.shape)} and {list(x.shape)}; "
-            "accepted: [k, F], [F, k] and [n, F]"
+        raise refusal(
+            ShapeError,
+            "encoder, decoder and x do not fit each other",
+            given=f"{list(encoder.shape)}, {list(decoder.shape)} and {list(x.shape)}",
+            accepted="[k, F], [F, k] and [n, F]",
         )
     S = x.mT @ x / len(x)
     left = S @ W1.mT
@@ -92,7 +99,12 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     tensor([ 0., 90.], dtype=torch.float64)
     """
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
-        raise ShapeError(f"the bases have shapes {list(a.shape)} and {list(b.shape)}; accepted: [F, k] and [F, m]")
+        raise refusal(
+            ShapeError,
+            "the bases do not fit each other",
+            given=f"{list(a.shape)} and {list(b.shape)}",
+            accepted="[F, k] and [F, m]",
+        )
     qa, qb = torch.linalg.qr(a.double())[0], torch.linalg.qr(b.double())[0]
     if qa.shape[1] < qb.shape[1]:
         qa, qb = qb, qa

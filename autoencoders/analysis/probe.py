@@ -38,7 +38,7 @@ class ProbeConfig:
         for name in ("labels", "epochs", "batch", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ArgumentError(f"{name}={value} was given for the probe; accepted: above 0")
+                raise refusal(ArgumentError, "the probe cannot be trained", given=f"{name}={value}", accepted="above 0")
 
 
 def choose_labelled(split: Split, count: int | None, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linattn.autoencoders.data.mnist import load_mnist
 from linattn.autoencoders.data.synthetic import Split, synthetic_set
-from linattn.errors import ArgumentError, DataError, MissingExtraError, unknown_name
+from linattn.errors import ArgumentError, DataError, MissingExtraError, refusal, unknown_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +87,12 @@ def load_set(
     if name not in NAMES:
         raise unknown_name("set", name, NAMES)
     if data is not None and name not in ("mnist", "file"):
-        raise ArgumentError(f"data={str(data)!r} was given for the set {name!r}; accepted: data for 'mnist' or 'file'")
+        raise refusal(
+            ArgumentError,
+            f"the set {name!r} takes no data",
+            given=f"data={str(data)!r}",
+            accepted="data for 'mnist' or 'file'",
+        )
     generator = torch.Generator().manual_seed(seed)
     if name == "synthetic":
         drawn = synthetic_set(variance_scale=variance_scale, generator=generator)
@@ -101,7 +106,12 @@ def load_set(
         x, y = load_digits()
         return _three_way(name, x, y, (8, 8), generator)
     if data is None:
-        raise ArgumentError("the set 'file' was given without data; accepted: data, an .npz file with x and maybe y")
+        raise refusal(
+            ArgumentError,
+            "the set 'file' is without data",
+            given="none",
+            accepted="data, an .npz file with x and maybe y",
+        )
     x, y = _read_npz(data)
     return _three_way(name, x, y, None, generator)
 

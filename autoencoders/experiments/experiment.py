@@ -18,7 +18,7 @@ from linattn.autoencoders.models.autoencoder import Autoencoder, reconstruction_
 from linattn.autoencoders.models.corruption import AdditiveNoise, Masking
 from linattn.autoencoders.models.patches import PatchAutoencoder
 from linattn.autoencoders.models.repeats import Repeats, repeats_of
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 from linattn.training.trainer import Record, Trainer, TrainingConfig
 
 if TYPE_CHECKING:
@@ -41,8 +41,11 @@ def build(settings: Settings, data: SampleSet, seed: int) -> Autoencoder | Patch
     torch.manual_seed(seed)
     if settings.patch:
         if data.image_shape is None:
-            raise ArgumentError(
-                f"patch={settings.patch} was given for the set {data.name!r}; accepted: a set of images"
+            raise refusal(
+                ArgumentError,
+                f"the set {data.name!r} has no patches",
+                given=f"patch={settings.patch}",
+                accepted="a set of images",
             )
         return PatchAutoencoder(
             data.image_shape,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from linattn.autoencoders.analysis.probe import ProbeConfig
-from linattn.errors import ArgumentError, CheckpointError, unknown_name
+from linattn.errors import ArgumentError, CheckpointError, refusal, unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,11 +65,18 @@ class Settings:
             ("patch", 0),
         ):
             if getattr(self, name) < least:
-                raise ArgumentError(f"{name}={getattr(self, name)} was given; accepted: at least {least}")
+                raise refusal(
+                    ArgumentError,
+                    f"{name} is too small",
+                    given=f"{name}={getattr(self, name)}",
+                    accepted=f"at least {least}",
+                )
         if self.patch and (len(self.hidden) != 1 or self.objective == "denoising"):
-            raise ArgumentError(
-                f"hidden={list(self.hidden)} and objective={self.objective!r} were given with patch={self.patch}; "
-                "accepted: one size, the width of the attention encoder, and 'vanilla' or 'masked'"
+            raise refusal(
+                ArgumentError,
+                "an encoder of patches has other settings",
+                given=f"hidden={list(self.hidden)} and objective={self.objective!r} with patch={self.patch}",
+                accepted="one size, the width of the attention encoder, and 'vanilla' or 'masked'",
             )
 
     @classmethod

@@ -58,9 +58,11 @@ class PatchAutoencoder(nn.Module):
         super().__init__()
         height, width = image_shape
         if patch < 1 or dim < 1 or height % patch or width % patch:
-            raise ArgumentError(
-                f"image_shape={tuple(image_shape)}, patch={patch} and dim={dim} were given; accepted: "
-                "positive sizes, patch a divisor of height and width"
+            raise refusal(
+                ArgumentError,
+                "the image cannot be cut into patches",
+                given=f"image_shape={tuple(image_shape)}, patch={patch} and dim={dim}",
+                accepted="positive sizes, patch a divisor of height and width",
             )
         if not 0 <= probability < 1:
             raise refusal(

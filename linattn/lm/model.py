@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linattn.errors import ArgumentError, ShapeError
+from linattn.errors import ArgumentError, ShapeError, refusal
 from linattn.modules import LayerKind, Transformer
 
 if TYPE_CHECKING:
@@ -48,11 +48,16 @@ class CausalLMConfig:
 
     def __post_init__(self) -> None:
         if self.vocabulary < 1 or self.context < 1:
-            raise ArgumentError(
-                f"vocabulary={self.vocabulary} and context={self.context} were given; accepted: at least 1"
+            raise refusal(
+                ArgumentError,
+                "vocabulary or context is too small",
+                given=f"vocabulary={self.vocabulary} and context={self.context}",
+                accepted="at least 1",
             )
         if not 0 <= self.dropout < 1:
-            raise ArgumentError(f"dropout={self.dropout} was given; accepted: 0 <= dropout < 1")
+            raise refusal(
+                ArgumentError, "dropout is out of range", given=f"dropout={self.dropout}", accepted="0 <= dropout < 1"
+            )
 
 
 class CausalLM(nn.Module):
@@ -107,7 +112,7 @@ class CausalLM(nn.Module):
             ShapeError: tokens are not [B, T].
         """
         if tokens.ndim != 2:
-            raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; accepted: [B, T]")
+            raise refusal(ShapeError, "tokens have the wrong shape", given=tuple(tokens.shape), accepted="[B, T]")
         embedded = self.dropout(self.embedding(tokens))
         hidden: Tensor = self.transformer(embedded, key_mask=key_mask, cache=cache)
         return F.linear(hidden, self.embedding.weight)
@@ -119,7 +124,12 @@ class CausalLM(nn.Module):
             ShapeError: tokens are not [B, T + 1] with T at least 1.
         """
         if tokens.ndim != 2 or tokens.shape[1] < 2:
-            raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; accepted: [B, T + 1] with T at least 1")
+            raise refusal(
+                ShapeError,
+                "tokens have the wrong shape",
+                given=tuple(tokens.shape),
+                accepted="[B, T + 1] with T at least 1",
+            )
         return F.cross_entropy(self(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     def decode_cache(self, capacity: int | None = None) -> ModelCache:
@@ -227,14 +237,27 @@ class CausalLM(nn.Module):
 
     def _check_request(self, tokens: Tensor, count: int, key_mask: Tensor | None, look_back: int | None) -> None:
         if tokens.ndim != 2 or tokens.shape[1] < 1:
-            raise ShapeError(f"tokens have shape {tuple(tokens.shape)}; accepted: [B, T] with T at least 1")
+            raise refusal(
+                ShapeError,
+                "tokens have the wrong shape",
+                given=tuple(tokens.shape),
+                accepted="[B, T] with T at least 1",
+            )
         if key_mask is not None and key_mask.shape != tokens.shape:
-            raise ShapeError(f"key_mask has shape {tuple(key_mask.shape)}; accepted: that of tokens, {tokens.shape}")
+            raise refusal(
+                ShapeError,
+                "key_mask has the wrong shape",
+                given=tuple(key_mask.shape),
+                accepted=f"that of tokens, {tuple(tokens.shape)}",
+            )
         if key_mask is not None and not bool(key_mask.any(dim=1).all()):
             raise ArgumentError("key_mask leaves a prompt without any token; accepted: at least one True in each row")
         if count < 0 or (look_back is not None and look_back < 2):
-            raise ArgumentError(
-                f"count={count} and look_back={look_back} were given; accepted: count >= 0, look_back >= 2 or None"
+            raise refusal(
+                ArgumentError,
+                "count or look_back is too small",
+                given=f"count={count} and look_back={look_back}",
+                accepted="count >= 0, look_back >= 2 or None",
             )
 
 
@@ -289,9 +312,11 @@ class Sampler:
         k_fits = self.top_k is None or self.top_k >= 1
         p_fits = self.top_p is None or 0 < self.top_p <= 1
         if not self.temperature >= 0 or not k_fits or not p_fits:
-            raise ArgumentError(
-                f"temperature={self.temperature}, top_k={self.top_k} and top_p={self.top_p} were given; "
-                "accepted: temperature >= 0, top_k >= 1 or None, 0 < top_p <= 1 or None"
+            raise refusal(
+                ArgumentError,
+                "no token can be drawn",
+                given=f"temperature={self.temperature}, top_k={self.top_k} and top_p={self.top_p}",
+                accepted="temperature >= 0, top_k >= 1 or None, 0 < top_p <= 1 or None",
             )
 
     def __call__(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:

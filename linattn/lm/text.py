@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linattn.errors import ArgumentError, DataError
+from linattn.errors import ArgumentError, DataError, refusal
 
 VALIDATION_SHARE = 0.1
 
@@ -257,5 +257,10 @@ def trigram_loss(train: Tensor, validation: Tensor, vocabulary: int | None = Non
     largest = int(torch.cat((train, validation)).max())
     vocabulary = largest + 1 if vocabulary is None else vocabulary
     if largest >= vocabulary:
-        raise ArgumentError(f"token {largest} was given with vocabulary={vocabulary}; accepted: tokens below it")
+        raise refusal(
+            ArgumentError,
+            f"tokens are outside the vocabulary of {vocabulary}",
+            given=f"token {largest}",
+            accepted="tokens below it",
+        )
     return Trigram(train, vocabulary).loss(validation)

@@ -19,7 +19,7 @@ from torch import Tensor
 from linattn._util import figures
 from linattn._util.environment import describe, pick_device
 from linattn._util.files import atomic_file
-from linattn.errors import ArgumentError, CheckpointError, DataError
+from linattn.errors import ArgumentError, CheckpointError, DataError, refusal
 from linattn.lm.model import CausalLM, CausalLMConfig
 from linattn.lm.text import Characters, Trigram, consecutive_windows, random_windows
 from linattn.training import resume
@@ -62,7 +62,12 @@ class LMSettings:
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("sample", 0), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ArgumentError(f"{name}={getattr(self, name)} was given; accepted: at least {least}")
+                raise refusal(
+                    ArgumentError,
+                    f"{name} is too small",
+                    given=f"{name}={getattr(self, name)}",
+                    accepted=f"at least {least}",
+                )
 
     def model_config(self, vocabulary: int) -> CausalLMConfig:
         """Return the part that describes the model."""
@@ -208,9 +213,11 @@ def prepare(settings: LMSettings, text: Characters, out: Path | None = None) -> 
     """
     longest = min(len(text.train), len(text.validation)) - 1
     if settings.context > longest:
-        raise ArgumentError(
-            f"context={settings.context} was given for a text with {len(text.train)} characters to train on and "
-            f"{len(text.validation)} to validate; accepted: at most {longest}, or a longer text"
+        raise refusal(
+            ArgumentError,
+            f"a text with {len(text.train)} characters to train on and {len(text.validation)} to validate is too short",
+            given=f"context={settings.context}",
+            accepted=f"at most {longest}, or a longer text",
         )
     device = pick_device(settings.device)
     torch.manual_seed(settings.seed)

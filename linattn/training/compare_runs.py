@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from linattn._util import figures
 from linattn._util.tables import text_table
-from linattn.errors import ArgumentError, CheckpointError, DataError
+from linattn.errors import ArgumentError, CheckpointError, DataError, refusal
 from linattn.training.checkpoint import CHECKPOINT_NAME, HISTORY_NAME, read_checkpoint
 from linattn.training.trainer import Record
 
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table and draw the figure."""
     if args.top is not None and args.top < 1:
-        raise ArgumentError(f"--top {args.top} was given; accepted: at least 1")
+        raise refusal(ArgumentError, "--top is too small", given=args.top, accepted="at least 1")
     folders = args.folders or [Path("runs")]
     found = sorted((one for folder in folders for one in find(folder)), key=ORDERS[args.sort])
     if not found:

@@ -72,11 +72,11 @@ class TrainingConfig:
         for name in ("steps", "minutes", "learning_rate", "clip", "validate_every", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ArgumentError(f"{name}={value} was given; accepted: above 0")
+                raise refusal(ArgumentError, f"{name} is not positive", given=f"{name}={value}", accepted="above 0")
         for name in ("warmup", "final_learning_rate"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise ArgumentError(f"{name}={value} was given; accepted: 0 to 1")
+                raise refusal(ArgumentError, f"{name} is no share", given=f"{name}={value}", accepted="0 to 1")
 
     @classmethod
     def adam(

@@ -19,7 +19,7 @@ from linattn._util import figures
 from linattn._util.environment import describe
 from linattn._util.files import write_json, write_text
 from linattn._util.tables import text_table
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 from linattn.rnn.commands.common import add_counts, add_run_arguments, mean_and_sd, require_matplotlib
 from linattn.rnn.tasks.name_model import CELLS, NameClassifier
 from linattn.rnn.tasks.names import Duplicates, Names, duplicates, embedded_names, encode, load_names
@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
     require_matplotlib()
     for name in ("batch", "epochs"):
         if getattr(args, name) < 1:
-            raise ArgumentError(f"{name}={getattr(args, name)} was given; accepted: at least 1")
+            raise refusal(
+                ArgumentError, f"{name} is too small", given=f"{name}={getattr(args, name)}", accepted="at least 1"
+            )
     names = embedded_names() if args.data is None else load_names(args.data)
     scores = []
     for seed in args.seeds:

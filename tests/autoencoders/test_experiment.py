@@ -174,7 +174,7 @@ def test_nan_in_any_split_is_named_before_work_starts() -> None:
         ({"objective": "masked", "mask": 1.0}, r"given: 1\.0; accepted: .* \[0, 1\)"),
         ({"objective": "denoising", "noise": -1.0}, r"given: -1\.0"),
         ({"loss": "sums"}, "Did you mean 'sum'"),
-        ({"epochs": 0}, "epochs=0 was given; accepted: at least 1"),
+        ({"epochs": 0}, "epochs is too small; given: epochs=0; accepted: at least 1"),
         ({"batch": 0}, "batch=0"),
         ({"repeats": 0}, "repeats=0"),
         ({"lr": 0.0}, "learning_rate=0.0"),

@@ -89,5 +89,5 @@ def test_bad_codes_and_labels(change: dict[str, Tensor], error: type[Exception],
 
 @pytest.mark.parametrize("name", ["labels", "epochs", "batch", "learning_rate"])
 def test_bad_settings(name: str) -> None:
-    with pytest.raises(ArgumentError, match=f"{name}=0 was given for the probe"):
+    with pytest.raises(ArgumentError, match=f"the probe cannot be trained; given: {name}=0"):
         ProbeConfig(**{name: 0})

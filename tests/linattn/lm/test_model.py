@@ -188,7 +188,7 @@ def test_bad_input_is_named(tokens: torch.Tensor) -> None:
         model.generate(tokens, 1, look_back=1)
     with pytest.raises(ArgumentError, match="count=-1"):
         model.generate(tokens, -1)
-    with pytest.raises(ShapeError, match="key_mask has shape"):
+    with pytest.raises(ShapeError, match="key_mask has the wrong shape"):
         model.generate(tokens, 1, key_mask=torch.ones(3, 6) > 0)
     with pytest.raises(ArgumentError, match="a prompt without any token"):
         model.generate(tokens, 1, key_mask=torch.zeros(3, 7) > 0)

@@ -130,7 +130,7 @@ def test_trigram_gives_unseen_characters_a_chance() -> None:
 
 
 def test_trigram_refuses_bad_input() -> None:
-    with pytest.raises(ArgumentError, match="token 4 was given with vocabulary=3"):
+    with pytest.raises(ArgumentError, match="the vocabulary of 3; given: token 4"):
         trigram_loss(torch.arange(5).repeat(4), torch.arange(3), 3)
     with pytest.raises(DataError, match="validation text is empty"):
         trigram_loss(torch.arange(20), torch.arange(0))
