@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from linattn import cost, functional
-from linattn.errors import ArgumentError, ShapeError, StateError, unknown_name
+from linattn.errors import ArgumentError, ShapeError, StateError, refusal, unknown_name
 from linattn.feature_maps import NAMES, FeatureMap
 from linattn.kernels.common.op.conditioning import DIRECT_KEYS
 from linattn.states import FeatureMapState, QuadraticState
@@ -87,12 +87,24 @@ class DecodeCache(nn.Module, ABC):
         name = kernel if isinstance(kernel, str) else type(kernel).__name__
         for number, value in (("capacity", capacity), ("fold_at", fold_at)):
             if value is not None and value < 1:
-                raise ArgumentError(f"{number}={value} was given; accepted: at least 1, or None")
+                raise refusal(
+                    ArgumentError, f"{number} is too small", given=f"{number}={value}", accepted="at least 1, or None"
+                )
         for option in options:
             if option in OWN_OPTIONS:
-                raise ArgumentError(f"{option} was given; a decoding cache is causal and sets it itself: leave it out")
+                raise refusal(
+                    ArgumentError,
+                    f"a decoding cache is causal and sets {option} itself",
+                    given=f"{option}={options[option]!r}",
+                    accepted="a call without it",
+                )
         if fold_at is not None and kernel not in POLYNOMIAL:
-            raise ArgumentError(f"fold_at={fold_at} was given for kernel {name!r}, which folds nothing: leave it out")
+            raise refusal(
+                ArgumentError,
+                f"kernel {name!r} never turns keys into a state",
+                given=f"fold_at={fold_at}",
+                accepted=f"no fold_at, or one of the kernels {', '.join(POLYNOMIAL)}",
+            )
         if not isinstance(kernel, str) or kernel in NAMES:
             attend = functools.partial(functional.linear_attention, feature_map=kernel, form="chunked", **options)
             return StateCache(name, attend, capacity)
@@ -132,13 +144,29 @@ class DecodeCache(nn.Module, ABC):
             StateError: nothing is held yet, an index out of range, or another B' with fixed shapes.
         """
         if self.seen is None:
-            raise StateError("reorder was called before the first tokens; accepted: a cache that holds some")
+            raise refusal(
+                StateError,
+                "reorder was called before the first tokens",
+                given="an empty cache",
+                accepted="one that holds tokens",
+            )
         B = self.seen.shape[0]
         inside = index.dim() == 1 and index.dtype == torch.int64 and index.numel() > 0
         if not inside or int(index.min()) < 0 or int(index.max()) >= B:
-            raise StateError(f"reorder takes int64 numbers from 0 to {B - 1}; given: {index.dtype}, {index.tolist()}")
+            given = f"{index.dtype}, {index.tolist()}"
+            raise refusal(
+                StateError,
+                "reorder takes sequences of the batch",
+                given=given,
+                accepted=f"int64 numbers from 0 to {B - 1}",
+            )
         if self.capacity is not None and index.shape[0] != B:
-            raise StateError(f"with fixed shapes reorder takes {B} numbers, the batch size; given: {index.shape[0]}")
+            raise refusal(
+                StateError,
+                "with fixed shapes reorder cannot change the batch size",
+                given=f"{index.shape[0]} numbers",
+                accepted=f"{B} numbers",
+            )
         for holder, name, held in self._held():
             chosen = held.index_select(0, index.to(held.device))
             if self.capacity is not None:
@@ -159,14 +187,18 @@ class DecodeCache(nn.Module, ABC):
     def _check(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
         if not q.dim() == k.dim() == v.dim() == 4:
             given = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-            raise ShapeError(f"q, k and v must be [B, H, T, D], [B, Hkv, T, D] and [B, Hkv, T, M]; given: {given}")
+            accepted = "[B, H, T, D], [B, Hkv, T, D] and [B, Hkv, T, M]"
+            raise refusal(ShapeError, "q, k and v must have four dimensions", given=given, accepted=accepted)
         if self.sizes and self.sizes != self._sizes_of(q, k, v):
-            raise StateError(
-                f"the cache holds (B, H, Hkv, D, M, dtype) = {self.sizes}; given: {self._sizes_of(q, k, v)}; "
-                "accepted: the same, or a new cache"
+            raise refusal(
+                StateError,
+                f"the cache holds (B, H, Hkv, D, M, dtype) = {self.sizes}",
+                given=self._sizes_of(q, k, v),
+                accepted="the same, or a new cache",
             )
         if key_mask is not None and key_mask.shape != (k.shape[0], k.shape[2]):
-            raise ShapeError(f"key_mask must be [B, T] = {(k.shape[0], k.shape[2])}; given: {tuple(key_mask.shape)}")
+            accepted = f"[B, T] = {(k.shape[0], k.shape[2])}"
+            raise refusal(ShapeError, "key_mask must fit the keys", given=tuple(key_mask.shape), accepted=accepted)
 
     @staticmethod
     def _sizes_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
@@ -190,7 +222,9 @@ class DecodeCache(nn.Module, ABC):
         kept = state_dict.get(prefix + EXTRA_STATE)
         mine = {"kernel": self.kernel, "capacity": self.capacity}
         if not isinstance(kept, dict) or any(kept.get(name) != value for name, value in mine.items()):
-            raise StateError(f"what is loaded must be saved from a cache of {mine}; given: {kept}")
+            raise refusal(
+                StateError, "what is loaded was not saved from such a cache", given=kept, accepted=f"a cache of {mine}"
+            )
         self.sizes = tuple(kept["sizes"])
         for name in self._buffers:
             saved = state_dict.get(prefix + name)
@@ -387,7 +421,12 @@ class FixedKeyCache(_Keys):
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.capacity:
-            raise StateError(f"{tokens} tokens were given to a cache of capacity={self.capacity}; accepted: at most it")
+            raise refusal(
+                StateError,
+                "more tokens than the cache has room for",
+                given=f"{tokens} tokens",
+                accepted=f"at most capacity={self.capacity}",
+            )
 
 
 class ModelCache(nn.ModuleList):

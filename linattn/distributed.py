@@ -26,7 +26,7 @@ from torch import Tensor
 
 from linattn import functional
 from linattn._dispatch.checks import check_flag
-from linattn.errors import ArgumentError
+from linattn.errors import ArgumentError, refusal
 from linattn.states import FeatureMapState, QuadraticState
 
 if TYPE_CHECKING:
@@ -105,10 +105,20 @@ def _attend(
 ) -> Tensor:
     check_flag("is_causal", is_causal)
     if not dist.is_available() or not dist.is_initialized():
-        raise ArgumentError("there is no process group; accepted: a call after torch.distributed.init_process_group")
+        raise refusal(
+            ArgumentError,
+            "a sequence is spread over the processes of a group",
+            given="no process group",
+            accepted="a call after torch.distributed.init_process_group",
+        )
     for name in TAKEN:
         if name in options:
-            raise ArgumentError(f"{name}={options[name]!r} was given; a sequence spread over processes leaves it out")
+            raise refusal(
+                ArgumentError,
+                "an option has no meaning for a sequence spread over processes",
+                given=f"{name}={options[name]!r}",
+                accepted="a call without it",
+            )
     group = dist.group.WORLD if group is None else group
     options["form"] = "chunked"
     # One query, for the sake of the state; nobody reads what it finds.

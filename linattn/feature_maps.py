@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linattn._dispatch.checks import autocasts
-from linattn.errors import ArgumentError, DtypeError, ShapeError, unknown_name
+from linattn.errors import ArgumentError, DtypeError, ShapeError, refusal, unknown_name
 from linattn.kernels.feature_map.maps import MAPS
 
 FeatureMap = str | Callable[[Tensor], Tensor]
@@ -185,7 +185,12 @@ class Favor(nn.Module):
         super().__init__()
         self.size = 4 * head_dim if features is None else features
         if head_dim < 1 or self.size < 1:
-            raise ArgumentError(f"head_dim={head_dim} and features={features} were given; accepted: at least 1")
+            raise refusal(
+                ArgumentError,
+                "sizes are too small",
+                given=f"head_dim={head_dim}, features={features}",
+                accepted="at least 1",
+            )
         self.orthogonal = orthogonal
         self.register_buffer("projection", torch.empty(self.size, head_dim))
         self.redraw(generator or torch.Generator().manual_seed(0))
@@ -245,7 +250,12 @@ class Hedgehog(nn.Module):
         super().__init__()
         self.size = 2 * head_dim if features is None else features
         if head_dim < 1 or self.size < 2 or self.size % 2:
-            raise ArgumentError(f"head_dim={head_dim} and features={features} were given; accepted: features even")
+            raise refusal(
+                ArgumentError,
+                "features come in pairs",
+                given=f"head_dim={head_dim}, features={features}",
+                accepted="head_dim at least 1, features even and at least 2",
+            )
         self.weight = nn.Parameter(torch.eye(self.size // 2, head_dim))
         if self.size != 2 * head_dim:
             nn.init.orthogonal_(self.weight)
@@ -346,19 +356,26 @@ def map_features(
         if feature_map not in CATALOGUE:
             raise unknown_name("feature map", feature_map, CATALOGUE)
         if normalize and feature_map not in POSITIVE:
-            raise ArgumentError(
-                f"feature_map={feature_map!r} makes similarities that may be negative and needs normalize=False; "
-                f"accepted with normalize=True: {', '.join(sorted(POSITIVE))}, or a callable "
-                "(for features that are already mapped: feature_map=lambda x: x)"
+            named = ", ".join(sorted(POSITIVE))
+            raise refusal(
+                ArgumentError,
+                f"similarities of {feature_map!r} may be negative and need normalize=False",
+                given=f"feature_map={feature_map!r}, normalize=True",
+                accepted=f"with normalize=True {named}, or a callable (for features: feature_map=lambda x: x)",
             )
         if feature_map in MAPS:
             return q, k, feature_map
         feature_map = CATALOGUE[feature_map].function or _as_first_made(feature_map, q.shape[-1])
     if not callable(feature_map):
-        raise ArgumentError(f"feature_map must be a name or a callable; given: {feature_map!r}")
+        raise refusal(
+            ArgumentError, "feature_map cannot be applied", given=repr(feature_map), accepted="a name or a callable"
+        )
     if normalize and getattr(feature_map, "positive", True) is False:
-        raise ArgumentError(
-            f"{feature_map!r} says positive=False: its similarities may be negative and need normalize=False"
+        raise refusal(
+            ArgumentError,
+            "the feature map says positive=False: its similarities may be negative",
+            given=f"feature_map={feature_map!r}, normalize=True",
+            accepted="normalize=False",
         )
     if key_mask is not None:  # padding may hold NaN, which would reach the gradients of a map's parameters
         k = k.masked_fill(~key_mask[:, None, :, None], 0)
@@ -366,7 +383,12 @@ def map_features(
     if autocasts(q.device.type):
         fq, fk = fq.to(q.dtype), fk.to(k.dtype)
     if fq.dtype != q.dtype or fk.dtype != k.dtype:
-        raise DtypeError(f"feature_map must keep the dtype {q.dtype}; given: {fq.dtype} for q, {fk.dtype} for k")
+        raise refusal(
+            DtypeError,
+            "feature_map must keep the dtype",
+            given=f"{fq.dtype} for q, {fk.dtype} for k",
+            accepted=q.dtype,
+        )
     return fq, fk, "identity"
 
 
@@ -378,7 +400,9 @@ def _check_features(q: Tensor, fq: object, fk: object, k: Tensor) -> tuple[Tenso
         leading = fq.shape[:3] == q.shape[:3] and fk.shape[:3] == k.shape[:3]
         if leading and fq.shape[3] == fk.shape[3] and fq.shape[3] > 0:
             return fq, fk
-    raise ShapeError(
-        "feature_map must turn [B, H, T, D] into [B, H, T, C] with one C >= 1 for q and k; given: "
-        f"q {tuple(q.shape)} -> {shapes(fq)}, k {tuple(k.shape)} -> {shapes(fk)}"
+    raise refusal(
+        ShapeError,
+        "feature_map must keep all sizes but the last",
+        given=f"q {tuple(q.shape)} -> {shapes(fq)}, k {tuple(k.shape)} -> {shapes(fk)}",
+        accepted="[B, H, T, D] -> [B, H, T, C] with one C >= 1 for q and k",
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linattn.errors import StateError
+from linattn.errors import StateError, refusal
 from linattn.kernels.feature_map.contract import state_shapes as feature_map_shapes
 from linattn.kernels.quadratic.contract import state_shapes as quadratic_shapes
 
@@ -88,7 +88,7 @@ class FeatureMapState(NamedTuple):
 def _added(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> list[Tensor]:
     if type(a) is not type(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         given = " and ".join(f"{type(state).__name__} {[tuple(x.shape) for x in state]}" for state in (a, b))
-        raise StateError(f"merge adds two states of one kind and shape; given: {given}")
+        raise refusal(StateError, "merge adds two states", given=given, accepted="two of one kind and shape")
     return [x + y for x, y in zip(a, b, strict=True)]
 
 

@@ -260,7 +260,9 @@ def test_loading_something_else_is_refused() -> None:
     cache(q, k, v)
     saved = cache.state_dict()
     for other in (DecodeCache.of("quadratic"), DecodeCache.of("softmax", capacity=8), DecodeCache.of("elu+1")):
-        with pytest.raises(StateError, match="what is loaded must be saved from a cache of"):
+        with pytest.raises(
+            StateError, match="what is loaded was not saved from such a cache; given: .*; accepted: a cache of"
+        ):
             other.load_state_dict(saved)
     with pytest.raises(StateError, match="given: None"):
         cache.load_state_dict({"weight": torch.zeros(3)})
@@ -371,11 +373,14 @@ def test_a_feature_map_module_is_no_part_of_what_is_saved() -> None:
     ("options", "message"),
     [
         ({"kernel": "quadratc"}, "unknown kernel 'quadratc'.*Did you mean 'quadratic'"),
-        ({"kernel": "softmax", "capacity": 0}, "capacity=0 was given; accepted: at least 1"),
-        ({"kernel": "quadratic", "fold_at": 0}, "fold_at=0 was given"),
-        ({"kernel": "softmax", "fold_at": 9}, "fold_at=9 was given for kernel 'softmax'"),
-        ({"kernel": "elu+1", "fold_at": 9}, "fold_at=9 was given for kernel 'elu\\+1'"),
-        ({"kernel": "softmax", "is_causal": True}, "is_causal was given; a decoding cache is causal"),
+        ({"kernel": "softmax", "capacity": 0}, "given: capacity=0; accepted: at least 1"),
+        ({"kernel": "quadratic", "fold_at": 0}, "given: fold_at=0; accepted: at least 1"),
+        ({"kernel": "softmax", "fold_at": 9}, "kernel 'softmax' never turns keys into a state; given: fold_at=9"),
+        ({"kernel": "elu+1", "fold_at": 9}, "kernel 'elu\\+1' never turns keys into a state; given: fold_at=9"),
+        (
+            {"kernel": "softmax", "is_causal": True},
+            "a decoding cache is causal and sets is_causal itself; given: is_causal=True",
+        ),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -395,9 +400,13 @@ def test_bad_input_is_named_and_changes_nothing(kernel: str) -> None:
     wrong: list[tuple[type[LinattnError], str, Callable[[], object]]] = [
         (StateError, "the cache holds", lambda: cache(*(x[:1] for x in step))),
         (StateError, "the cache holds", lambda: cache(*(x.double() for x in step))),
-        (ShapeError, "must be \\[B, H, T, D\\]", lambda: cache(*(x[0] for x in step))),
+        (ShapeError, "accepted: \\[B, H, T, D\\]", lambda: cache(*(x[0] for x in step))),
         (StateError, "the cache holds", lambda: cache(step[0], step[1], step[2][..., :2])),
-        (ShapeError, "key_mask must be \\[B, T\\] = \\(2, 1\\)", lambda: cache(*step, key_mask=torch.ones(2, 6) > 0)),
+        (
+            ShapeError,
+            "key_mask must fit the keys; .* accepted: \\[B, T\\] = \\(2, 1\\)",
+            lambda: cache(*step, key_mask=torch.ones(2, 6) > 0),
+        ),
         (StateError, "reorder takes int64 numbers from 0 to 1", lambda: cache.reorder(torch.tensor([0, 2]))),
         (StateError, "reorder takes int64 numbers", lambda: cache.reorder(torch.tensor([0.0, 1.0]))),
     ]
@@ -413,13 +422,13 @@ def test_bad_input_is_named_and_changes_nothing(kernel: str) -> None:
 
 def test_more_tokens_than_the_capacity_are_refused() -> None:
     q, k, v = make_inputs(keys=9, head_size=D, dtype=torch.float32)
-    with pytest.raises(StateError, match="9 tokens were given to a cache of capacity=8"):
+    with pytest.raises(StateError, match="given: 9 tokens; accepted: at most capacity=8"):
         DecodeCache.of("softmax", capacity=8)(q, k, v)
     cache = DecodeCache.of("softmax", capacity=8)
     cache(*(x[:, :, :8] for x in (q, k, v)))
-    with pytest.raises(StateError, match="9 tokens were given"):
+    with pytest.raises(StateError, match="given: 9 tokens"):
         cache(*(x[:, :, 8:] for x in (q, k, v)))
-    with pytest.raises(StateError, match="takes 2 numbers"):
+    with pytest.raises(StateError, match="accepted: 2 numbers"):
         cache.reorder(torch.tensor([0]))
 
 
