@@ -28,7 +28,7 @@ PY := $(abspath $(VENV))/bin/python
 READY := $(abspath $(VENV))/.ready
 endif
 
-NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/*,kernels/$(depth).cpp kernels/$(depth).hpp))
+NATIVE := CMakeLists.txt $(wildcard $(foreach depth,* */* */*/* */*/*/*,kernels/$(depth).cpp kernels/$(depth).hpp))
 CXX_FILES := $(filter %.cpp %.hpp,$(NATIVE)) $(wildcard tests/kernels/native/*.?pp)
 ROOMS := kernels autoencoders rnn bench
 

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "common/native/attention_problem.hpp"
-#include "common/native/cpu_features.hpp"
-#include "common/native/isa.hpp"
+#include "common/native/isa/cpu_features.hpp"
+#include "common/native/isa/isa.hpp"
 #include "feature_map/native/feature_map.hpp"
 #include "quadratic/native/quadratic.hpp"
 #include "recurrent/native/bindings.hpp"

@@ -11,7 +11,7 @@
 
 #include <immintrin.h>
 
-#include "simd.hpp"
+#include "common/native/isa/simd.hpp"
 
 namespace linattn::LINATTN_ISA {
 

@@ -1,7 +1,7 @@
 // The arguments of an op with a state: Options and State are the op's own, the rest is the same for all.
 #pragma once
 
-#include "attention_problem.hpp"
+#include "common/native/attention_problem.hpp"
 
 namespace linattn {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "macros.hpp"
+#include "common/native/macros.hpp"
 
 namespace linattn {
 

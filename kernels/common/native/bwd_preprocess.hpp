@@ -1,7 +1,7 @@
 // The first step of every backward pass: dO' = dO / l and delta = dO'.out.
 #pragma once
 
-#include "packing.hpp"
+#include "common/native/packing.hpp"
 
 namespace linattn::LINATTN_ISA {
 

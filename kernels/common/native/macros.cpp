@@ -1,4 +1,4 @@
-#include "macros.hpp"
+#include "common/native/macros.hpp"
 
 #if defined(LINATTN_CHECKED)
 

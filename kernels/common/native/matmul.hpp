@@ -1,7 +1,7 @@
 // The one matrix product that all native kernels are made of: an R x W block of vectors kept in registers.
 #pragma once
 
-#include "simd.hpp"
+#include "common/native/isa/simd.hpp"
 
 namespace linattn::LINATTN_ISA {
 

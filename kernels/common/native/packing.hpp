@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "simd.hpp"
+#include "common/native/isa/simd.hpp"
 
 namespace linattn::LINATTN_ISA {
 

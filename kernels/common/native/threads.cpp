@@ -1,4 +1,4 @@
-#include "threads.hpp"
+#include "common/native/threads.hpp"
 
 #include <atomic>
 #include <new>

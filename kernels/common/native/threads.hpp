@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attention_problem.hpp"
-#include "macros.hpp"
+#include "common/native/attention_problem.hpp"
+#include "common/native/macros.hpp"
 
 #if defined(_OPENMP)
 #include <omp.h>

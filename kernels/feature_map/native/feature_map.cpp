@@ -1,6 +1,6 @@
 #include "feature_map/native/feature_map.hpp"
 
-#include "common/native/isa_dispatch.hpp"
+#include "common/native/isa/isa_dispatch.hpp"
 
 LINATTN_DECLARE_FOR_EACH_ISA(feature_map, void forward(const linattn::feature_map::ForwardCall&))
 LINATTN_DECLARE_FOR_EACH_ISA(feature_map, void backward(const linattn::feature_map::BackwardCall&))

@@ -3,7 +3,7 @@
 #include "common/native/matmul.hpp"
 #include "common/native/packing.hpp"
 #include "common/native/threads.hpp"
-#include "quadratic/native/chunk_schedule.hpp"
+#include "quadratic/native/chunked/chunk_schedule.hpp"
 #include "quadratic/native/score_tile.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {

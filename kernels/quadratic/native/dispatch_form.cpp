@@ -1,7 +1,7 @@
 // The kernels of one instruction set; the build compiles this file once for each (CMakeLists.txt).
-#include "quadratic/native/chunked.hpp"
+#include "quadratic/native/chunked/chunked.hpp"
 #include "quadratic/native/decode.hpp"
-#include "quadratic/native/direct.hpp"
+#include "quadratic/native/direct/direct.hpp"
 #include "quadratic/native/quadratic.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {

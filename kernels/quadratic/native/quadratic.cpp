@@ -1,8 +1,8 @@
 #include "quadratic/native/quadratic.hpp"
 
-#include "common/native/isa_dispatch.hpp"
+#include "common/native/isa/isa_dispatch.hpp"
 #if defined(LINATTN_X86)
-#include "quadratic/native/amx_dispatch.hpp"
+#include "quadratic/native/amx/dispatch.hpp"
 #endif
 
 LINATTN_DECLARE_FOR_EACH_ISA(quadratic, void forward(const linattn::quadratic::ForwardCall&))

@@ -1,6 +1,6 @@
 #include "recurrent/native/recurrent.hpp"
 
-#include "common/native/isa_dispatch.hpp"
+#include "common/native/isa/isa_dispatch.hpp"
 
 LINATTN_DECLARE_FOR_EACH_ISA(recurrent, void forward(const linattn::recurrent::ForwardCall&))
 LINATTN_DECLARE_FOR_EACH_ISA(recurrent, void backward(const linattn::recurrent::BackwardCall&))

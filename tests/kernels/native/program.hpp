@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <exception>
 
-#include "common/native/isa.hpp"
+#include "common/native/isa/isa.hpp"
 
 namespace test {
 

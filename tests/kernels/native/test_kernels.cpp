@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <string>
 
-#include "common/native/isa.hpp"
+#include "common/native/isa/isa.hpp"
 #include "feature_map/native/feature_map.hpp"
 #include "program.hpp"
 #include "quadratic/native/quadratic.hpp"

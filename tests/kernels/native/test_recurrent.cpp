@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "common/native/isa.hpp"
+#include "common/native/isa/isa.hpp"
 #include "program.hpp"
 #include "recurrent/native/recurrent.hpp"
 

@@ -1,4 +1,4 @@
-#include "quadratic/native/chunked_pass.hpp"
+#include "quadratic/native/chunked/chunked_pass.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

@@ -11,8 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "attention_problem.hpp"
-#include "macros.hpp"
+#include "common/native/attention_problem.hpp"
+#include "common/native/macros.hpp"
 
 #if !defined(LINATTN_ISA) || !defined(LINATTN_WIDTH) || !defined(LINATTN_ACCUMULATORS)
 #error "simd.hpp is for sources that are compiled once for each instruction set"

@@ -1,7 +1,7 @@
 // How the AMX kernels cut a head into chunks.
 #pragma once
 
-#include "quadratic/native/amx_score_tile.hpp"
+#include "quadratic/native/amx/score_tile.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

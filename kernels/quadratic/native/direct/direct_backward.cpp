@@ -1,4 +1,4 @@
-#include "quadratic/native/direct.hpp"
+#include "quadratic/native/direct/direct.hpp"
 
 #include "common/native/bwd_preprocess.hpp"
 #include "common/native/packing.hpp"

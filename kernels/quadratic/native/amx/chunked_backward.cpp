@@ -1,7 +1,7 @@
-#include "quadratic/native/amx_chunk_output.hpp"
-#include "quadratic/native/amx_chunk_schedule.hpp"
-#include "quadratic/native/amx_chunked.hpp"
-#include "quadratic/native/amx_score_gradients.hpp"
+#include "quadratic/native/amx/chunk_output.hpp"
+#include "quadratic/native/amx/chunk_schedule.hpp"
+#include "quadratic/native/amx/chunked.hpp"
+#include "quadratic/native/amx/score_gradients.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

@@ -1,4 +1,4 @@
-#include "quadratic/native/chunk_state.hpp"
+#include "quadratic/native/chunked/chunk_state.hpp"
 
 #include "common/native/threads.hpp"
 

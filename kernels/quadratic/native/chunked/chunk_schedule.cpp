@@ -1,4 +1,4 @@
-#include "quadratic/native/chunk_schedule.hpp"
+#include "quadratic/native/chunked/chunk_schedule.hpp"
 
 #include "common/native/packing.hpp"
 

@@ -1,9 +1,9 @@
-#include "isa.hpp"
+#include "common/native/isa/isa.hpp"
 
 #include <algorithm>
 #include <cstdlib>
 
-#include "cpu_features.hpp"
+#include "common/native/isa/cpu_features.hpp"
 
 namespace linattn {
 namespace {

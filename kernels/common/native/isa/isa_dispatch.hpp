@@ -2,7 +2,7 @@
 // own, and in it each operation (simd.hpp).
 #pragma once
 
-#include "isa.hpp"
+#include "common/native/isa/isa.hpp"
 
 #if defined(LINATTN_X86)
 

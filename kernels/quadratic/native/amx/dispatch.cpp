@@ -1,8 +1,8 @@
-#include "quadratic/native/amx_dispatch.hpp"
+#include "quadratic/native/amx/dispatch.hpp"
 
-#include "quadratic/native/amx_chunked.hpp"
-#include "quadratic/native/amx_direct.hpp"
-#include "quadratic/native/amx_score_tile.hpp"
+#include "quadratic/native/amx/chunked.hpp"
+#include "quadratic/native/amx/direct.hpp"
+#include "quadratic/native/amx/score_tile.hpp"
 
 namespace linattn::isa_amx::quadratic {
 

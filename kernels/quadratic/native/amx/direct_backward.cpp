@@ -1,5 +1,5 @@
-#include "quadratic/native/amx_direct.hpp"
-#include "quadratic/native/amx_score_gradients.hpp"
+#include "quadratic/native/amx/direct.hpp"
+#include "quadratic/native/amx/score_gradients.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

@@ -1,12 +1,12 @@
 // The state, sums over keys in bf16 by AMX tiles: its features, and how keys are added. What queries get from it:
-// amx_chunk_output.hpp.
+// chunk_output.hpp.
 //
 // Features of x are the products x_i x_j of i with pairs (j, j + 1), j even, j + 1 >= i, and then x itself as
 // products with 1. Those that come twice (j < i) have weight 0. 16 pairs are a step: 32 terms of a sum.
 #pragma once
 
 #include "common/native/threads.hpp"
-#include "quadratic/native/amx_score_tile.hpp"
+#include "quadratic/native/amx/score_tile.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

@@ -1,6 +1,6 @@
-#include "quadratic/native/chunked.hpp"
+#include "quadratic/native/chunked/chunked.hpp"
 
-#include "quadratic/native/chunked_pass.hpp"
+#include "quadratic/native/chunked/chunked_pass.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

@@ -3,7 +3,7 @@
 
 #include "common/native/bwd_preprocess.hpp"
 #include "common/native/threads.hpp"
-#include "quadratic/native/amx_score_tile.hpp"
+#include "quadratic/native/amx/score_tile.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

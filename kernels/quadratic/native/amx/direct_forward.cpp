@@ -1,6 +1,6 @@
 #include "common/native/threads.hpp"
-#include "quadratic/native/amx_direct.hpp"
-#include "quadratic/native/amx_score_tile.hpp"
+#include "quadratic/native/amx/direct.hpp"
+#include "quadratic/native/amx/score_tile.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

@@ -11,8 +11,8 @@
 // In a KeyPass the state is the gradient to the state over keys.
 #pragma once
 
-#include "quadratic/native/chunk_schedule.hpp"
-#include "quadratic/native/chunk_state.hpp"
+#include "quadratic/native/chunked/chunk_schedule.hpp"
+#include "quadratic/native/chunked/chunk_state.hpp"
 #include "quadratic/native/quadratic.hpp"
 #include "quadratic/native/score_tile.hpp"
 

@@ -1,7 +1,7 @@
 // What 32 queries get from the state by AMX tiles, and the gradients to them.
 #pragma once
 
-#include "quadratic/native/amx_chunk_state.hpp"
+#include "quadratic/native/amx/chunk_state.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 

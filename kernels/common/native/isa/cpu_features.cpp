@@ -1,4 +1,4 @@
-#include "cpu_features.hpp"
+#include "common/native/isa/cpu_features.hpp"
 
 #include <cstdint>
 #include <thread>

@@ -1,8 +1,8 @@
-#include "quadratic/native/amx_chunked.hpp"
+#include "quadratic/native/amx/chunked.hpp"
 
 #include "common/native/threads.hpp"
-#include "quadratic/native/amx_chunk_output.hpp"
-#include "quadratic/native/amx_chunk_schedule.hpp"
+#include "quadratic/native/amx/chunk_output.hpp"
+#include "quadratic/native/amx/chunk_schedule.hpp"
 
 namespace linattn::LINATTN_ISA::quadratic {
 
