@@ -407,8 +407,8 @@ def test_bad_input_is_named_and_changes_nothing(kernel: str) -> None:
             "key_mask must fit the keys; .* accepted: \\[B, T\\] = \\(2, 1\\)",
             lambda: cache(*step, key_mask=torch.ones(2, 6) > 0),
         ),
-        (StateError, "reorder takes int64 numbers from 0 to 1", lambda: cache.reorder(torch.tensor([0, 2]))),
-        (StateError, "reorder takes int64 numbers", lambda: cache.reorder(torch.tensor([0.0, 1.0]))),
+        (StateError, "accepted: int64 numbers from 0 to 1", lambda: cache.reorder(torch.tensor([0, 2]))),
+        (StateError, "accepted: int64 numbers", lambda: cache.reorder(torch.tensor([0.0, 1.0]))),
     ]
     for kind, message, call in wrong:
         with pytest.raises(kind, match=message):
