@@ -1,4 +1,4 @@
-"""What the tests of the kernels share."""
+"""Fixtures that the tests of the kernels share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of threads until the end of the test."""
+    """Set the number of threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -1,9 +1,10 @@
-"""What `import linattn` brings in, and where it finds its parts."""
+"""Show what `import linattn` brings in, and where it finds its parts."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_search_path_of_a_checkout_ends_with_the_folder_of_an_installed_native_m
 ) -> None:
     installed = tmp_path / "linattn"
     installed.mkdir()
-    (installed / f"_native{source_tree.EXTENSION_SUFFIXES[0]}").touch()
+    (installed / f"_native{EXTENSION_SUFFIXES[0]}").touch()
     without_native = tmp_path / "other" / "linattn"
     without_native.mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [str(without_native.parent), str(tmp_path)])

@@ -1,4 +1,4 @@
-"""What is shipped and how it installs: wheel, sdist, and the three ways in which this code may be on a machine.
+"""Show what is shipped and how it installs: wheel, sdist, and the three ways in which this code may be on a machine.
 
 The slow ones build distributions and make throw-away environments; they are marked `install` and run by
 `pytest -m install`. They need no network: the environments borrow torch and the build tools from the interpreter that

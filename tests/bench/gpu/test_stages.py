@@ -20,7 +20,8 @@ CRASHES = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 
 
 def _run(tmp_path: Path, programs: dict[str, str], limit_s: float = 30.0, total_s: float = 60.0):
-    record, said = Record(tmp_path / "record.json"), []
+    record = Record(tmp_path / "record.json")
+    said: list[str] = []
     stages = [Stage(name, f"runs {name}", limit_s) for name in programs]
     undone = run_stages(
         stages, lambda stage: [sys.executable, "-c", programs[stage.name]], record, total_s=total_s, say=said.append
