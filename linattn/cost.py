@@ -1,4 +1,4 @@
-"""What an attention call costs, from its sizes alone: flops, bytes, memory, and where the linear form begins to pay.
+"""Count what an attention call costs, from its sizes alone: flops, bytes, memory, and where the linear form pays.
 
 Conventions: a multiply-add counts as 2 flops; exponentials, masks and other elementwise work count as 0. `c` is the
 chunk length, `F` the number of features, D the head size of queries and keys, M that of values. Per token and head, in

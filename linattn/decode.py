@@ -46,7 +46,7 @@ EXTRA_STATE = "_extra_state"  # torch's name for what `get_extra_state` returns
 
 
 class DecodeCache(nn.Module, ABC):
-    """What stands in for the tokens that one attention layer has seen; make it with `DecodeCache.of`.
+    """Stand in for the tokens that one attention layer has seen; make it with `DecodeCache.of`.
 
     Attributes:
         kernel: its name.
@@ -248,7 +248,7 @@ class StateCache(DecodeCache):
 
     @property
     def state(self) -> FeatureMapState | QuadraticState | None:
-        """What is held, None before the first call."""
+        """Return the state or the keys and values, None before the first call."""
         return None if self.n is None else self.kind(*(getattr(self, name) for name in self.kind._fields))
 
     def hold(self, state: FeatureMapState | QuadraticState) -> None:
@@ -273,7 +273,7 @@ class StateCache(DecodeCache):
 
 
 class _Keys(DecodeCache):
-    """What both caches that keep keys and values share: the buffers, and the state that may take their place."""
+    """Hold keys and values in buffers, or the state that may take their place: the base of two caches."""
 
     k: Tensor | None
     v: Tensor | None

@@ -136,7 +136,7 @@ def _attend(
 
 
 class _SumOfEarlier(torch.autograd.Function):
-    """What the ranks before this one hold, added up. The gradient is what the ranks after it want, added up."""
+    """Add up what the ranks before this one hold. The gradient is what the ranks after it want, added up."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, n: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
@@ -152,7 +152,7 @@ class _SumOfEarlier(torch.autograd.Function):
 
 
 class _SumOfAll(torch.autograd.Function):
-    """What all ranks hold, added up. The gradient is what all ranks want, added up."""
+    """Add up what all ranks hold. The gradient is what all ranks want, added up."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, n: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:

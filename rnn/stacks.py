@@ -23,9 +23,13 @@ class _Stack(RecurrentModule):
     """Layers `layers[l]` run forwards; `reverse_layers[l]` of a bidirectional stack run backwards over the same."""
 
     def __init__(
-        self, make: Callable[[int], RecurrentLayer], input_size: int, hidden_size: int, num_layers: int,
+        self,
+        make: Callable[[int], RecurrentLayer],
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
         bidirectional: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         check_size("num_layers", num_layers)
         self.input_size = input_size

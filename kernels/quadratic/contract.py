@@ -1,4 +1,4 @@
-"""What every backend of the quadratic-kernel ops agrees on: options and state."""
+"""Define what every backend of the quadratic-kernel ops agrees on: options and state."""
 
 from __future__ import annotations
 

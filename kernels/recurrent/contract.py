@@ -1,4 +1,4 @@
-"""What every backend of the recurrent ops agrees on: the cells, and the tensors that a call makes."""
+"""Define what every backend of the recurrent ops agrees on: the cells, and the tensors that a call makes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def gates(cell: str) -> int:
 
 
 class ForwardInputs(NamedTuple):
-    """What every backend's `forward` takes, as `FORWARD` in ops.py has it."""
+    """Hold what every backend's `forward` takes, as `FORWARD` in ops.py has it."""
 
     projected: Tensor
     weight_h: Tensor

@@ -1,4 +1,4 @@
-"""What every backend of the softmax ops agrees on."""
+"""Define what every backend of the softmax ops agrees on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class ForwardInputs(NamedTuple):
-    """What every backend's `forward` takes, in the order of `softmax_fwd`.
+    """Hold what every backend's `forward` takes, in the order of `softmax_fwd`.
 
     Attributes:
         q, k, v: `[B, H, T, D]`, `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, M]`, of any strides.
@@ -31,7 +31,7 @@ class ForwardInputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What every backend's `backward` takes, in the order of `softmax_bwd`.
+    """Hold what every backend's `backward` takes, in the order of `softmax_bwd`.
 
     Attributes:
         dout: the gradient of out.

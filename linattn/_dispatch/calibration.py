@@ -31,7 +31,7 @@ PREDICTED = Path(__file__).parent / "tables" / "chunked_from_predicted.json"
 
 
 def user_file() -> Path:
-    """Where `linattn calibrate` writes: $LINATTN_CALIBRATION, or linattn/chunked_from.json in the user's cache."""
+    """Where `linattn calibrate` writes: $LINATTN_CALIBRATION, or chunked_from.json in the user's cache."""
     named = os.environ.get("LINATTN_CALIBRATION")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(named) if named else cache / "linattn" / "chunked_from.json"
@@ -111,7 +111,7 @@ def chunked_from(key: str, D: int, M: int, *, is_causal: bool) -> float:
 
 
 def source(key: str) -> str:
-    """What `chunked_from` rests on, in words."""
+    """Say in words what `chunked_from` rests on."""
     machine = key.split("/")[1]
     if _filed(MEASURED, key):
         return f"as measured on {machine}"

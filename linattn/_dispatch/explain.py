@@ -1,4 +1,4 @@
-"""What a call would do and why, from the first half of it (plan.py)."""
+"""Say what a call would do and why, from the first half of it (plan.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would do, and why; `str()` is meant to be read.
+    """Say what a call would do, and why; `str()` is meant to be read.
 
     Attributes:
         kernel: the public name.

@@ -218,7 +218,7 @@ class Prepared(NamedTuple):
     Attributes:
         op: the operation, a key of `BACKENDS`.
         inputs: the tensors, autocast, and for feature maps that no kernel applies, mapped.
-        options: those of the op (its contract.py); for softmax, the scale alone.
+        options: those of the op (kernels/<op>/contract.py); for softmax, the scale alone.
         initial_state: its tensors, or ().
         with_state: a state stands before the call or is asked for after it.
         plan: form, backend and chunk size.

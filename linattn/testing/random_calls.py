@@ -148,7 +148,13 @@ def draw(op: str, seed: int, extent: Extent, dtypes: tuple[torch.dtype, ...] = (
     return_state = stateful and r.random() < 0.4
     names = ("q", "k", "v", "past") if past else ("q", "k", "v")
     return RandomCall(
-        op, seed, B, H, Hkv, T, Tk,
+        op,
+        seed,
+        B,
+        H,
+        Hkv,
+        T,
+        Tk,
         D=_size(r, extent.head),
         M=_size(r, extent.head),
         dtype=r.choice(dtypes),
@@ -170,7 +176,7 @@ def draw(op: str, seed: int, extent: Extent, dtypes: tuple[torch.dtype, ...] = (
         needs_grad=names if r.random() < 0.6 else tuple(name for name in names if r.random() < 0.5),
         state_needs_grad=return_state and r.random() < 0.7,
         twice=r.random() < 0.15,
-    )  # fmt: skip
+    )
 
 
 def _size(r: random.Random, largest: int) -> int:
@@ -214,18 +220,34 @@ def make_arguments(call: RandomCall, device: torch.device | str) -> Arguments:
     """Draw the numbers of a call."""
     expanded = call.layout == "expanded"
     q, k, v = make_inputs(
-        batch=call.B, heads=call.H, kv_heads=call.Hkv, queries=call.T, keys=call.Tk, head_size=call.D,
-        value_size=call.M, score_std=call.score_std, layout="contiguous" if expanded else call.layout,  # type: ignore[arg-type]
-        dtype=call.dtype, device=device, seed=call.seed,
-    )  # fmt: skip
+        batch=call.B,
+        heads=call.H,
+        kv_heads=call.Hkv,
+        queries=call.T,
+        keys=call.Tk,
+        head_size=call.D,
+        value_size=call.M,
+        score_std=call.score_std,
+        layout="contiguous" if expanded else call.layout,  # type: ignore[arg-type]
+        dtype=call.dtype,
+        device=device,
+        seed=call.seed,
+    )
     if expanded:  # all key heads are one
         k, v = (x[:, :1].expand(-1, call.Hkv, -1, -1) for x in (k, v))
     tensors = {"q": q, "k": k, "v": v}
     if call.past:
         _, tensors["past_k"], tensors["past_v"] = make_inputs(
-            batch=len(call.lengths) or call.B, heads=call.Hkv, keys=call.past, head_size=call.D, value_size=call.M,
-            score_std=call.score_std, dtype=call.dtype, device=device, seed=call.seed + 1,
-        )  # fmt: skip
+            batch=len(call.lengths) or call.B,
+            heads=call.Hkv,
+            keys=call.past,
+            head_size=call.D,
+            value_size=call.M,
+            score_std=call.score_std,
+            dtype=call.dtype,
+            device=device,
+            seed=call.seed + 1,
+        )
     key_mask = make_key_mask(call.B, call.Tk, seed=call.seed).to(device) if call.masked else None
     if key_mask is not None and call.dirty:
         for name in ("k", "v"):  # in place: the layout is part of the call
@@ -239,9 +261,14 @@ def perform(call: RandomCall, backend: str, arguments: Arguments, tensors: dict[
     """Call the public function: out, and the fields of the state if the call returns one, n first."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     options: dict[str, Any] = {
-        "is_causal": call.is_causal, "q_offset": call.q_offset, "key_mask": arguments.key_mask,
-        "cu_seqlens": arguments.cu_seqlens, "enable_gqa": call.Hkv != call.H, "scale": call.scale, "backend": backend,
-    }  # fmt: skip
+        "is_causal": call.is_causal,
+        "q_offset": call.q_offset,
+        "key_mask": arguments.key_mask,
+        "cu_seqlens": arguments.cu_seqlens,
+        "enable_gqa": call.Hkv != call.H,
+        "scale": call.scale,
+        "backend": backend,
+    }
     if call.op == "softmax":
         return [linattn.softmax_attention(q, k, v, **options)]
     options |= {"normalize": call.normalize, "form": call.form, "return_state": call.return_state}
@@ -270,9 +297,12 @@ def truth(call: RandomCall, arguments: Arguments, tensors: dict[str, Tensor]) ->
     """Compute in float64 the results that `perform` has to return, from `tensors` without NaN."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     options: dict[str, Any] = {
-        "is_causal": call.is_causal, "q_offset": call.q_offset, "key_mask": arguments.key_mask,
-        "cu_seqlens": arguments.cu_seqlens, "scale": call.scale,
-    }  # fmt: skip
+        "is_causal": call.is_causal,
+        "q_offset": call.q_offset,
+        "key_mask": arguments.key_mask,
+        "cu_seqlens": arguments.cu_seqlens,
+        "scale": call.scale,
+    }
     if call.op == "softmax":
         return [truth_softmax(q, k, v, **options)]
     past = (tensors["past_k"], tensors["past_v"]) if call.past else None

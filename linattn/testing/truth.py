@@ -97,12 +97,18 @@ def truth_attention(
         for s, (a, b) in enumerate(pairwise(bounds)):
             pieces.append(
                 truth_attention(
-                    q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], similarity, in_logarithms=in_logarithms,
-                    normalize=normalize, is_causal=is_causal, q_offset=q_offset,
+                    q[:, :, a:b],
+                    k[:, :, a:b],
+                    v[:, :, a:b],
+                    similarity,
+                    in_logarithms=in_logarithms,
+                    normalize=normalize,
+                    is_causal=is_causal,
+                    q_offset=q_offset,
                     key_mask=None if key_mask is None else key_mask[:, a:b],
                     past=None if past is None else (past[0][s : s + 1], past[1][s : s + 1]),
                 )
-            )  # fmt: skip
+            )
         return torch.cat(pieces, dim=2)
     seen = visible_keys(
         q.shape[2], k.shape[2], is_causal=is_causal, q_offset=q_offset, key_mask=key_mask, device=q.device

@@ -57,9 +57,13 @@ def concurrently() -> Callable[[Callable[[Any], Any], Sequence[Any]], list[list[
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python <arguments>`, ended."""
     return subprocess.run(
-        [sys.executable, *arguments], env=os.environ | environment,
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 @pytest.fixture

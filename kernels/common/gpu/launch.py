@@ -29,7 +29,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Triton is told beyond the arguments. Fusing a * b + c must not depend on its version's default."""
+        """Tell Triton what it needs beyond the arguments. Fusing a * b + c must not depend on its version's default."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 

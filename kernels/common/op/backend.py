@@ -1,4 +1,4 @@
-"""What is known of a backend before its module is imported: which calls it can run."""
+"""Tell what is known of a backend before its module is imported: which calls it can run."""
 
 from __future__ import annotations
 

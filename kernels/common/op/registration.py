@@ -23,7 +23,7 @@ def define(schema: str, fake: Callable[..., Any], run: Callable[..., Any]) -> No
 
     def guarded(*arguments: Any) -> Any:
         device = next(x for x in arguments if isinstance(x, torch.Tensor)).device.type
-        # Derivatives are the business of autograd.py, also inside a backward pass. Inputs were autocast already.
+        # Derivatives belong to kernels/<op>/autograd.py, also in a backward pass. Inputs are autocast already.
         with torch.no_grad(), full_precision(device):
             return run(*arguments)
 

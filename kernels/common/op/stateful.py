@@ -43,14 +43,14 @@ class Plan(NamedTuple):
 
 
 class ForwardInputs(NamedTuple):
-    """What every backend's `forward` takes.
+    """Hold what every backend's `forward` takes.
 
     Attributes:
         q, k, v: `[B, H, T, D]`, `[B, Hkv, Tk, D]`, `[B, Hkv, Tk, M]`, of any strides.
         key_mask: bool `[B, Tk]`, True for keys that count.
         cu_seqlens: `[S + 1]`, bounds of packed sequences; a backend checks their values.
         initial_state: canonical tensors, n first (linattn/states.py), or [].
-        options: those of the op (its contract.py).
+        options: those of the op (kernels/<op>/contract.py).
         return_state: whether the state after all keys is asked for.
         save: whether a backward pass will follow.
         plan: form, backend and chunk size.
@@ -77,7 +77,7 @@ class ForwardInputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What every backend's `backward` takes.
+    """Hold what every backend's `backward` takes.
 
     Attributes:
         dout: the gradient of out.

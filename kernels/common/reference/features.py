@@ -79,7 +79,7 @@ class Features:
         padded[:, self.linear.stop :] = canonical.index_select(1, _block_to_canonical(self.D, padded.device))
 
     def unpack_adjoint(self, dpadded: Tensor) -> Tensor:
-        """What a gradient to the padded products gives to canonical sums."""
+        """Return what a gradient to the padded products gives to canonical sums."""
         index = _block_to_canonical(self.D, dpadded.device)
         dcanonical = dpadded.new_zeros(dpadded.shape[0], self.D * (self.D + 1) // 2, dpadded.shape[2])
         return dcanonical.index_add_(1, index, dpadded[:, self.linear.stop :])

@@ -65,7 +65,7 @@ class Sums(abc.ABC):
 
 
 class KeySums(Sums):
-    """What every query needs to know of the keys seen so far.
+    """Hold what every query needs to know of the keys seen so far.
 
     The row sum needs no feature map: it comes from n `[B]`, k_sum and kk.
     """
@@ -96,7 +96,7 @@ class KeySums(Sums):
         self.any = True
 
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the keys seen so far contribute to queries x: sum of p v and sum of p."""
+        """Return what the keys seen so far contribute to queries x: sum of p v and sum of p."""
         acc = self.features(x).mT @ (self.S * self.weights)
         c0, c1, c2 = self.problem.coefficients
         l = c1 * (x @ self.k_sum[..., None]).squeeze(-1)

@@ -152,7 +152,7 @@ class Tiles:
 
 
 class TileGradients(NamedTuple):
-    """What a backward pass fills, in the accumulation dtype.
+    """Hold what a backward pass fills, in the accumulation dtype.
 
     dq `[B*Hkv, G, Tq, D]`, dk `[B*Hkv, Tk, D]`, dv `[B*Hkv, Tk, M]`.
     """

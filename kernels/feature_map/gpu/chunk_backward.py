@@ -84,6 +84,7 @@ def chunk_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Compute dq = scale phi'(q) dx, dk = phi'(k) dphi(k) and dv, as above: BLOCK_C columns of a chunk and key head."""
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature, and one program keeps dk and dv in registers over the query heads that share them.
     stride_qb, stride_qh, stride_qt = stride_q
     stride_kb, stride_kh, stride_kt = stride_k

@@ -58,6 +58,7 @@ def chunk_output_kernel(
 
     One program: one tile of CHUNK queries, BLOCK_DV columns.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps acc in registers throughout.
     stride_qb, stride_qh, stride_qt = stride_q
     stride_kb, stride_kh, stride_kt = stride_k

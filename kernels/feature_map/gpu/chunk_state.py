@@ -132,6 +132,7 @@ def chunk_state_kernel(
     x, y: keys and values, or queries and dout. initial: where the scan starts, fp32 [NUM_SEQS, Hkv, ...]. S: what was
     summed before each chunk and in each split, rounded. final: that of the splits, fp32 [NUM_SEQS, SPLITS, Hkv, ...].
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps S in registers from the first chunk of its split to the last.
     stride_xb, stride_xh, stride_xt = stride_x
     stride_yb, stride_yh, stride_yt = stride_y

@@ -55,7 +55,7 @@ class FeatureMapCall:
             "PACKED": cu_seqlens is not None,
             "MASKED": key_mask is not None,
         }
-        """What every kernel takes."""
+        """Arguments of every kernel."""
         # fp16 is multiplied as TF32: as many digits, and sums and their gradients stay in range.
         is_half = q.dtype == torch.float16
         self.product_dtype = torch.float32 if is_half else q.dtype
@@ -65,7 +65,7 @@ class FeatureMapCall:
             "PRODUCT_DTYPE": TRITON_DTYPE[self.product_dtype],
             "PRECISION": "tf32" if in_tf32 else precision(q.dtype),
         }
-        """What every kernel of the chunked form takes beside it."""
+        """Arguments of every kernel of the chunked form beside those."""
 
     def num_tiles(self, chunk: int, from_keys: bool) -> tuple[int, int]:
         """Return how many tiles of queries (and keys) a grid holds for each batch element, and how many of them share

@@ -112,7 +112,7 @@ void store_key_counts(const ForwardCall& call) {
 
 // ---- backward ----
 
-// The queries of a tile in the backward pass: dO' = dO / l and delta = dO'.out (bwd_preprocess.hpp).
+// The queries of a tile in the backward pass: dO' = dO / l and delta = dO'.out (common/native/bwd_preprocess.hpp).
 struct QueryGradients {
     float *dout_scaled, *delta;  // [chunk][Mp], [chunk]
 

@@ -1,4 +1,4 @@
-"""What the backward pass knows of each query before it sums anything: 1/l, delta, and dO / l for the states."""
+"""Prepare what the backward pass knows of each query before it sums anything: 1/l, delta, and dO / l for the states."""
 
 from __future__ import annotations
 

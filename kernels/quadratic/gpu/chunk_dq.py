@@ -91,6 +91,7 @@ def chunk_dq_kernel(
     """Compute dq = d/dq [phi(q) S . (dO / l) - delta_scaled l(q)] + sum_j ds_j k_j, j over the keys after S. A tile
     with cancelled queries computes all scores, as it did in `chunk_output_kernel`.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps dq in registers from the state to the last key.
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
     batch, start, T, Tk, position, last, slot = locate_query_tile(

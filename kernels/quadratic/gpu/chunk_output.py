@@ -93,6 +93,7 @@ def chunk_output_kernel(
     """Compute o = (phi(q) S + sum_j p_j v_j) / l with l = w0 n + w1 q.z + w2 q.Z q + sum_j p_j, j over the keys after
     those in S.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps acc in registers from the state to the last key.
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
     batch, start, T, Tk, position, last, slot = locate_query_tile(

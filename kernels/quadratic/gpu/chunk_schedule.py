@@ -20,7 +20,7 @@ NOWHERE = tl.constexpr(1 << 30)
 """A position after all queries."""
 
 SPARE = tl.constexpr(2)
-"""Tiles of a packed sequence beyond those before it (varlen_schedule.py): its boundaries are one more than its chunks,
+"""Tiles of a packed sequence beyond those before it (common/gpu/varlen_schedule.py): one boundary more than chunks,
 and tiles of queries may begin before its first token."""
 
 

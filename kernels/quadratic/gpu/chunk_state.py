@@ -51,7 +51,7 @@ class ChunkState(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """What a state sums over: f (1 if None), x and y, and whether from the end."""
+    """Hold what a state sums over: f (1 if None), x and y, and whether from the end."""
 
     x: Tensor
     y: Tensor
@@ -326,7 +326,7 @@ def _chunk_state(
 
 
 def _token_args(problem: ChunkedProblem, tokens: _Tokens) -> dict[str, Any]:
-    """What both kernels take."""
+    """Return what both kernels take."""
     x, y, _, reverse = tokens
     key_mask = None if reverse else problem.key_mask
     return {

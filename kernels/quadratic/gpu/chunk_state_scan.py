@@ -37,7 +37,7 @@ class RunSums(NamedTuple):
 
 
 class ScanEnds(NamedTuple):
-    """What is added before all tokens, and where the sum after all of them goes, products and moments."""
+    """Hold what is added before all tokens, and where the sum after all of them goes, products and moments."""
 
     initial: tuple[Tensor, Tensor] | None
     final: tuple[Tensor, Tensor] | None
@@ -151,6 +151,7 @@ def state_scan_kernel(
     """Compute S_b = initial + sum of the runs before boundary b (REVERSE: after it). Of the programs of a sequence and
     head, the first PRODUCT_PROGRAMS scan the products, runs of PRODUCT_RUN tokens, and the others the moments.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: half of them are the signature, and the two calls differ in most of their arguments.
     block, sequence, h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, T = bounds_of(sequence, cu_seqlens_ptr, T, PACKED)

@@ -310,6 +310,7 @@ def decode_state_kernel(
     RETURN_STATE: tl.constexpr,
 ):
     """Compute o_part = phi(q) S over one block of the state of one key head; S += phi(k) v^T."""
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature and the two calls, one argument a line.
     block, h, s = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64), tl.cast(tl.program_id(2), tl.int64)
     stride_qb, stride_qh, stride_qt = stride_q

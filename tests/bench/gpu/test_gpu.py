@@ -78,9 +78,13 @@ def test_outcomes_of_tests_are_recorded_as_they_come(tmp_path: Path) -> None:
     record = Record(tmp_path / "gpu.json")
     outcomes = Outcomes(record)
     for name, when, outcome in (
-        ("a", "setup", "passed"), ("a", "call", "passed"), ("a", "teardown", "passed"),
-        ("b", "setup", "skipped"), ("c", "call", "failed"), ("d", "setup", "failed"),
-    ):  # fmt: skip
+        ("a", "setup", "passed"),
+        ("a", "call", "passed"),
+        ("a", "teardown", "passed"),
+        ("b", "setup", "skipped"),
+        ("c", "call", "failed"),
+        ("d", "setup", "failed"),
+    ):
         outcomes.written -= 10.0
         outcomes.pytest_runtest_logreport(
             pytest.TestReport(name, (name, 0, name), {}, outcome, "boom" if outcome == "failed" else None, when)

@@ -1,4 +1,4 @@
-"""What is flagged: an injected slow-down, a larger peak, a wrong output; and what is not: noise, a slower machine."""
+"""Flag an injected slow-down, a larger peak and a wrong output, but neither noise nor a slower machine."""
 
 from __future__ import annotations
 

@@ -29,8 +29,12 @@ def test_flag_measures_and_prints_the_table(tmp_path) -> None:
     measurements = Results.load(tmp_path / "results.json").measurements
     assert {measurement.problem.N for measurement in measurements} == {256, 1024}
     assert {measurement.method.name for measurement in measurements} == {
-        "SDPA", "softmax", "quadratic direct", "quadratic chunked", "elu+1 chunked",
-    }  # fmt: skip
+        "SDPA",
+        "softmax",
+        "quadratic direct",
+        "quadratic chunked",
+        "elu+1 chunked",
+    }
 
 
 @pytest.mark.parametrize("flag", [("--benchmark",), ("--benchmark-quick", "--benchmark-disable-gc")])

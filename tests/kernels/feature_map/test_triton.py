@@ -220,7 +220,7 @@ def drawn_state(sequences: int, heads: int, D: int, M: int, dtype: torch.dtype) 
     ],
 )
 def test_states_and_their_gradients(form, options):
-    """Against the reference in float64, which tests/attention holds to the definition."""
+    """Against the reference in float64, which tests/linattn/attention holds to the definition."""
     tensors = inputs()
     options = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in options.items()}
     sequences = len(PACKED) - 1 if "cu_seqlens" in options else 1
@@ -267,9 +267,15 @@ def test_decoding_step(dtype):
     before = linattn.FeatureMapState(*drawn_state(3, 2, 18, 24, torch.float32))
     out, after = attend(q, k, v, is_causal=True, initial_state=before, return_state=True, form="auto")
     true_out, true_after = linattn.linear_attention(
-        q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True, backend="reference", return_state=True,
+        q.double(),
+        k.double(),
+        v.double(),
+        is_causal=True,
+        enable_gqa=True,
+        backend="reference",
+        return_state=True,
         initial_state=linattn.FeatureMapState(before.n, before.f_sum.double(), before.fv.double()),
-    )  # fmt: skip
+    )
     assert_close_to_truth(out, true_out)
     assert torch.equal(after.n, true_after.n)
     assert_close_to_truth(after.f_sum, true_after.f_sum)

@@ -101,9 +101,16 @@ def test_states_and_their_gradients(past, form):
         n = n.expand(2).clone() if n.ndim == 0 else n
         before = QuadraticState(n, *(x.to(q.dtype) for x in sums))
         out, state = quadratic_attention(
-            q, k, v, is_causal=True, initial_state=before, return_state=True, form=form, backend="native",
+            q,
+            k,
+            v,
+            is_causal=True,
+            initial_state=before,
+            return_state=True,
+            form=form,
+            backend="native",
             enable_gqa=True,
-        )  # fmt: skip
+        )
         assert state.n.tolist() == [past + 90] * 2
         return out, *(1e-2 * x for x in state[1:])
 

@@ -113,10 +113,18 @@ class TestOptions:
         mask = torch.ones(2, 12, dtype=torch.bool, device="meta")
         _assert_refuses(DeviceError, lambda: function(Q, K, V, key_mask=mask), "key_mask", "meta", "cpu")
 
-    @pytest.mark.parametrize(("bounds", "named"), [
-        ([0, 8, 4, 12], "8"), ([0, 5, 13], "13"), ([0, 5], "5"), ([1, 5, 12], "1"), ([-1, 12], "-1"), ([0], "cu"),
-        ([], "cu"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("bounds", "named"),
+        [
+            ([0, 8, 4, 12], "8"),
+            ([0, 5, 13], "13"),
+            ([0, 5], "5"),
+            ([1, 5, 12], "1"),
+            ([-1, 12], "-1"),
+            ([0], "cu"),
+            ([], "cu"),
+        ],
+    )
     def test_bounds_of_packed_sequences(self, function, bounds: list[int], named: str) -> None:
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         _assert_refuses(
@@ -181,9 +189,11 @@ class TestFormsAndStates:
     def test_something_that_is_no_state(self, function) -> None:
         for wrong in (torch.zeros(3), (Q, K), "state"):
             _assert_refuses(
-                (StateError, ArgumentError), lambda w=wrong: function(Q, K, V, is_causal=True, initial_state=w),
-                "initial_state", type(wrong).__name__,
-            )  # fmt: skip
+                (StateError, ArgumentError),
+                lambda w=wrong: function(Q, K, V, is_causal=True, initial_state=w),
+                "initial_state",
+                type(wrong).__name__,
+            )
 
 
 def test_the_state_of_another_operation() -> None:

@@ -107,9 +107,17 @@ def test_a_named_backend_never_falls_back() -> None:
 @pytest.mark.parametrize(("head_size", "value_size"), [(1, 1), (3, 130), (200, 2)])
 def test_auto_always_ends_at_a_correct_path(dtype: torch.dtype, head_size: int, value_size: int) -> None:
     q, k, v = make_inputs(
-        batch=1, heads=2, kv_heads=1, queries=9, keys=40, head_size=head_size, value_size=value_size, dtype=dtype,
-        layout="strided", positive=True,
-    )  # fmt: skip
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        queries=9,
+        keys=40,
+        head_size=head_size,
+        value_size=value_size,
+        dtype=dtype,
+        layout="strided",
+        positive=True,
+    )
     mask = torch.arange(40)[None] != 20
     options = {"is_causal": True, "q_offset": 31, "key_mask": mask}
     out = linattn.softmax_attention(q, k, v, enable_gqa=True, **options)

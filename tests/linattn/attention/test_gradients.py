@@ -63,9 +63,16 @@ def test_in_every_layout(operation, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("form", ["direct", "chunked", "recurrent"])
-@pytest.mark.parametrize(("coefficients", "normalize"), [
-    ((1, 1, 0.5), True), ((0, 0, 1), True), ((2.0, 1.0, 0.75), True), ((1, 2, 1), False), ((-1.0, 0.5, 0.25), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("coefficients", "normalize"),
+    [
+        ((1, 1, 0.5), True),
+        ((0, 0, 1), True),
+        ((2.0, 1.0, 0.75), True),
+        ((1, 2, 1), False),
+        ((-1.0, 0.5, 0.25), False),
+    ],
+)
 def test_with_other_coefficients(form: str, coefficients: tuple[float, float, float], normalize: bool) -> None:
     q, k, v = make_inputs(
         keys=33 if form == "recurrent" else 140, value_size=5, positive=coefficients[1] == 0, dtype=torch.float32

@@ -71,9 +71,10 @@ def test_a_row_that_sees_no_key_is_zero_with_zero_gradient(operation) -> None:
     mask[1, :] = False
     (out,), (dq, dk, dv) = evaluate(lambda *t: operation.run(*t, is_causal=True, key_mask=mask), (q, k, v))
     truth, true_gradients = evaluate(
-        lambda *t: operation.truth(*t, is_causal=True, key_mask=mask), [t.double() for t in (q, k, v)],
+        lambda *t: operation.truth(*t, is_causal=True, key_mask=mask),
+        [t.double() for t in (q, k, v)],
         upstream_dtype=torch.float32,
-    )  # fmt: skip
+    )
     for t in (out, dq):
         assert not t[0, :, :4].any()
         assert not t[1].any()
@@ -85,9 +86,19 @@ def test_a_row_that_sees_no_key_is_zero_with_zero_gradient(operation) -> None:
         assert_close_to_truth(actual, expected, gradient=True)
 
 
-@pytest.mark.parametrize(("queries", "keys", "offset"), [
-    (1, 40, 39), (5, 40, 35), (40, 40, 0), (40, 40, 7), (7, 3, 0), (20, 35, 3), (35, 20, 50), (150, 300, 150),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("queries", "keys", "offset"),
+    [
+        (1, 40, 39),
+        (5, 40, 35),
+        (40, 40, 0),
+        (40, 40, 7),
+        (7, 3, 0),
+        (20, 35, 3),
+        (35, 20, 50),
+        (150, 300, 150),
+    ],
+)
 def test_q_offset_places_the_queries_among_the_keys(operation, queries: int, keys: int, offset: int) -> None:
     if operation.causal_only and keys > 40:
         pytest.skip("one step a token: covered by the shorter lengths")

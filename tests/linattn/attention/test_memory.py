@@ -50,20 +50,29 @@ def _peaks(name: str, lengths: tuple[int, ...], **options: object) -> list[float
     """MiB above what was held before, at each length."""
     child = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps([name, options, lengths])],
-        cwd=ROOT, env=os.environ | RETURN_FREED_MEMORY, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | RETURN_FREED_MEMORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
-@pytest.mark.parametrize(("name", "options", "lengths"), [
-    ("quadratic_attention", {"form": "chunked"}, (8192, 16384, 32768)),
-    ("linear_attention", {"form": "chunked"}, (8192, 16384, 32768)),
-    ("quadratic_attention", {"form": "direct"}, (8192, 16384, 32768)),
-    ("softmax_attention", {"backend": "reference"}, (8192, 16384, 32768)),
-    ("kernel_attention", {}, (2048, 4096, 8192)),
-], ids=["quadratic chunked", "linear chunked", "quadratic direct", "softmax", "kernel"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "options", "lengths"),
+    [
+        ("quadratic_attention", {"form": "chunked"}, (8192, 16384, 32768)),
+        ("linear_attention", {"form": "chunked"}, (8192, 16384, 32768)),
+        ("quadratic_attention", {"form": "direct"}, (8192, 16384, 32768)),
+        ("softmax_attention", {"backend": "reference"}, (8192, 16384, 32768)),
+        ("kernel_attention", {}, (2048, 4096, 8192)),
+    ],
+    ids=["quadratic chunked", "linear chunked", "quadratic direct", "softmax", "kernel"],
+)
 def test_grows_linearly(name: str, options: dict[str, str], lengths: tuple[int, ...]) -> None:
     peaks = _peaks(name, lengths, **options)
     # q, k, v, the output, its square, the upstream gradient and three gradients are 9 tensors of N x 64 float32.

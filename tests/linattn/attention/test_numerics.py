@@ -232,8 +232,20 @@ def test_a_causal_sum_over_many_keys_does_not_stagnate() -> None:
     q, k, v = make_inputs(batch=1, heads=1, keys=20_000, head_size=2, value_size=1, dtype=torch.float32)
     out = linattn.quadratic_attention(q, k, v, is_causal=True, form="chunked")
     s = [t.double() for t in (q, k, v)]
-    phi = [torch.stack([torch.ones_like(x[..., 0]), 2**0.5 * x[..., 0], 2**0.5 * x[..., 1], x[..., 0] ** 2,
-                        x[..., 1] ** 2, 2**0.5 * x[..., 0] * x[..., 1]], dim=-1) for x in s[:2]]  # fmt: skip
+    phi = [
+        torch.stack(
+            [
+                torch.ones_like(x[..., 0]),
+                2**0.5 * x[..., 0],
+                2**0.5 * x[..., 1],
+                x[..., 0] ** 2,
+                x[..., 1] ** 2,
+                2**0.5 * x[..., 0] * x[..., 1],
+            ],
+            dim=-1,
+        )
+        for x in s[:2]
+    ]
     top = (phi[0] * (phi[1] * s[2]).cumsum(dim=2)).sum(-1)
     bottom = (phi[0] * phi[1].cumsum(dim=2)).sum(-1)
     assert_close_to_truth(out[..., 0], top / bottom)

@@ -1,4 +1,4 @@
-"""What must hold for any shape: forms agree, causality, symmetry, scaling and splitting."""
+"""Check what must hold for any shape: forms agree, causality, symmetry, scaling and splitting."""
 
 from __future__ import annotations
 
@@ -26,29 +26,55 @@ def _forms(name: str, *tensors: torch.Tensor, **options: Any) -> list[torch.Tens
 
 
 @given(
-    keys=lengths, head_size=sizes, value_size=sizes, group=st.integers(1, 3), seed=seeds, is_causal=st.booleans(),
-    normalize=st.booleans(), masked=st.booleans(), coefficients=quadratics,
-)  # fmt: skip
+    keys=lengths,
+    head_size=sizes,
+    value_size=sizes,
+    group=st.integers(1, 3),
+    seed=seeds,
+    is_causal=st.booleans(),
+    normalize=st.booleans(),
+    masked=st.booleans(),
+    coefficients=quadratics,
+)
 def test_the_forms_of_quadratic_attention_agree(
-    keys: int, head_size: int, value_size: int, group: int, seed: int, is_causal: bool, normalize: bool, masked: bool,
+    keys: int,
+    head_size: int,
+    value_size: int,
+    group: int,
+    seed: int,
+    is_causal: bool,
+    normalize: bool,
+    masked: bool,
     coefficients: tuple[float, float, float],
-) -> None:  # fmt: skip
+) -> None:
     q, k, v = make_inputs(
         batch=1, heads=2 * group, kv_heads=2, keys=keys, head_size=head_size, value_size=value_size, seed=seed
     )
     mask = make_key_mask(1, keys, seed=seed) if masked else None
     first, *others = _forms(
-        "quadratic_attention", q, k, v, is_causal=is_causal, normalize=normalize, key_mask=mask,
-        coefficients=coefficients, enable_gqa=True,
-    )  # fmt: skip
+        "quadratic_attention",
+        q,
+        k,
+        v,
+        is_causal=is_causal,
+        normalize=normalize,
+        key_mask=mask,
+        coefficients=coefficients,
+        enable_gqa=True,
+    )
     for other in others:
         assert relative_error(other, first) < CLOSE
 
 
 @given(
-    keys=lengths, head_size=sizes, value_size=sizes, seed=seeds, is_causal=st.booleans(), normalize=st.booleans(),
+    keys=lengths,
+    head_size=sizes,
+    value_size=sizes,
+    seed=seeds,
+    is_causal=st.booleans(),
+    normalize=st.booleans(),
     feature_map=st.sampled_from(["elu+1", "exp", "relu2"]),
-)  # fmt: skip
+)
 def test_the_forms_of_linear_attention_agree(
     keys: int, head_size: int, value_size: int, seed: int, is_causal: bool, normalize: bool, feature_map: str
 ) -> None:

@@ -75,10 +75,15 @@ def test_the_state_of_a_call_over_all_keys_is_the_same(form: str) -> None:
     _assert_states_equal(state, truth_feature_state(k, v))
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [
-    (torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
 def test_states_are_kept_in_float32_or_better(dtype: torch.dtype, kept: torch.dtype) -> None:
     q, k, v = make_inputs(dtype=dtype)
     for function in (linattn.quadratic_attention, linattn.linear_attention):
@@ -102,7 +107,7 @@ def test_pieces_equal_the_whole(stateful, bounds: tuple[int, ...]) -> None:
 
 
 def test_a_state_passes_between_forms_and_options() -> None:
-    """What one form leaves another continues, and scale and coefficients are applied on reading."""
+    """Continue with another form what one leaves; scale and coefficients are applied on reading."""
     q, k, v = make_inputs(keys=90, head_size=6, value_size=5)
     (q0, k0, v0), (q1, k1, v1) = _cut(q, k, v, 50)
     options = {"is_causal": True, "scale": 0.6, "coefficients": (1, 1, 0.5)}
@@ -194,9 +199,15 @@ def test_gradients_of_the_state_fields_themselves(form: str) -> None:
 
     def run(*fields):
         return linattn.quadratic_attention(
-            q, k, v, is_causal=True, initial_state=QuadraticState(n, *fields), coefficients=(c0, c1, c2), scale=scale,
+            q,
+            k,
+            v,
+            is_causal=True,
+            initial_state=QuadraticState(n, *fields),
+            coefficients=(c0, c1, c2),
+            scale=scale,
             form=form,
-        )  # fmt: skip
+        )
 
     def truth(k_sum, kk, v_sum, kv, kkv):
         x = scale * q[0, 0, 0]

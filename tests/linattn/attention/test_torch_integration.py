@@ -87,9 +87,23 @@ def _op_arguments(name: str, case: str, layout: Layout) -> tuple[Any, ...]:
     out, row_sums, final, saved = getattr(torch.ops.linattn, f"{operation}_fwd")(*forward)
     upstream = [torch.randn_like(t) for t in final[1:]]
     return (
-        torch.randn_like(out), upstream, q, k, v, out, row_sums, saved, key_mask, cu_seqlens, state, *options,
-        [True] * 4, form, 0, "reference",
-    )  # fmt: skip
+        torch.randn_like(out),
+        upstream,
+        q,
+        k,
+        v,
+        out,
+        row_sums,
+        saved,
+        key_mask,
+        cu_seqlens,
+        state,
+        *options,
+        [True] * 4,
+        form,
+        0,
+        "reference",
+    )
 
 
 def _registered() -> list[str]:

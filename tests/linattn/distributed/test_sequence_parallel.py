@@ -107,7 +107,7 @@ def make_weight() -> Tensor:
 def ranks_results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, list[Tensor]]]:
-    """What each rank computed: its slices of out, dq, dk and dv for every case, and the gradient of a weight."""
+    """Return what each rank computed: its slices of out, dq, dk and dv for every case, and the gradient of a weight."""
     ranks: int = request.param
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": str(ranks)}
@@ -145,8 +145,12 @@ def test_without_a_process_group_the_error_says_so() -> None:
 
 
 def main(folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(os.environ["RANK"]),
-                                         world_size=int(os.environ["WORLD_SIZE"]))  # fmt: skip
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for name in distributed.TAKEN:
         with pytest.raises(ArgumentError, match=name):

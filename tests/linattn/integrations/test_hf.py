@@ -28,9 +28,16 @@ IS_5 = VERSION >= (5, 0)
 # The argument of `generate` that takes a cache: renamed in 5.24, where the old name warns.
 CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 SIZES: dict[str, Any] = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> LlamaForCausalLM:

@@ -57,13 +57,16 @@ def test_the_runner_alone_changes_nothing() -> None:
     assert _wrong_after(lambda spoiled: None) == 0
 
 
-@pytest.mark.parametrize("change", [
-    pytest.param(lambda s: s.out.mul_(1 + 1e-4), id="output a little off"),
-    pytest.param(lambda s: s.out[..., -1, :].fill_(float("nan")), id="a row left unwritten"),
-    pytest.param(lambda s: s.out[0, 0, 0].zero_(), id="a row of zeros"),
-    pytest.param(lambda s: s.out.add_(1e-3 * torch.rand(())), id="other bits every time"),
-    pytest.param(lambda s: s.tensors["q"].detach().mul_(1.5), id="an input overwritten"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda s: s.out.mul_(1 + 1e-4), id="output a little off"),
+        pytest.param(lambda s: s.out[..., -1, :].fill_(float("nan")), id="a row left unwritten"),
+        pytest.param(lambda s: s.out[0, 0, 0].zero_(), id="a row of zeros"),
+        pytest.param(lambda s: s.out.add_(1e-3 * torch.rand(())), id="other bits every time"),
+        pytest.param(lambda s: s.tensors["q"].detach().mul_(1.5), id="an input overwritten"),
+    ],
+)
 def test_a_planted_error_is_found(change: Callable[..., None]) -> None:
     assert _wrong_after(change) >= 25
 

@@ -82,6 +82,7 @@ def dq_kernel(
 
     Grid: num_tiles * B * H.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps dq in registers from the first key to the last.
     stride_qb, stride_qh, stride_qt = stride_q
     stride_kb, stride_kh, stride_kt = stride_k
@@ -207,6 +208,7 @@ def dkv_kernel(
 
     Grid: num_tiles * B * Hkv. RAGGED: the last tile of queries is not full.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps dk and dv in registers from the first query to the last.
     stride_qb, stride_qh, stride_qt = stride_q
     stride_kb, stride_kh, stride_kt = stride_k

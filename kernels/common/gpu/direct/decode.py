@@ -59,6 +59,7 @@ def decode_kernel(
     Grid: B * Hkv * num_splits. A split has `split_length` keys, a multiple of BLOCK_N. SPLIT: store sums, acc
     [num_splits, B, H, T, M] with l and m beside it, instead of the result.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps acc in registers from the first key to the last.
     stride_qb, stride_qh, stride_qt = stride_q
     stride_kb, stride_kh, stride_kt = stride_k

@@ -79,6 +79,7 @@ def forward_kernel(
 
     GROUP query heads share a key head; NUM_SEQS sequences, 1 if not PACKED; l [B, H, T] is dense.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps acc in registers from the first key to the last.
     stride_qb, stride_qh, stride_qt = stride_q
     stride_kb, stride_kh, stride_kt = stride_k
