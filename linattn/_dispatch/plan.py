@@ -71,6 +71,9 @@ def use_backend(backend: str) -> Iterator[None]:
         >>> q = k = v = torch.randn(1, 2, 8, 4)
         >>> with linattn.use_backend("reference"):
         ...     out = linattn.softmax_attention(q, k, v)
+
+    Args:
+        backend: "auto", "reference", "native", "torch" or "triton".
     """
     known = {"auto"}.union(*BACKENDS.values())
     if backend not in known:

@@ -1,1 +1,1 @@
-"""What all Triton kernels share: how they are launched, on what they are tuned, how they round, how they loop."""
+"""Share among all Triton kernels how they are launched, on what they are tuned, how they round and loop."""

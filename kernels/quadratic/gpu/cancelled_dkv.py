@@ -100,6 +100,7 @@ def cancelled_dkv_kernel(
     """Accumulate dk += sum_i ds_i q_i and dv += sum_i p_i dO_i over cancelled queries i of later chunks: their norm is
     not 0 in `cancelled_norm`, and their tiles of BLOCK_T queries are marked. Where there are none, this ends at once.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature.
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
     batch, start, T, Tk, first_key, boundary, last, slot = locate_key_tile(

@@ -188,6 +188,7 @@ def chunk_dkv_kernel(
     """Compute dv = phi(k) S + sum_i p_i dO_i (OF_VALUES), or dk = d/dk [phi(k) S . v] + sum_i ds_i q_i, S summed over
     later queries, i over the queries before those.
     """
+    # Long because the accumulators stay in registers for all of one pass.
     # Over 60 lines: the signature. One program keeps dk or dv in registers from the state to the last query.
     h, T_all = tl.cast(tl.program_id(1), tl.int64), T
     batch, start, T, Tk, first_key, boundary, last, slot = locate_key_tile(
