@@ -67,7 +67,7 @@ gpu: $(READY)
 TRITON36 := $(CURDIR)/.triton36
 triton36: export PYTHONPATH := $(TRITON36)$(if $(PYTHONPATH),:$(PYTHONPATH))
 triton36: $(TRITON36)/.ready
-	$(PY) -m pytest tests/bench/codegen/test_gate.py $(ARGS)
+	$(PY) -m pytest -m 'slow or not slow' tests/bench/codegen/test_gate.py $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -W 'ignore:Conversion of an array with ndim:DeprecationWarning' \
 	  $(wildcard tests/kernels/*/test_triton*.py tests/kernels/test_*triton*.py) $(ARGS)
 
