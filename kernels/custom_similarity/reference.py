@@ -7,6 +7,7 @@ parameters inside `sim` get gradients, of any order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,14 +92,14 @@ class Argmax(torch.autograd.Function):
         return index
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, k, v = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(q, k, output[1])
         ctx.value_shape = v.shape
 
     @staticmethod
-    def backward(ctx, dout, dindex):
+    def backward(ctx: Any, dout: Any, dindex: Any) -> Any:
         q, k, index = ctx.saved_tensors
         expanded = index[..., None].expand(*index.shape, dout.shape[3])
         dv = dout.new_zeros(ctx.value_shape).scatter_add(2, expanded, dout)

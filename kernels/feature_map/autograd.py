@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,7 +45,17 @@ class FeatureMap(torch.autograd.Function):
     """The op with its gradients (what is saved: `save_for_backward`)."""
 
     @staticmethod
-    def forward(options, return_state, how, q, k, v, key_mask, cu_seqlens, *initial_state):  # noqa: PLR0917
+    def forward(  # noqa: PLR0917
+        options: Any,
+        return_state: Any,
+        how: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        key_mask: Any,
+        cu_seqlens: Any,
+        *initial_state: Any,
+    ) -> Any:
         """Return out, the row sums, the state and what is saved, one after another."""
         out, l, state, saved = torch.ops.linattn.feature_map_fwd(
             q, k, v, key_mask, cu_seqlens, list(initial_state), *options, return_state, True, *how
@@ -53,12 +63,12 @@ class FeatureMap(torch.autograd.Function):
         return (out, l, *state, *saved)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Save what the backward pass needs."""
         save_for_backward(ctx, inputs, output, STATE_TENSORS)
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Any) -> Any:
         """Return the gradients of the inputs of `forward`."""
         arguments = backward_arguments(ctx, gradients, state_shapes)
         return input_gradients("feature_map", arguments, torch.ops.linattn.feature_map_bwd(*arguments))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ class Recurrence(torch.autograd.Function):
     """Saves the weights, the states and, of an LSTM, its gates; the projected inputs are not needed again."""
 
     @staticmethod
-    def forward(projected, weight_h, h0, c0, lengths, cell, backend):
+    def forward(projected: Any, weight_h: Any, h0: Any, c0: Any, lengths: Any, cell: Any, backend: Any) -> Any:
         return torch.ops.linattn.recurrent_fwd(projected, weight_h, h0, c0, lengths, cell, True, backend)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, weight_h, h0, c0, lengths, ctx.cell, ctx.backend = inputs
         all_h, _, last_c, cells, activations = output
         ctx.mark_non_differentiable(cells, activations, *([last_c] if c0 is None else []))
@@ -43,7 +43,7 @@ class Recurrence(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a classifier reads the last state alone
 
     @staticmethod
-    def backward(ctx, dall_h, dlast_h, dlast_c, *_):
+    def backward(ctx: Any, dall_h: Any, dlast_h: Any, dlast_c: Any, *_: Any) -> Any:
         weight_h, h0, c0, lengths, all_h, cells, activations = ctx.saved_tensors
         dlast_c = None if c0 is None else dlast_c
         grad_outputs = (dall_h, dlast_h, dlast_c)
@@ -61,7 +61,7 @@ class Recurrence(torch.autograd.Function):
         return *_first_only(found, of), None, None, None
 
 
-def _first_only(found, of):
+def _first_only(found: Any, of: Any) -> Any:
     """Gradients that cannot be differentiated again without an error; None stays None."""
     wanted = [x for x in found if x is not None]
     instead = "The recurrence with backend='reference' has all of them"

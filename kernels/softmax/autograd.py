@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,19 +39,19 @@ class Softmax(torch.autograd.Function):
     """Saves the inputs, out and the log-sum-exps; scores are recomputed."""
 
     @staticmethod
-    def forward(*inputs):
+    def forward(*inputs: Any) -> Any:
         """Return out and the log-sum-exps."""
         return torch.ops.linattn.softmax_fwd(*inputs)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Save what the backward pass needs."""
         *tensors, ctx.is_causal, ctx.q_offset, ctx.scale, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
         """Return the gradients of the inputs of `forward`."""
         q, k, v, key_mask, cu_seqlens, out, lse = ctx.saved_tensors
         options = (key_mask, cu_seqlens, ctx.is_causal, ctx.q_offset, ctx.scale, ctx.backend)

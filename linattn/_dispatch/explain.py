@@ -89,7 +89,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "quadratic", **opt
     T, Tk = q.shape[2] // packed, k.shape[2] // packed
     predicted = cost.attention_cost(
         op,
-        plan.form,
+        plan.form,  # type: ignore[arg-type]
         B=inputs.sequences,
         H=q.shape[1],
         N=T,

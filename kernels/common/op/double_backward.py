@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -44,15 +46,15 @@ def first_derivative_only(
 
 class FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
-    def forward(op, instead, count, *tensors):
+    def forward(op: Any, instead: Any, count: Any, *tensors: Any) -> Any:
         return tuple(x.view_as(x) for x in tensors[:count])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.op, ctx.instead, *_ = inputs
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Any) -> Any:
         raise DoubleBackwardError(
             f"{ctx.op} has a first derivative only; given: a backward pass through its gradients. {ctx.instead}."
         )

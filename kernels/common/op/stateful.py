@@ -73,7 +73,8 @@ class ForwardInputs(NamedTuple):
         end = 6 + len(options._fields)  # type: ignore[attr-defined]
         return_state, save, form, chunk_size, backend = arguments[end:]
         plan = Plan(form, backend, chunk_size)
-        return ForwardInputs(*arguments[:6], options(*arguments[6:end]), return_state, save, plan)
+        named = options(*arguments[6:end])
+        return ForwardInputs._make((*arguments[:6], named, return_state, save, plan))
 
 
 class BackwardInputs(NamedTuple):
@@ -107,7 +108,8 @@ class BackwardInputs(NamedTuple):
         """Gather the arguments of `<name>_bwd`, which has the fields of `options` one by one."""
         end = 11 + len(options._fields)  # type: ignore[attr-defined]
         needs_grad, form, chunk_size, backend = arguments[end:]
-        return BackwardInputs(*arguments[:11], options(*arguments[11:end]), needs_grad, Plan(form, backend, chunk_size))
+        named = options(*arguments[11:end])
+        return BackwardInputs._make((*arguments[:11], named, needs_grad, Plan(form, backend, chunk_size)))
 
 
 Outputs = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]

@@ -15,6 +15,7 @@ from linattn.kernels.common.gpu.launch import block_size, strides_bht, with_unit
 from linattn.kernels.common.gpu.numerics import TRITON_DTYPE, precision
 from linattn.kernels.common.gpu.similarity import Similarity, quadratic
 from linattn.kernels.common.gpu.varlen_schedule import max_tiles
+from linattn.kernels.common.op.conditioning import DIRECT_KEYS
 from linattn.kernels.common.op.varlen import check_sequences
 from linattn.kernels.quadratic.gpu import config, state_layout
 from linattn.kernels.quadratic.gpu.chunk_schedule import SPARE
@@ -166,7 +167,7 @@ class ChunkedProblem:
     def tables(self) -> tuple[Tensor, Tensor] | None:
         """The tables `state_boundary` and `first_position`, where they are not simply the boundary itself."""
         Tk = self.k.shape[2]
-        regular = self.key_mask is None and self.cu_seqlens is None and Tk >= state_layout.DIRECT_KEYS
+        regular = self.key_mask is None and self.cu_seqlens is None and Tk >= DIRECT_KEYS
         if regular and not self.all_scores:
             return None
         device, num_seqs = self.k.device, self.num_seqs
