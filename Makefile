@@ -6,7 +6,7 @@
 # make gpu      every test and measurement for a CUDA device, under 9 minutes (REHEARSE=1: the same on the CPU, tiny)
 # make triton36 the kernels' gate and their tests in the interpreter, with Triton 3.6.0 instead of the one that is there
 # make transformers4  the Hugging Face integration with transformers 4.57 instead of the one that is there
-# make lint     ruff, formatting, import contract        make types    mypy, strict but for Triton kernels and tests
+# make lint     ruff, formatting, import contract        make types    mypy, strict but for Triton kernels
 # make lint-cpp clang-format and clang-tidy over the C++ sources, a quarter of a minute
 # make docs     the site into build/docs                 make clean    remove builds and caches, not runs
 #
@@ -124,7 +124,6 @@ setup: $(READY)
 tree:
 	@rm -rf .types && mkdir -p .types/linattn
 	@ln -s $(addprefix ../../,$(filter-out %__pycache__,$(wildcard linattn/*)) $(ROOMS)) .types/linattn/
-	@ln -s ../tests .types/tests
 
 ifndef NOVENV
 $(PY):

@@ -174,7 +174,7 @@ def test_the_language_model_study_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(lm, "QUICK", dataclasses.replace(lm.QUICK, kernels=("softmax",)))
     words = ["study", "lm", "--quick", "--seeds", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]
     words += [word for path in texts for word in ("--text", str(path))]
-    real, calls = lm.language.random_windows, []
+    real, calls = lm.train.random_windows, []
 
     def interrupt(*sizes: Any, seed: int, step: int) -> Any:
         calls.append(step)
@@ -183,7 +183,7 @@ def test_the_language_model_study_goes_on_where_it_was_interrupted(
         return real(*sizes, seed=seed, step=step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lm.language, "random_windows", interrupt)
+        patch.setattr(lm.train, "random_windows", interrupt)
         assert main(words) == 130
     assert len(list((tmp_path / "out").rglob("results.json"))) == 1
     assert main(words) in (0, 1)  # twenty steps need not beat a trigram
@@ -199,12 +199,12 @@ def test_the_language_model_study_goes_on_where_it_was_interrupted(
 
 
 def test_all_runs_of_a_study_share_one_budget() -> None:
-    plan = lm.planned(lm.SMALL, [Path("a/one.txt"), Path("two.txt")], 0, 3, "cpu")
+    plan = lm.plan_runs(lm.SMALL, [Path("a/one.txt"), Path("two.txt")], 0, 3, "cpu")
     assert len(plan) == 5 * 3 + 5 + 5
     assert {options["steps"] for options in plan.values()} == {lm.SMALL.steps}
     assert {options["batch"] * options["context"] for options in plan.values()} == {lm.SMALL.characters}
     assert {options["kernel"] for options in plan.values()} == {"softmax", "quadratic", "taylor", "elu+1", lm.HYBRID}
-    full = lm.planned(lm.FULL, [Path("one.txt")], 0, 1, "cuda")
+    full = lm.plan_runs(lm.FULL, [Path("one.txt")], 0, 1, "cuda")
     assert {options["kernel"] for options in full.values()} > {options["kernel"] for options in plan.values()}
 
 
