@@ -21,12 +21,12 @@ PUBLIC_FILES = 12
 """In linattn/ itself, where only the public library stands."""
 LARGER_FOLDERS = {
     "kernels/quadratic/gpu": "one kernel beside its launch a file, as few as fit the length of a file",
-    "kernels/quadratic/native": "one translation unit for each pass of each form, so that every file reads by itself",
 }
 LONGER_FILES = {
     "kernels/quadratic/gpu/chunk_state.py": "the kernels that make a state beside their launches, one argument a line",
     "kernels/quadratic/gpu/decode.py": "the kernels of a step beside their launches, one argument a line",
     "linattn/decode.py": "two thirds are docstrings and checks of one class family",
+    "linattn/feature_maps.py": "one class a map, every argument documented in place",
     "linattn/functional.py": "the public functions: every argument of every one is documented in place",
     "tests/linattn/test_decode.py": "one subject",
     "tests/linattn/training/test_trainer.py": "one subject",

@@ -8,7 +8,7 @@ enum class Map : int { identity, elu_plus_one, relu, relu_squared, exp };
 
 }  // namespace linattn::feature_map
 
-// The rest is compiled once for each instruction set (common/native/simd.hpp); callers need the names alone.
+// The rest is compiled once for each instruction set (common/native/isa/simd.hpp); callers need the names alone.
 #if defined(LINATTN_ISA)
 
 #include "common/native/packing.hpp"
