@@ -19,6 +19,7 @@ from torch import Tensor
 from linattn._dispatch import checks
 from linattn._dispatch import plan as dispatch
 from linattn._dispatch.explain import explain as explain
+from linattn._dispatch.plan import TAYLOR as TAYLOR
 from linattn.errors import ArgumentError, refusal
 from linattn.kernels.custom_similarity import autograd as custom_similarity
 from linattn.kernels.feature_map.autograd import feature_map as run_feature_map

@@ -26,6 +26,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp()) / "deep" / "file"
         >>> with atomic_file(path) as file:
         ...     _ = file.write(b"whole")

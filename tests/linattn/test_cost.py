@@ -154,7 +154,7 @@ def counted_by_torch(
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
-    from linattn.kernels.common.op.stateful import Plan
+    from linattn.kernels.common.op.stateful import BackwardInputs, ForwardInputs, Plan
     from linattn.kernels.common.reference import tiles
     from linattn.kernels.quadratic import reference
     from linattn.kernels.quadratic.contract import Options
@@ -162,16 +162,20 @@ def counted_by_torch(
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", H * tile * tile)
     q, k, v = (torch.randn(1, H, N, size) for size in (D, D, M))
     options = Options(is_causal, 0, 1.0, 1.0, 2.0, 1.0, True)
-    call, plan = (None, None, [], options), Plan(form, "reference", chunk)
+    plan = Plan(form, "reference", chunk)
+    inputs = ForwardInputs(q, k, v, None, None, [], options, return_state=False, save=True, plan=plan)
 
     def baddbmm_flop(out, a, b, **_):
         return bmm_flop(a, b)
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop}) as counter:
-        out, row_sums, _, saved = reference.forward(q, k, v, *call, False, True, plan)
+        out, row_sums, _, saved = reference.forward(inputs)
         counted = counter.get_total_flops()
         if backward:
-            reference.backward(torch.ones_like(out), [], q, k, v, out, row_sums, saved, *call, [True] * 4, plan)
+            dout, needs_grad = torch.ones_like(out), [True] * 4
+            reference.backward(
+                BackwardInputs(dout, [], q, k, v, out, row_sums, saved, None, None, [], options, needs_grad, plan)
+            )
             counted = counter.get_total_flops() - counted
     return counted
 
