@@ -113,7 +113,8 @@ def fold_length(D: int, M: int | None = None, *, itemsize: int = 4) -> float:
     the state already takes no more room than the keys.
 
     Args:
-        D, M: head sizes of keys and values; M = D when not given.
+        D: head size of keys.
+        M: head size of values; D when not given.
         itemsize: bytes of one entry of a key.
 
     Example:
@@ -145,11 +146,15 @@ def flops(
     N (6 D + 4 M) a token. Linear: the state again, its gradient, dQ, dK, dV.
 
     Args:
-        kernel, form: see `FORMS_OF_KERNEL`.
-        B, H: batch and query heads.
+        kernel: "quadratic" or "feature_map".
+        form: "direct", "chunked" or "recurrent" (`FORMS_OF_KERNEL`).
+        B: batch.
+        H: query heads.
         N: queries. May be a `torch.SymInt`.
-        D, M: head sizes of queries and values.
-        keys: number of keys, N when not given. Causal: the queries are the last N of them, so `keys >= N`.
+        D: head size of queries.
+        M: head size of values.
+        keys: number of keys, N when not given. With is_causal: the queries are the last N of them, so `keys >= N`.
+        is_causal: query i sees keys up to its own position.
         chunk: chunk length of the causal chunked form; 0 leaves the inside of chunks out.
         features: features of the feature map, D when not given.
         backward: count the backward pass instead of the forward one.
@@ -173,7 +178,7 @@ def flops(
     return B * H * ((N + K) * linear + inside)
 
 
-def flops_implemented(
+def flops_implemented(  # noqa: PLR0913 (sizes and options, all by name)
     kernel: Kernel,
     form: Form,
     *,
@@ -205,7 +210,7 @@ def flops_implemented(
     return B * H * ((N + K) * linear + inside)
 
 
-def attention_cost(
+def attention_cost(  # noqa: PLR0913 (sizes and options, all by name)
     kernel: Kernel,
     form: Form,
     *,
@@ -223,19 +228,28 @@ def attention_cost(
     training: bool = False,
     recompute: bool = True,
 ) -> Cost:
-    """Everything that is known about a call from its sizes.
+    """Work out everything that is known about a call from its sizes.
 
     Memory is O(N (D + M)) for inputs and results, plus one tile (direct) or one state and one tile (chunked) a head.
     Training doubles all of it, for the gradients; the chunked causal form adds ceil(N / c) prefix states unless it
     recomputes them, as the reference path does.
 
     Args:
+        kernel: "quadratic" or "feature_map".
+        form: "direct", "chunked" or "recurrent" (`FORMS_OF_KERNEL`).
+        B: batch.
+        H: query heads.
+        N: queries.
+        D: head size of queries.
         M: head size of values, D when not given.
+        keys: number of keys, N when not given.
+        is_causal: query i sees keys up to its own position.
+        chunk: chunk length of the causal chunked form.
+        features: features of the feature map, D when not given.
         tile: length of the square tiles of the reference path.
         itemsize: bytes of one input element.
         training: add the backward pass, and hold gradients and saved tensors.
         recompute: no prefix states are saved for the backward pass.
-        The rest as for `flops`.
 
     Returns:
         A `Cost`, summed over batch and heads.
@@ -286,7 +300,8 @@ def crossover(
                       tiles as long as chunks
 
     Args:
-        D, M: head sizes of queries and values; M = D when not given.
+        D: head size of queries.
+        M: head size of values; D when not given.
         is_causal: the direct form then does half the work.
         chunk: chunk length c of the causal chunked form; 0 counts an ideal one.
         count: which flops.

@@ -115,9 +115,12 @@ class DecodeCache(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """Attend causally to all tokens so far and to these: q [B, H, T, D], k, v [B, Hkv, T, D | M] -> [B, H, T, M].
+        """Attend causally to all tokens so far and to these, and hold these: -> [B, H, T, M].
 
         Args:
+            q: queries [B, H, T, D].
+            k: keys [B, Hkv, T, D].
+            v: values [B, Hkv, T, M].
             key_mask: bool [B, T], True where a token is real: sequences of different lengths are padded on either side.
 
         Raises:
@@ -215,6 +218,7 @@ class DecodeCache(nn.Module, ABC):
     # ---- saving ----
 
     def get_extra_state(self) -> dict[str, Any]:
+        """Return what a state dict holds beside tensors: kernel, capacity, sizes."""
         return {"kernel": self.kernel, "capacity": self.capacity, "sizes": list(self.sizes)}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

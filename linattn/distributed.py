@@ -47,11 +47,12 @@ def quadratic_attention(
     group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> Tensor:
-    """`linattn.quadratic_attention`, chunked, of a sequence spread over the ranks of a group.
+    """Run `linattn.quadratic_attention`, chunked, on a sequence spread over the ranks of a group.
 
     Args:
-        q, k, v: this rank's slice, `[B, H, T, D]`, `[B, Hkv, T, D]`, `[B, Hkv, T, M]`. All but T is equal on all ranks;
-            not causal, T of q may differ from that of k and v.
+        q: this rank's slice of the queries, `[B, H, T, D]`. All but T is equal on all ranks.
+        k: this rank's slice of the keys, `[B, Hkv, T, D]`; not causal, its T may differ from that of q.
+        v: this rank's slice of the values, `[B, Hkv, T, M]`.
         is_causal: positions count on from rank to rank.
         key_mask: bool `[B, T]`, True for keys of this slice that count.
         group: the processes; all of them when not given.
@@ -70,7 +71,8 @@ def quadratic_attention(
     Example (on every rank):
         out = distributed.quadratic_attention(q, k, v, is_causal=True, scale=D**-0.5)
     """
-    return _attend(functional.quadratic_attention, QuadraticState, q, k, v, is_causal, key_mask, group, options)
+    shared: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask, "group": group}
+    return _attend(functional.quadratic_attention, QuadraticState, q, k, v, **shared, options=options)
 
 
 def linear_attention(
@@ -83,13 +85,14 @@ def linear_attention(
     group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> Tensor:
-    """`linattn.linear_attention`, chunked, of a sequence spread over the ranks of a group.
+    """Run `linattn.linear_attention`, chunked, on a sequence spread over the ranks of a group.
 
     As `quadratic_attention` here, with the options `feature_map`, `scale`, `normalize`, `enable_gqa`, `backend`.
     Gradients of a feature map's own parameters are those of this rank's slice: add them up over the ranks, as
     data-parallel training does.
     """
-    return _attend(functional.linear_attention, FeatureMapState, q, k, v, is_causal, key_mask, group, options)
+    shared: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask, "group": group}
+    return _attend(functional.linear_attention, FeatureMapState, q, k, v, **shared, options=options)
 
 
 def _attend(
@@ -98,6 +101,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     is_causal: bool,
     key_mask: Tensor | None,
     group: dist.ProcessGroup | None,
@@ -121,7 +125,7 @@ def _attend(
             )
     group = dist.group.WORLD if group is None else group
     options["form"] = "chunked"
-    # One query, for the sake of the state; nobody reads what it finds.
+    # One query, for the sake of the state; its output is not used.
     _, own = function(q[:, :, :1].detach(), k, v, key_mask=key_mask, return_state=True, **options)
     out: Tensor
     if is_causal:

@@ -53,12 +53,12 @@ def relu(x: Tensor) -> Tensor:
 
 
 def relu2(x: Tensor) -> Tensor:
-    """max(x, 0)^2, elementwise; a row may vanish. Source of the activation: So et al. 2021, "Primer"."""
+    """Map x to max(x, 0)^2, elementwise; a row may vanish. Source of the activation: So et al. 2021, "Primer"."""
     return MAPS["relu2"].phi(x)
 
 
 def exp(x: Tensor) -> Tensor:
-    """exp(x), elementwise: each feature is positive. Source of exponential features: Choromanski et al. 2021,
+    """Map each entry to its exponential: every feature is positive. Source of such features: Choromanski et al. 2021,
     "Rethinking attention with performers".
     """
     return MAPS["exp"].phi(x)
@@ -138,9 +138,11 @@ class Fixed(nn.Module):
         self.function, self.name, self.size, self.positive = function, name, size, positive
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., D]` to features `[..., C]`."""
         return self.function(x)
 
     def extra_repr(self) -> str:
+        """Say in `repr` how the map is set up."""
         return f"{self.name!r}, size={self.size}"
 
 
@@ -207,12 +209,14 @@ class Favor(nn.Module):
         self.projection.copy_(directions)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., D]` to features `[..., m]`."""
         small = x.to(torch.promote_types(x.dtype, torch.float32)) * x.shape[-1] ** -0.25
         exponents = small @ self.projection.to(small).mT - small.square().sum(-1, keepdim=True) / 2
         features: Tensor = (exponents.exp() * self.size**-0.5).to(x.dtype)
         return features
 
     def extra_repr(self) -> str:
+        """Say in `repr` how the map is set up."""
         return f"size={self.size}, orthogonal={self.orthogonal}"
 
 
@@ -261,10 +265,12 @@ class Hedgehog(nn.Module):
             nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., D]` to features `[..., size]`."""
         projected = F.linear(x, self.weight.to(x))
         return torch.cat((projected, -projected), dim=-1).softmax(-1)
 
     def extra_repr(self) -> str:
+        """Say in `repr` how the map is set up."""
         return f"size={self.size}"
 
 

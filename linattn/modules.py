@@ -195,9 +195,10 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
-        """X [B, T, dim] -> [B, T, dim].
+        """Attend, [B, T, dim] -> [B, T, dim].
 
         Args:
+            x: the input [B, T, dim].
             key_mask: bool [B, T], True where a position is real, not padding, which takes no rotary position either.
             cache: what stands in for the tokens before these; these are added to it.
         """
@@ -230,6 +231,7 @@ class Attention(nn.Module):
         return out
 
     def extra_repr(self) -> str:
+        """Say in `repr` which kernel attends, and how."""
         kernel = self.kernel if isinstance(self.kernel, str) else type(self.kernel).__name__
         form = self.options.get("form")
         return f"{kernel}, heads={self.heads}, kv_heads={self.kv_heads}, is_causal={self.is_causal}" + (
@@ -247,6 +249,7 @@ class FeedForward(nn.Module):
         self.second = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., dim]` to `[..., dim]`."""
         out: Tensor = self.second(F.gelu(self.first(x)))
         return out
 
@@ -276,6 +279,7 @@ class CourseLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
+        """Map `[B, T, dim]` to `[B, T, dim]`; `key_mask` and `cache` as for `Attention`."""
         mixed = self.dropout(self.attention(x, key_mask=key_mask, cache=cache)) + x
         out: Tensor = self.dropout(self.feed_forward(mixed))
         return out
@@ -305,6 +309,7 @@ class PreNormLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None, cache: DecodeCache | None = None) -> Tensor:
+        """Map `[B, T, dim]` to `[B, T, dim]`; `key_mask` and `cache` as for `Attention`."""
         mixed = x + self.dropout(self.attention(self.attention_norm(x), key_mask=key_mask, cache=cache))
         out: Tensor = mixed + self.dropout(self.feed_forward(self.feed_forward_norm(mixed)))
         return out

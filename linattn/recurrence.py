@@ -29,7 +29,7 @@ def recur(
     kept: list[State] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, State]:
-    """Walk through time: `z_t = p_t + W h_{t-1}`, with p the inputs that one product has projected already, and
+    """Walk through time: `z_t = p_t + W h_{t-1}`, with p the inputs that one product has projected already.
 
         "tanh", "relu", "identity", a function:  h_t = act(z_t)
         "lstm":  i, f, g, o = z_t    c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)    h_t = sigmoid(o) tanh(c_t)

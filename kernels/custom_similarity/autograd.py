@@ -14,5 +14,6 @@ __all__ = ["Similarity", "argmax_attention", "kernel_attention"]
 
 
 def argmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the value of the best key of each query, differentiable in the values."""
     out: Tensor = Argmax.apply(*distinct(q, k, v))[0]
     return out

@@ -71,12 +71,14 @@ class Argmax(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values and the keys' positions."""
         with full_precision(q.device.type):  # rounded scores tie where exact ones do not
             index = Argmax.best_keys(q, k, v)
         return v.gather(2, index[..., None].expand(*index.shape, v.shape[3])), index
 
     @staticmethod
     def best_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the position of each query's best key, `[B, H, Tq]`."""
         tiles = Tiles(q, k, v, None, False, 0, 1.0)
         length = tiles.tile_length()
         index = torch.empty(q.shape[:3], dtype=torch.int64, device=q.device)
@@ -93,6 +95,7 @@ class Argmax(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep the positions for the gradient to the values."""
         q, k, v = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(q, k, output[1])
@@ -100,6 +103,7 @@ class Argmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dindex: Any) -> Any:
+        """Return zeros for q and k, and the sum of what each value was looked up for."""
         q, k, index = ctx.saved_tensors
         expanded = index[..., None].expand(*index.shape, dout.shape[3])
         dv = dout.new_zeros(ctx.value_shape).scatter_add(2, expanded, dout)

@@ -6,12 +6,14 @@ A new one takes three files: a row here, phi and its derivative in native/maps.h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class ElementwiseMap(NamedTuple):

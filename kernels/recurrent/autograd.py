@@ -31,11 +31,14 @@ class Recurrence(torch.autograd.Function):
     """Saves the weights, the states and, of an LSTM, its gates; the projected inputs are not needed again."""
 
     @staticmethod
-    def forward(projected: Any, weight_h: Any, h0: Any, c0: Any, lengths: Any, cell: Any, backend: Any) -> Any:
+    def forward(*inputs: Any) -> Any:
+        """Run `linattn::recurrent_fwd`, saving what the backward pass needs."""
+        projected, weight_h, h0, c0, lengths, cell, backend = inputs
         return torch.ops.linattn.recurrent_fwd(projected, weight_h, h0, c0, lengths, cell, True, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Save the weights, the states and the gates."""
         _, weight_h, h0, c0, lengths, ctx.cell, ctx.backend = inputs
         all_h, _, last_c, cells, activations = output
         ctx.mark_non_differentiable(cells, activations, *([last_c] if c0 is None else []))
@@ -44,6 +47,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dall_h: Any, dlast_h: Any, dlast_c: Any, *_: Any) -> Any:
+        """Return the gradients of the inputs of `forward`."""
         weight_h, h0, c0, lengths, all_h, cells, activations = ctx.saved_tensors
         dlast_c = None if c0 is None else dlast_c
         grad_outputs = (dall_h, dlast_h, dlast_c)

@@ -11,6 +11,7 @@ from linattn.kernels.recurrent.contract import CELLS, ForwardInputs, GradOutputs
 
 
 def forward(inputs: ForwardInputs, save: bool) -> tuple[Tensor, ...]:
+    """Run `recurrent_forward` (native/recurrent.cpp)."""
     made = all_h, last_h, last_c, cells, activations = outputs(inputs, save)
     projected = inputs.projected if inputs.projected.stride(2) == 1 else inputs.projected.contiguous()
     shared = _dense(inputs.weight_h, inputs.lengths, inputs.h0, inputs.c0)
@@ -23,6 +24,7 @@ def forward(inputs: ForwardInputs, save: bool) -> tuple[Tensor, ...]:
 
 
 def backward(grad_outputs: GradOutputs, saved: Saved) -> tuple[Tensor, ...]:
+    """Run `recurrent_backward` (native/recurrent.cpp)."""
     made = gradients(saved)
     shared = _dense(saved.weight_h, saved.lengths, saved.h0, saved.c0)
     dense = _dense(*grad_outputs)

@@ -261,7 +261,7 @@ def test_loading_something_else_is_refused() -> None:
     saved = cache.state_dict()
     for other in (DecodeCache.of("quadratic"), DecodeCache.of("softmax", capacity=8), DecodeCache.of("elu+1")):
         with pytest.raises(
-            StateError, match="what is loaded was not saved from such a cache; given: .*; accepted: a cache of"
+            StateError, match=r"what is loaded was not saved from such a cache; given: .*; accepted: a cache of"
         ):
             other.load_state_dict(saved)
     with pytest.raises(StateError, match="given: None"):

@@ -45,16 +45,21 @@ def first_derivative_only(
 
 
 class FirstDerivativeOnly(torch.autograd.Function):
+    """The identity on gradients, whose own backward pass raises DoubleBackwardError."""
+
     @staticmethod
     def forward(op: Any, instead: Any, count: Any, *tensors: Any) -> Any:
+        """Return the gradients, the first `count` of the tensors."""
         return tuple(x.view_as(x) for x in tensors[:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep what the message needs."""
         ctx.op, ctx.instead, *_ = inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """Raise: there is no second derivative."""
         raise DoubleBackwardError(
             f"{ctx.op} has a first derivative only; given: a backward pass through its gradients. {ctx.instead}."
         )

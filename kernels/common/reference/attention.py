@@ -41,7 +41,7 @@ def backward(problem: Problem, inputs: BackwardInputs) -> Gradients:
     for part, rows, i in sequences(problem, inputs.cu_seqlens):
         states = (_of_sequence(inputs.initial_state, i), _of_sequence(inputs.dstate, i))
         whole = (dout[:, :, rows], out[:, :, rows], l[:, :, rows])
-        accumulated, dbefore = _backward_one(part, *states, *whole, wants_initial, inputs.plan)
+        accumulated, dbefore = _backward_one(part, *states, *whole, want_initial=wants_initial, plan=inputs.plan)
         dinitial.append(dbefore)
         gradients.store(rows, accumulated)
     return *gradients, concat_states(dinitial)
@@ -63,6 +63,7 @@ def runs_direct(problem: Problem, form: str, initial_state: State) -> bool:
 
 
 def chunk_length(problem: Problem, plan: Plan) -> int:
+    """Return the keys of a chunk: one in the recurrent form."""
     return 1 if plan.form == "recurrent" else plan.chunk_size or scan.default_chunk(problem)
 
 
@@ -90,17 +91,18 @@ def _backward_one(
     dout: Tensor,
     out: Tensor,
     row_sums: Tensor,
+    *,
     want_initial: bool,
     plan: Plan,
 ) -> tuple[TileGradients, State]:
     sums, dsums = KeySums(problem, before), KeySumGradients(problem, dafter)
     if runs_direct(problem, plan.form, before):
-        gradients = direct.backward(problem, dout, out, row_sums, sums, dsums, want_initial)
+        gradients = direct.backward(problem, dout, out, row_sums, sums, dsums, want_initial=want_initial)
     else:
         few = FewKeyRows.find(problem, before)
         others = few.others(dout) if few else dout
         chunk = chunk_length(problem, plan)
-        gradients = scan.backward(problem, others, out, row_sums, sums, dsums, chunk, want_initial)
+        gradients = scan.backward(problem, others, out, row_sums, sums, dsums, chunk=chunk, want_initial=want_initial)
         if few:
             few.backward(dout, out, row_sums, gradients, dsums)
     return gradients, dsums.canonical_sums() if want_initial else []

@@ -21,7 +21,7 @@ def forward(problem: Problem, out: Tensor, row_sums: Tensor, sums: KeySums) -> N
         x = problem.queries(i0, i1)
         acc, l = sums.read(x) if sums.any else problem.no_sums(x)
         for j0, j1 in spans(0, problem.visible_keys(i1), length):
-            add_tile(problem, x, i0, i1, j0, j1, acc, l)
+            add_tile(problem, x, (i0, i1), (j0, j1), acc, l)
         problem.store(out, row_sums, i0, i1, acc, l)
 
 
@@ -36,6 +36,7 @@ class Rows(NamedTuple):
 
 
 def load_rows(problem: Problem, dout: Tensor, out: Tensor, row_sums: Tensor, i0: int, i1: int) -> Rows:
+    """Load queries i0..i1 and the gradients that reach them."""
     return Rows(i0, i1, problem.queries(i0, i1), *problem.row_gradients(dout, out, row_sums, i0, i1))
 
 
@@ -46,6 +47,7 @@ def backward(
     row_sums: Tensor,
     sums: KeySums,
     dsums: KeySumGradients,
+    *,
     want_initial: bool,
 ) -> TileGradients:
     """Return dq, dk, dv. `sums` holds keys before this call's; `dsums` starts as the gradients to the sums after it
@@ -69,12 +71,12 @@ def backward(
     return gradients
 
 
-def add_tile(problem: Problem, x: Tensor, i0: int, i1: int, j0: int, j1: int, acc: Tensor, l: Tensor) -> None:
-    """Add what keys j0..j1 give to rows i0..i1."""
-    p, _ = problem.similarity(x, problem.keys(j0, j1))
-    problem.hide(p, problem.hidden(i0, i1, j0, j1))
+def add_tile(problem: Problem, x: Tensor, i: tuple[int, int], j: tuple[int, int], acc: Tensor, l: Tensor) -> None:
+    """Add to the accumulators of queries x, at i[0]..i[1], what keys j[0]..j[1] give them."""
+    p, _ = problem.similarity(x, problem.keys(*j))
+    problem.hide(p, problem.hidden(*i, *j))
     l += p.sum(-1)
-    acc.baddbmm_(p, problem.values(j0, j1))
+    acc.baddbmm_(p, problem.values(*j))
 
 
 def add_tile_gradients(problem: Problem, rows: Rows, j0: int, j1: int, dx: Tensor, gradients: TileGradients) -> None:

@@ -87,6 +87,7 @@ class Features:
 
 @functools.lru_cache(maxsize=64)
 def features_for(D: int, degree: int) -> Features:
+    """Return the map for a head size and degree, made once."""
     return Features(D, degree)
 
 

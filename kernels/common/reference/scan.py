@@ -73,7 +73,7 @@ def forward(problem: Problem, out: Tensor, row_sums: Tensor, sums: KeySums, chun
             x = problem.queries(i0, i1)
             acc, l = sums.read(x) if sums.any else problem.no_sums(x)
             if j1 > j0:
-                add_tile(problem, x, i0, i1, j0, j1, acc, l)
+                add_tile(problem, x, (i0, i1), (j0, j1), acc, l)
             problem.store(out, row_sums, i0, i1, acc, l)
         if j1 > j0 and (keep or index < last_read):
             sums.add(j0, j1)
@@ -86,6 +86,7 @@ def backward(
     row_sums: Tensor,
     sums: KeySums,
     dsums: KeySumGradients,
+    *,
     chunk: int,
     want_initial: bool,
 ) -> TileGradients:
@@ -102,7 +103,9 @@ def backward(
         if j1 > j0 and index < last_read:
             sums.add(j0, j1)
     first_fold = next((index for index, step in enumerate(steps) if step.j1 > step.j0), 0)
-    for index, (i0, i1, j0, j1) in reversed(list(enumerate(steps))):  # uphill: keys learn what later rows made of them
+    for index, (i0, i1, j0, j1) in reversed(
+        list(enumerate(steps))
+    ):  # uphill: gradients of later queries reach the keys
         if j1 > j0 and dsums.any:
             gradients.add_key(j0, j1, *dsums.key_gradient(j0, j1))
         if i1 > i0:
@@ -115,6 +118,7 @@ def backward(
 
 
 def add_chunk_gradients(problem: Problem, rows: Rows, j0: int, j1: int, gradients: TileGradients) -> None:
+    """Add the gradients of the scores inside one chunk."""
     dx = torch.zeros_like(rows.x)
     add_tile_gradients(problem, rows, j0, j1, dx, gradients)
     gradients.add_query(rows.i0, rows.i1, dx, problem.scale)

@@ -43,8 +43,8 @@ class Sums(abc.ABC):
             self._set_products(canonical[4].reshape(H, -1, M))
 
     @functools.cached_property
-    def S(self) -> Tensor:
-        """Made at first use: the direct form without states never needs it."""
+    def S(self) -> Tensor:  # noqa: N802 (the formula's letter)
+        """Make the sums at first use: the direct form without states never needs it."""
         return self.problem.zeros(self.problem.batch, self.features.size, self.problem.M)
 
     def canonical_sums(self) -> list[Tensor]:

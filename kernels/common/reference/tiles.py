@@ -41,33 +41,41 @@ class Tiles:
 
     @property
     def batch(self) -> int:
+        """Batch elements times key heads."""
         return self.k.shape[0] * self.k.shape[1]
 
     @property
     def groups(self) -> int:
+        """Query heads that share a key head."""
         return self.q.shape[1] // self.k.shape[1]
 
     @property
-    def Tq(self) -> int:
+    def Tq(self) -> int:  # noqa: N802 (the formula's letter)
+        """Number of queries."""
         return self.q.shape[2]
 
     @property
-    def Tk(self) -> int:
+    def Tk(self) -> int:  # noqa: N802 (the formula's letter)
+        """Number of keys."""
         return self.k.shape[2]
 
     @property
-    def D(self) -> int:
+    def D(self) -> int:  # noqa: N802 (the formula's letter)
+        """Head size of queries and keys."""
         return self.q.shape[3]
 
     @property
-    def M(self) -> int:
+    def M(self) -> int:  # noqa: N802 (the formula's letter)
+        """Head size of values."""
         return self.v.shape[3]
 
     @property
     def dtype(self) -> torch.dtype:
+        """The accumulation dtype."""
         return accumulation_dtype(self.q.dtype)
 
     def zeros(self, *shape: int) -> Tensor:
+        """Make zeros in the accumulation dtype."""
         return torch.zeros(shape, dtype=self.dtype, device=self.q.device)
 
     def no_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +110,15 @@ class Tiles:
         return tile.reshape(B, Hq, -1, *tile.shape[2:])
 
     def queries(self, i0: int, i1: int) -> Tensor:
+        """Load scaled queries i0..i1."""
         return self.fold(self.q[:, :, i0:i1]) * self.scale
 
     def keys(self, j0: int, j1: int) -> Tensor:
+        """Load keys j0..j1, masked ones zero."""
         return self._load(self.k, j0, j1)
 
     def values(self, j0: int, j1: int) -> Tensor:
+        """Load values j0..j1, masked ones zero."""
         return self._load(self.v, j0, j1)
 
     def _load(self, source: Tensor, j0: int, j1: int) -> Tensor:
@@ -163,6 +174,7 @@ class TileGradients(NamedTuple):
 
     @staticmethod
     def zeros(tiles: Tiles) -> TileGradients:
+        """Begin with zeros."""
         dq = tiles.zeros(tiles.batch, tiles.groups, tiles.Tq, tiles.D)
         return TileGradients(
             dq, tiles.zeros(tiles.batch, tiles.Tk, tiles.D), tiles.zeros(tiles.batch, tiles.Tk, tiles.M)
@@ -173,6 +185,7 @@ class TileGradients(NamedTuple):
         self.dq[:, :, i0:i1] += (dx * scale).unflatten(1, (self.dq.shape[1], -1))
 
     def add_key(self, j0: int, j1: int, dk: Tensor, dv: Tensor) -> None:
+        """Add the gradients to keys and values j0..j1."""
         self.dk[:, j0:j1] += dk
         self.dv[:, j0:j1] += dv
 
@@ -186,9 +199,11 @@ class InputGradients(NamedTuple):
 
     @staticmethod
     def empty(tiles: Tiles) -> InputGradients:
+        """Allocate without filling."""
         return InputGradients(*(empty_in_storage_order(x, x.shape[3]) for x in (tiles.q, tiles.k, tiles.v)))
 
     def store(self, rows: slice, gradients: TileGradients) -> None:
+        """Write the gradients of one sequence."""
         for whole, part in zip(self, gradients, strict=True):
             target = whole[:, :, rows]
             target.copy_(part.view(target.shape))
