@@ -1,1 +1,1 @@
-"""What the operations share: declaring an op, the reference, the native and the Triton plumbing."""
+"""Shared by the operations: how an op is declared, the reference, the native and the Triton plumbing."""
