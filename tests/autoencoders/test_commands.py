@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from linattn.autoencoders.data.sets import SampleSet
 from linattn.autoencoders.experiments import sweep
 from linattn.cli.main import main
 from linattn.training.trainer import Trainer
@@ -210,7 +211,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_the_same(
     assert call(*options, "--out", tmp_path / "whole") == 0
     done: list[str] = []
 
-    def work(job: sweep.Job, data: sweep.SampleSet) -> dict[str, Any] | None:
+    def work(job: sweep.SweepJob, data: SampleSet) -> dict[str, Any] | None:
         done.append(job.name)
         return None if len(done) == 3 else real(job, data)
 
