@@ -23,9 +23,9 @@ class Chip(NamedTuple):
     flops_16bit: int = 0
     """Per clock, of the matrix units; fp32 inputs rounded to TF32 run at half of it. 0: no clocks are estimated."""
     lanes: int = 0
-    """Of plain fp32 arithmetic."""
+    """Lanes for plain fp32 arithmetic."""
     hmma_share: float = 1.0
-    """Of the matrix units' rate, that the older, synchronous instructions reach (published microbenchmarks)."""
+    """Share of the matrix units' rate that the older, synchronous instructions reach (published microbenchmarks)."""
 
 
 CHIPS = {
@@ -41,9 +41,9 @@ class Clocks(NamedTuple):
 
     matrix: float
     issue: float
-    """Of all instructions."""
+    """Clocks of all instructions."""
     other_issue: float
-    """Of all but the matrix instructions."""
+    """Clocks of all but the matrix instructions."""
     integer: float
     fma: float
     special: float
@@ -69,11 +69,11 @@ class Loop(NamedTuple):
     """One pass of one program, with all its warps, through a loop's body: a tile."""
 
     instructions: int
-    """Of one warp."""
+    """Count for one warp."""
     matrix: int
     """Matrix instructions among them."""
     flops: int
-    """Of the matrix instructions, for the whole program; 0 where they do not show their shape."""
+    """Work of the matrix instructions, for the whole program; 0 where they do not show their shape."""
     bytes_read: int
     bytes_written: int
     """Global memory, for the whole program, predicates taken as true."""

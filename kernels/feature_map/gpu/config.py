@@ -22,9 +22,9 @@ class FeatureMapConfig:
     backward: KernelConfig
     """BLOCK_D: columns of dq, dk and dv that a program makes."""
     state: KernelConfig
-    """Of the scan over keys. BLOCK_D: features whose sums a program keeps. Its chunk is that of the pass it serves."""
+    """Tile of the scan over keys. BLOCK_D: features whose sums a program keeps. Its chunk: that of the pass served."""
     state_gradient: KernelConfig
-    """Of the scan over queries, which loads one operand more."""
+    """Tile of the scan over queries, which loads one operand more."""
     programs: int = 256
     """Programs of a scan below which sequences are split."""
 

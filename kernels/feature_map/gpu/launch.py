@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from linattn.kernels.feature_map.contract import Options
 
 TOKENS_MAPPED = 32
-"""By one program of `map_features_kernel`."""
+"""Tokens that one program of `map_features_kernel` maps."""
 STATE_ENTRIES = 8192
-"""Of a state in one program's registers, in the recurrent form."""
+"""Entries of a state in one program's registers, in the recurrent form."""
 
 
 class GradOutputs(NamedTuple):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from linattn.kernels.common.gpu.similarity import Similarity
 
 MOST_QUERIES, MOST_GROUPED_QUERIES = 16, 64
-"""Of a head, and of all heads that share a key head: beyond either, tiles of the forward kernel are full enough."""
+"""Queries of a head, and of all heads that share a key head: beyond either, forward tiles are full enough."""
 LEAST_STEPS = 4
 """Tiles of keys that are worth a program of their own."""
 
